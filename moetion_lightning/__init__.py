@@ -1,0 +1,62 @@
+"""Exact sparse checkpointing and recovery of Mixture-of-Experts training for Lightning.
+
+The public names are loaded when first used, so that ``import moetion_lightning`` sets nothing and imports neither torch
+nor Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moetion_lightning.callbacks import (
+        DenseInMemoryCheckpoint,
+        DenseReconstruction,
+        PartialExpertsCheckpoint,
+        SparseExpertCheckpoint,
+    )
+    from moetion_lightning.core.layouts import MoESpec, Tap
+    from moetion_lightning.errors import MoEtionError
+    from moetion_lightning.recipes import list_recipes, recipe_path
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DenseInMemoryCheckpoint",
+    "DenseReconstruction",
+    "MoESpec",
+    "MoEtionError",
+    "PartialExpertsCheckpoint",
+    "SparseExpertCheckpoint",
+    "Tap",
+    "__version__",
+    "list_recipes",
+    "recipe_path",
+]
+
+_HOMES = {
+    "DenseInMemoryCheckpoint": "moetion_lightning.callbacks",
+    "DenseReconstruction": "moetion_lightning.callbacks",
+    "MoESpec": "moetion_lightning.core.layouts",
+    "MoEtionError": "moetion_lightning.errors",
+    "PartialExpertsCheckpoint": "moetion_lightning.callbacks",
+    "SparseExpertCheckpoint": "moetion_lightning.callbacks",
+    "Tap": "moetion_lightning.core.layouts",
+    "list_recipes": "moetion_lightning.recipes",
+    "recipe_path": "moetion_lightning.recipes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its home module at first use."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,134 @@
+"""Base of the callbacks that capture: Lightning's hooks, handed to a session."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+
+from moetion_lightning.callbacks._session import Session
+from moetion_lightning.config import EngineConfig
+from moetion_lightning.core.layouts import MoESpec
+from moetion_lightning.core.policy import Policy
+from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.events import Sink
+
+__all__ = ["EngineCallback"]
+
+
+class EngineCallback(Callback):
+    """Runs one :class:`Session` per ``fit``. Subclasses say with what policy.
+
+    Args:
+        config: Engine settings.
+        specs: Descriptions of MoE blocks that are not found by themselves.
+        sinks: Event sinks.
+        events_path: JSONL file of events, or None.
+        log_metrics: Whether numbers go to the progress bar and the loggers.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        specs: Sequence[MoESpec] | None = None,
+        sinks: Sequence[Sink] = (),
+        events_path: str | None = None,
+        log_metrics: bool = True,
+    ) -> None:
+        self.config = config
+        self._specs = tuple(specs or ())
+        self._sinks = tuple(sinks)
+        self._events_path = events_path
+        self._log_metrics = log_metrics
+        self._session: Session | None = None
+
+    def _policy(self) -> Policy:
+        raise NotImplementedError
+
+    def _make_first(self, trainer: Trainer) -> None:
+        """Come before all other callbacks: a capture must precede what their next hooks change."""
+        callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+        others = [c for c in callbacks if isinstance(c, EngineCallback) and c is not self and c.captures()]
+        if others and self.captures():
+            raise ConfigurationError(
+                f"{type(self).__name__} and {type(others[0]).__name__} are both in Trainer(callbacks=...): "
+                "one run has one checkpoint policy. Remove one of them."
+            )
+        trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
+
+    def captures(self) -> bool:
+        """Whether this callback saves state (or only restores it)."""
+        return True
+
+    def _effective_config(self, trainer: Trainer) -> EngineConfig:
+        """Settings of restoring come from a :class:`DenseReconstruction` beside this callback, if there is one."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EngineCallback) and callback is not self and not callback.captures():
+                theirs = callback.config
+                return dataclasses.replace(
+                    self.config,
+                    resume=theirs.resume,
+                    on_mismatch=theirs.on_mismatch,
+                    skip_frozen_gradients=theirs.skip_frozen_gradients,
+                )
+        return self.config
+
+    # --- hooks of Lightning --------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._make_first(trainer)
+        self._session = Session(
+            trainer,
+            pl_module,
+            config=self._effective_config(trainer),
+            policy=self._policy(),
+            specs=self._specs,
+            sinks=self._sinks,
+            events_path=self._events_path,
+            log_metrics=self._log_metrics and self.captures(),
+        )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.on_fit_start()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.on_train_start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._session is not None:
+            self._session.on_train_batch_start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._session is not None:
+            self._session.on_train_batch_end(outputs)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._session.hold()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.hold()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close(completed=False)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning calls this after a whole fit, and also after an interrupted one that it ends in good order.
+        if stage == "fit":
+            self._close(completed=trainer.state.status != TrainerStatus.INTERRUPTED and not trainer.received_sigterm)
+
+    def _close(self, *, completed: bool) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close(completed=completed)

@@ -1,0 +1,81 @@
+"""What a user sees: log lines, progress-bar fields, logger metrics."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from moetion_lightning.events import (
+    CaptureFinished,
+    Event,
+    IterationFinished,
+    ScheduleMade,
+    WindowCommitted,
+    WindowPersisted,
+)
+
+__all__ = ["Reporter", "show_log_lines"]
+
+_log = logging.getLogger("moetion_lightning")
+_SECONDS_BETWEEN_LINES = 1.0
+
+
+def show_log_lines() -> None:
+    """Make the package's INFO lines visible where the application has not set up logging itself."""
+    if not _log.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("moetion: %(message)s"))
+        _log.addHandler(handler)
+    if _log.level == logging.NOTSET and logging.getLogger().level > logging.INFO:
+        _log.setLevel(logging.INFO)
+
+
+class Reporter:
+    """An event sink that keeps the newest numbers and writes one line per window.
+
+    Windows that follow each other within a second share a line.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self._schedule: ScheduleMade | None = None
+        self._stall = 0.0
+        self._last_line = float("-inf")
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, ScheduleMade):
+            self._schedule = event
+            _log.info(
+                "window of %d iterations (%s): at most %.1f MB per iteration, %.1f MB per window; dense: %.1f MB",
+                event.window, event.reason, event.heaviest_bytes / 1e6, event.total_bytes / 1e6, event.dense_bytes / 1e6,
+            )  # fmt: skip
+        elif isinstance(event, CaptureFinished):
+            self.metrics["moetion/captured_mb"] = event.nbytes / 1e6
+            self.metrics["moetion/window_progress"] = (event.slot + 1) / event.num_slots
+        elif isinstance(event, IterationFinished):
+            self.metrics["moetion/stall_ms"] = 1e3 * event.stall_seconds
+            self._stall += event.stall_seconds
+        elif isinstance(event, WindowCommitted):
+            self._committed(event)
+        elif isinstance(event, WindowPersisted):
+            self.metrics["moetion/persisted_step"] = float(event.last_iteration)
+
+    def _committed(self, event: WindowCommitted) -> None:
+        self.metrics["moetion/committed_step"] = float(event.last_iteration)
+        now = time.monotonic()
+        level = logging.INFO if now - self._last_line >= _SECONDS_BETWEEN_LINES else logging.DEBUG
+        _log.log(
+            level,
+            "committed window %d..%d: %.1f MB in %.1f s, training stalled %.1f ms",
+            event.first_iteration, event.last_iteration, event.nbytes / 1e6, event.seconds, 1e3 * self._stall,
+        )  # fmt: skip
+        self._stall = 0.0
+        if level == logging.INFO:
+            self._last_line = now
+
+    def log_to(self, module: Any, *, has_logger: bool) -> None:
+        """Hand the newest numbers to Lightning's ``self.log`` (from ``on_train_batch_end``)."""
+        for name, value in dict(self.metrics).items():  # the capture thread writes to it
+            shown = name in ("moetion/committed_step", "moetion/stall_ms")
+            module.log(name, value, prog_bar=shown, logger=has_logger, on_step=True, on_epoch=False, batch_size=1)

@@ -1,0 +1,61 @@
+"""Lightning's part of the training state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from moetion_lightning.callbacks._data_seam import DataSeam
+from moetion_lightning.callbacks._loop_seam import LoopSeam
+from moetion_lightning.data_position import loader_parts
+
+__all__ = ["LightningRunState"]
+
+
+class LightningRunState:
+    """Captures what a Lightning run needs besides parameters, optimizer state, buffers and random generators.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        loops: Access to the loops.
+        data: Access to the training loaders.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, loops: LoopSeam, data: DataSeam) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._loops = loops
+        self._data = data
+
+    def capture(self) -> dict[str, Any]:
+        """The state between two batches, as nested plain values and live tensors."""
+        checkpoint = self._loops.dump()
+        gradients = {}
+        if not self._module.automatic_optimization:
+            # Automatic optimization clears gradients before it makes new ones; a user's loop may accumulate them.
+            gradients = {n: p.grad for n, p in self._module.named_parameters() if p.grad is not None}
+        return {
+            "checkpoint": checkpoint,
+            "extras": self._loops.extras(),
+            "data": self._data.snapshot(),
+            "gradients": gradients,
+        }
+
+    def generators(self) -> Mapping[str, object]:
+        """User objects that may hold random number generators."""
+        roots: dict[str, object] = {"module": self._module}
+        if getattr(self._trainer, "datamodule", None) is not None:
+            roots["datamodule"] = self._trainer.datamodule  # type: ignore[attr-defined]
+        for index, callback in enumerate(self._trainer.callbacks):  # type: ignore[attr-defined]
+            roots[f"callback{index}"] = callback
+        loaders = self._data.loaders()
+        val_loop = self._trainer.fit_loop.epoch_loop.val_loop
+        if val_loop._combined_loader is not None:
+            loaders |= {f"val{i}": loader for i, loader in enumerate(val_loop._combined_loader.flattened)}
+        for name, loader in loaders.items():
+            for role, part in loader_parts(loader).items():
+                roots[f"{name}.{role}"] = part
+        return roots

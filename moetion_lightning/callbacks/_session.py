@@ -1,0 +1,161 @@
+"""One training run of one trainer: connects Lightning's hooks to the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from moetion_lightning.callbacks._data_seam import DataSeam
+from moetion_lightning.callbacks._loop_seam import LoopSeam
+from moetion_lightning.callbacks._reporting import Reporter, show_log_lines
+from moetion_lightning.callbacks._run_state import LightningRunState
+from moetion_lightning.config import EngineConfig
+from moetion_lightning.core.layouts import MoESpec
+from moetion_lightning.core.policy import Policy
+from moetion_lightning.engine import Engine, RestorePoint, derive_job_id
+from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.events import EventBus, JsonlSink, Sink
+
+__all__ = ["Session"]
+
+_log = logging.getLogger(__name__)
+
+
+class Session:
+    """From ``setup`` to ``teardown`` of a ``fit``.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        config: Engine settings.
+        policy: What to capture when.
+        specs: The user's descriptions of MoE blocks.
+        sinks: The user's event sinks.
+        events_path: JSONL file of events, or None.
+        log_metrics: Whether numbers go to the progress bar and the loggers.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        *,
+        config: EngineConfig,
+        policy: Policy,
+        specs: Sequence[MoESpec],
+        sinks: Sequence[Sink],
+        events_path: str | None,
+        log_metrics: bool,
+    ) -> None:
+        if trainer.world_size > 1:
+            raise ConfigurationError(
+                f"Trainer has {trainer.world_size} processes (strategy {type(trainer.strategy).__name__}): this version "
+                "checkpoints single-process training. Use devices=1, num_nodes=1."
+            )
+        show_log_lines()
+        self._trainer = trainer
+        self._module = module
+        self._specs = tuple(specs)
+        self._log_metrics = log_metrics
+        self.reporter = Reporter()
+        self._jsonl = JsonlSink(events_path) if events_path is not None else None
+        bus = EventBus((self.reporter, *([self._jsonl] if self._jsonl else []), *sinks))
+        self.engine = Engine(config, policy, bus=bus, job=derive_job_id(config.job_id, trainer.default_root_dir))
+        self._point: RestorePoint | None = None
+        self._state: Mapping[str, Any] | None = None
+        self._begun = False
+        self._loops = LoopSeam(trainer)
+        self._data = DataSeam(trainer)
+        self.run_state = LightningRunState(trainer, module, self._loops, self._data)
+        try:
+            self._open()
+        except BaseException:
+            self.close(completed=False)
+            raise
+
+    def _open(self) -> None:
+        self._point = self.engine.open()
+        self._loops.inject_checkpoint(self._checkpoint, self._user_checkpoint)
+        self._loops.guard_checkpoints(
+            lambda: self.engine.converting,
+            lambda path: _log.info("%s is not written: this step is being replayed, and was saved before", path),
+        )
+
+    # --- restoring -----------------------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> dict[str, Any] | None:
+        """Lightning asks for a checkpoint to restore: ours, if there is one."""
+        if self._point is None:
+            return None
+        parameters = dict(self._module.named_parameters())
+        if parameters:
+            self._point.check_model(parameters)
+        state = self._point.run_state()["adapter"]
+        self._state = state
+        self._data.restore(state["data"])
+        checkpoint = dict(state["checkpoint"])
+        counters = checkpoint["loops"]["fit_loop"]
+        self._loops.pin_when_loop_starts(counters, state["extras"])
+        self._loops.overwrite_undone_checkpoints(self._point.manifest.extra["first_captured_at"])
+        # Loops of validate, test and predict have nothing to restore inside fit.
+        checkpoint["loops"] = {"fit_loop": counters}
+        return checkpoint
+
+    def _user_checkpoint(self, path: object) -> None:
+        if self._point is not None:
+            self.engine.say_once(
+                f"trainer.fit(ckpt_path={str(path)!r}) was given: it wins over the window of iterations "
+                f"{self._point.manifest.first_iteration}..{self._point.manifest.last_iteration} that was found"
+            )
+        self._point = None
+
+    # --- hooks ---------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Module and optimizers exist, no forward has run."""
+        if self._point is None:
+            self.engine.tiers.release_point()
+        self.engine.attach(self._module, self._trainer.optimizers, self._specs)
+
+    def on_train_start(self) -> None:
+        """The loops are set up."""
+        self.engine.check_run_state(self.run_state)
+
+    def on_train_batch_start(self) -> None:
+        """The state is whole: everything of the last batch is done, nothing of the next one has begun."""
+        if self._begun:
+            self.engine.boundary(self.run_state)
+            return
+        self._begun = True
+        if self._point is None:
+            self.engine.start()
+        else:
+            self._point = self._state = None
+            self.engine.restore(self.run_state)
+
+    def on_train_batch_end(self, outputs: Any) -> None:
+        """A micro-batch is done."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.engine.record_loss(loss)
+        if self._log_metrics and not self.engine.converting:
+            self.reporter.log_to(self._module, has_logger=bool(self._trainer.loggers))
+
+    def hold(self) -> None:
+        """Something other than the optimizer may change weights now (validation with averaged weights)."""
+        self.engine.hold()
+
+    def close(self, *, completed: bool) -> None:
+        """The run is over."""
+        try:
+            self.engine.close(completed=completed)
+        finally:
+            self._loops.remove()
+            self._data.remove()
+            if self._jsonl is not None:
+                self._jsonl.close()
+

@@ -1,0 +1,73 @@
+"""MoC-System's partial experts checkpointing, as a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from moetion_lightning.callbacks._base import EngineCallback
+from moetion_lightning.config import EngineConfig
+from moetion_lightning.core.layouts import MoESpec
+from moetion_lightning.core.policy import PartialExpertsPolicy, Policy
+from moetion_lightning.events import Sink
+
+__all__ = ["PartialExpertsCheckpoint"]
+
+
+class PartialExpertsCheckpoint(EngineCallback):
+    """Saves all non-expert state and K of the N experts of each layer: small, and lossy.
+
+    After a failure, experts that were not in the last checkpoint come back from older ones; the tokens that they have
+    seen since are lost. The proportion of lost tokens (PLT) is counted per layer and reported after each restore.
+
+    Args:
+        num_experts_per_checkpoint: K, experts of each MoE layer in one checkpoint.
+        selection: "sequential" (round robin) or "load_aware" (most unsaved tokens first).
+        every_n_steps: Optimizer steps between checkpoints.
+        plt_limit: After a restore with a higher PLT, K doubles; None keeps K.
+        memory_dir: Directory for checkpoints in host memory; None takes /dev/shm.
+        persist_dir: Directory or fsspec URL to which checkpoints are copied in the background; None for none.
+        persist_every_n_windows: Copy only every n-th checkpoint.
+        job_id: Identity under which checkpoints are found again; None derives it.
+        resume: "auto" continues from the newest checkpoint of this job, "never" starts afresh.
+        specs: Descriptions of MoE blocks that are not found by themselves.
+        events_path: JSONL file for the events of the run; None for none.
+        log_metrics: Show numbers in progress bar and loggers.
+        sinks: Callables that get every event.
+
+    Raises:
+        ConfigurationError: A value is out of range.
+
+    Source: MoC-System (ASPLOS'25), sections 3 and 4.
+    """
+
+    def __init__(
+        self,
+        num_experts_per_checkpoint: int,
+        selection: Literal["sequential", "load_aware"] = "sequential",
+        every_n_steps: int = 1,
+        plt_limit: float | None = 0.0375,
+        memory_dir: str | None = None,
+        persist_dir: str | None = None,
+        persist_every_n_windows: int = 1,
+        job_id: str | None = None,
+        resume: Literal["auto", "never"] = "auto",
+        specs: list[MoESpec] | None = None,
+        events_path: str | None = None,
+        log_metrics: bool = True,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        config = EngineConfig(
+            window=1,
+            memory_dir=memory_dir,
+            persist_dir=persist_dir,
+            persist_every_n_windows=persist_every_n_windows,
+            job_id=job_id,
+            resume=resume,
+        )
+        super().__init__(config, specs=specs, sinks=sinks, events_path=events_path, log_metrics=log_metrics)
+        self._settings = (num_experts_per_checkpoint, selection, every_n_steps, plt_limit)
+        self._policy()  # a wrong value raises here
+
+    def _policy(self) -> Policy:
+        return PartialExpertsPolicy(*self._settings)

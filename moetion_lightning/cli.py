@@ -1,0 +1,104 @@
+"""The ``moetion`` command: LightningCLI's own subcommands, and a few of ours.
+
+Nothing heavy is imported here, so that ``moetion --help`` and ``moetion recipes`` answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from moetion_lightning import __version__
+from moetion_lightning.errors import MoEtionError
+
+__all__ = ["main"]
+
+HELP = """\
+usage: moetion COMMAND [ARGUMENTS]
+
+Exact sparse checkpointing and recovery of Mixture-of-Experts training.
+
+training (LightningCLI; every field of trainer, model and data can be given, e.g. --trainer.max_steps 20)
+  fit         train; run the same command again after a failure, and it continues
+  validate    run the validation loop       test        run the test loop       predict     run prediction
+      --config FILE | recipe:NAME           a YAML file, or a packaged recipe; may be given several times
+      --print_config                        print the complete configuration and stop
+      --trainer.callbacks+=CLASS            add a callback
+  Fields of all classes: moetion fit --help; of one: moetion fit --model.help ByteMoE's full class path
+
+looking
+  recipes     list the packaged recipes; `recipes NAME` prints one, `recipes NAME --copy DIR` copies it
+  explain     table of operators of recipe:NAME, FILE.yaml or package.module:Class (bytes, tokens, slot)
+  inspect     windows, slots, operators, sizes and ages under a path; verifies checksums
+  jobs        jobs whose state is in this machine's memory
+  clean       remove what dead jobs left there
+  demo        train, kill, restart, compare bit for bit with a run that never failed
+
+examples
+  moetion fit --config recipe:tiny_moe_cpu --trainer.max_steps 20
+  moetion fit --config recipe:tiny_moe_cpu --model.init_args.num_experts 16 --print_config > mine.yaml
+  moetion fit --config mine.yaml --model my_package.MyModule
+  moetion explain recipe:qwen3_moe_tiny
+  moetion demo
+
+Each command has its own --help.  moetion --version shows the version.
+"""
+
+TRAINING = ("fit", "validate", "test", "predict")
+_OWN = {
+    "recipes": ("moetion_lightning.commands.recipes", "recipes"),
+    "explain": ("moetion_lightning.commands.explain", "explain"),
+    "inspect": ("moetion_lightning.commands.state", "inspect"),
+    "jobs": ("moetion_lightning.commands.state", "jobs"),
+    "clean": ("moetion_lightning.commands.state", "clean"),
+    "demo": ("moetion_lightning.demo", "main"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``moetion``.
+
+    Args:
+        argv: Arguments after the program's name; None takes them from ``sys.argv``.
+
+    Returns:
+        The exit status: 0 for success, 1 when a command found something wrong, 2 for wrong usage.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if args[0] in ("-V", "--version"):
+        print(f"moetion-lightning {__version__}")
+        return 0
+    command = args[0]
+    try:
+        if command in TRAINING or (command.startswith("-") and any(word in TRAINING for word in args)):
+            return _train(args)
+        if command in _OWN:
+            module, function = _OWN[command]
+            return int(getattr(import_module(module), function)(args[1:]))
+    except MoEtionError as error:
+        if command in TRAINING:  # an error of the run itself: with its traceback
+            raise
+        print(f"moetion {command}: error: {error}", file=sys.stderr)
+        return 2
+    near = difflib.get_close_matches(command, [*TRAINING, *_OWN], n=1)
+    hint = f" Did you mean `moetion {near[0]}`?" if near else ""
+    print(f"moetion: error: unknown command {command!r}.{hint} See moetion --help.", file=sys.stderr)
+    return 2
+
+
+def _train(args: list[str]) -> int:
+    from moetion_lightning.commands.arguments import expand_recipes
+
+    try:
+        expanded = expand_recipes(args)  # before the heavy imports: a misspelt recipe is told at once
+    except MoEtionError as error:
+        print(f"moetion {args[0]}: error: {error}", file=sys.stderr)
+        return 2
+    from moetion_lightning.commands.train import train
+
+    return train(expanded)

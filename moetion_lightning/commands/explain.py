@@ -1,0 +1,157 @@
+"""``moetion explain``: the table of operators of a recipe, a YAML file, or any importable module.
+
+A recipe or YAML file is really run for one optimizer step, without any of its callbacks and loggers, so that tokens,
+optimizer state and the dtypes that the forward consumes are observed. A bare module is looked at as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.recipes import PREFIX, recipe_path
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moetion_lightning.core.explain import Explanation
+
+__all__ = ["explain", "load_module", "observe_recipe"]
+
+
+def explain(args: Sequence[str]) -> int:
+    """Print the table.
+
+    Args:
+        args: Arguments after ``moetion explain``.
+    """
+    parser = argparse.ArgumentParser(
+        prog="moetion explain",
+        description="Table of operators: kind, bytes in full and compute-only, tokens, slot of the window.",
+        epilog="Further arguments override fields of a recipe or file, e.g. --model.init_args.num_experts 16",
+    )
+    parser.add_argument("target", help="recipe:NAME, FILE.yaml, or package.module:ClassOrFactory")
+    parser.add_argument("--init", metavar="JSON", default="{}", help="arguments of an importable class or factory")
+    parser.add_argument("--meta", action="store_true", help="build an importable module without memory (meta device)")
+    parser.add_argument("--window", type=int, default=4, help="iterations of a window (4)")
+    parser.add_argument("--all", action="store_true", help="one line for each operator, however many there are")
+    options, overrides = parser.parse_known_args(args)
+
+    target: str = options.target
+    if target.startswith(PREFIX) or target.endswith((".yaml", ".yml")):
+        path = recipe_path(target) if target.startswith(PREFIX) else Path(target)
+        if not path.is_file():
+            raise ConfigurationError(f"no such file: {path}")
+        result = observe_recipe(path, overrides, window=options.window)
+    else:
+        if overrides:
+            parser.error(f"unrecognized arguments: {' '.join(overrides)} (arguments of a class go into --init)")
+        from moetion_lightning.core.explain import explain as explain_module
+
+        result = explain_module(load_module(target, options.init, meta=options.meta), window=options.window)
+    from moetion_lightning.core.explain import format_explanation
+
+    print(format_explanation(result, max_rows=None if options.all else 60))
+    return 0
+
+
+def load_module(target: str, init: str = "{}", *, meta: bool = False) -> nn.Module:
+    """Import and build a module.
+
+    Args:
+        target: ``"package.module:Name"``; the name is a class, a factory, or a module that exists already. The current
+            directory is searched too.
+        init: Keyword arguments as JSON.
+        meta: Build on the meta device, without memory.
+
+    Raises:
+        ConfigurationError: It cannot be imported, built, or is no ``torch.nn.Module``.
+    """
+    import torch
+    from torch import nn
+
+    module_name, colon, attribute = target.partition(":")
+    if not colon or not module_name or not attribute:
+        raise ConfigurationError(f"{target!r}: expected recipe:NAME, FILE.yaml or package.module:ClassOrFactory")
+    try:
+        arguments = json.loads(init)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"--init {init!r} is no JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ConfigurationError(f"--init {init!r}: expected a JSON object of keyword arguments")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"cannot import {target!r}: {error}") from error
+    if not isinstance(found, nn.Module):
+        if not callable(found):
+            raise ConfigurationError(f"{target!r} is a {type(found).__name__}; expected a module or a factory")
+        with torch.device("meta" if meta else "cpu"):
+            try:
+                found = found(**arguments)
+            except TypeError as error:
+                raise ConfigurationError(f"{target}(**{init}) failed: {error}; give --init") from error
+    if not isinstance(found, nn.Module):
+        raise ConfigurationError(f"{target!r} made a {type(found).__name__}; expected a torch.nn.Module")
+    return found
+
+
+def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4) -> Explanation:
+    """Run one optimizer step of a configuration and explain the model that it trained.
+
+    Args:
+        path: A LightningCLI configuration of ``fit``. Its callbacks, loggers and limits are left out.
+        overrides: Further command-line arguments.
+        window: Iterations of the window.
+    """
+    import yaml
+    from lightning.pytorch.cli import LightningCLI
+
+    from moetion_lightning.commands.observer import OperatorObserver
+    from moetion_lightning.commands.train import program_arguments
+
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(config, dict) or "model" not in config:
+        raise ConfigurationError(f"{path} has no `model:`; expected a configuration of `moetion fit`")
+    config.pop("ckpt_path", None)
+    trainer = config["trainer"] = dict(config.get("trainer") or {})
+    for key in ("callbacks", "logger", "limit_val_batches", "max_epochs", "max_time", "val_check_interval", "profiler"):
+        trainer.pop(key, None)
+    observer = OperatorObserver(window=window)
+    with tempfile.TemporaryDirectory(prefix="moetion-explain-") as folder:
+        trainer.update(max_steps=1, limit_val_batches=0, num_sanity_val_steps=0, default_root_dir=folder, logger=False)
+        trainer.update(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+        stripped = Path(folder, "config.yaml")
+        stripped.write_text(yaml.safe_dump(config), encoding="utf-8")
+        with _quiet(), program_arguments(["--config", str(stripped), *overrides]):
+            cli = LightningCLI(run=False, save_config_callback=None, trainer_defaults={"callbacks": [observer]})
+            cli.trainer.fit(cli.model, cli.datamodule)
+    return observer.explanation
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's announcements of a run would only hide the table."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

@@ -1,0 +1,123 @@
+"""``moetion inspect | jobs | clean``: what is stored, what lives in this machine's memory, and tidying up."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from moetion_lightning.config import default_memory_dir
+from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.store.jobs import JobInfo, clean_stale, default_base_dir, find_jobs
+
+__all__ = ["clean", "inspect", "jobs", "parse_duration"]
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def inspect(args: Sequence[str]) -> int:
+    """Describe everything under a path and verify its checksums.
+
+    Args:
+        args: Arguments after ``moetion inspect``.
+
+    Returns:
+        0 if all that was found is whole, 1 if something is damaged.
+    """
+    parser = argparse.ArgumentParser(
+        prog="moetion inspect",
+        description="Windows, slots, operators, sizes and ages under a path; verifies checksums.",
+    )
+    parser.add_argument("path", help="a window, a job's folder, or a folder of jobs (memory or storage tier)")
+    options = parser.parse_args(args)
+    from moetion_lightning.store.inspect import describe, format_report
+
+    report = describe(options.path)
+    print(format_report(report))
+    return 0 if report.is_whole else 1
+
+
+def jobs(args: Sequence[str]) -> int:
+    """List the jobs whose state is in this machine's memory.
+
+    Args:
+        args: Arguments after ``moetion jobs``.
+    """
+    parser = argparse.ArgumentParser(prog="moetion jobs", description="Jobs whose state is in this machine's memory.")
+    _add_memory_dir(parser)
+    base = _base(parser.parse_args(args).memory_dir)
+    found = find_jobs(base)
+    if not found:
+        print(f"no jobs in {base}")
+        return 0
+    for info in found:
+        print(_line(info))
+    return 0
+
+
+def clean(args: Sequence[str]) -> int:
+    """Remove what dead jobs left in memory.
+
+    Args:
+        args: Arguments after ``moetion clean``.
+    """
+    parser = argparse.ArgumentParser(
+        prog="moetion clean",
+        description="Remove the state that dead jobs left in this machine's memory. Live jobs are never touched; "
+        "a dead job younger than --older-than is left, because it may be started again.",
+    )
+    _add_memory_dir(parser)
+    parser.add_argument(
+        "--older-than", default="1d", metavar="TIME", help="age since the last commit: 90s, 30m, 12h, 7d, 0 (1d)"
+    )
+    parser.add_argument("--keep", action="append", default=[], metavar="JOB", help="a job to leave (may be repeated)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    options = parser.parse_args(args)
+    base, age = _base(options.memory_dir), parse_duration(options.older_than)
+    if options.dry_run:
+        stale = [i for i in find_jobs(base) if not i.alive and i.name not in options.keep and i.age_seconds >= age]
+    else:
+        stale = clean_stale(base, age, keep=options.keep)
+    for info in stale:
+        print(f"{'would remove' if options.dry_run else 'removed'}  {_line(info)}")
+    print(
+        f"{len(stale)} removed, {len(find_jobs(base))} left in {base}" if not options.dry_run else f"{len(stale)} found"
+    )
+    return 0
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration like ``90s``, ``30m``, ``12h``, ``7d`` or ``0``.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    if match is None:
+        raise ConfigurationError(f"{text!r} is no duration; expected a number with s, m, h or d, for example 12h")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _add_memory_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memory-dir", type=Path, help="base directory of the host-memory tier, if not the default")
+
+
+def _base(given: Path | None) -> Path:
+    return given or default_memory_dir() or default_base_dir()[0]
+
+
+def _line(info: JobInfo) -> str:
+    state = f"alive, process {info.pid}" if info.alive else "dead"
+    newest = f"{len(info.windows)} windows, newest {info.windows[0]}" if info.windows else "no window"
+    return (
+        f"{info.name}/{info.rank_name}: {state}, {newest}, {info.nbytes / 1e6:.1f} MB, "
+        f"{_age(info.age_seconds)} old, {info.path}"
+    )
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

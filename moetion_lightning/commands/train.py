@@ -1,0 +1,58 @@
+"""``moetion fit | validate | test | predict``: LightningCLI, with users' own classes or a recipe."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+__all__ = ["SaveConfig", "program_arguments", "train"]
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the complete configuration beside the logs of a run.
+
+    Only where the run has a log folder of its own: without one Lightning would write ``config.yaml`` into the current
+    directory, perhaps over the user's own. In the run's folder it is written again at a restart.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save, if there is a folder for it."""
+        if trainer.loggers and isinstance(trainer.loggers[0], (CSVLogger, TensorBoardLogger)):
+            super().setup(trainer, pl_module, stage)
+
+
+def train(args: Sequence[str]) -> int:
+    """Run LightningCLI.
+
+    Args:
+        args: Subcommand and arguments, recipes already replaced by paths.
+
+    Returns:
+        0; LightningCLI itself leaves by ``SystemExit(2)`` for wrong arguments.
+    """
+    # Lightning's own calls of interfaces that others have deprecated: nothing that a user could change.
+    for module in (r"lightning\.pytorch\.cli", r"lightning\.pytorch\.utilities\._pytree"):
+        warnings.filterwarnings("ignore", module=module)
+    with program_arguments(args):
+        LightningCLI(save_config_callback=SaveConfig, save_config_kwargs={"overwrite": True})
+    return 0
+
+
+@contextmanager
+def program_arguments(args: Sequence[str]) -> Iterator[None]:
+    """Make these the program's arguments for a while.
+
+    LightningCLI warns when it gets ``args`` while the program has arguments of its own.
+    """
+    before = sys.argv
+    sys.argv = ["moetion", *args]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,290 @@
+"""Find the MoE layers of any module.
+
+Rules, first match wins: the user's specs, the built-in table, the expert-parallel plan that transformers models
+publish, the name of a ``forward`` argument, and last the bare structure. The structural rule gives *candidates*: they
+are MoE layers once the first training iteration shows a routing decision (:mod:`moetion_lightning.core.calibration`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+
+from moetion_lightning.core.layouts import BUILT_IN_SPECS, MoELayer, MoESpec, Tap
+from moetion_lightning.core.operators import Piece, clean_name
+from moetion_lightning.core.packing import Experts, ModuleIndex, fused, pack_experts, router_rows, submodules
+from moetion_lightning.errors import OperatorError
+
+__all__ = ["discover_layers"]
+
+INDEX_ARGUMENTS = (
+    "top_k_index", "top_k_indices", "topk_index", "topk_indices", "topk_idx", "topk_ids", "router_indices",
+    "selected_experts", "selected_experts_indices", "expert_idxs", "expert_indices", "expert_ids",
+)  # fmt: skip
+ROUTER_NAMES = ("gate", "router", "gates", "gating", "wg", "routing")
+ALSO_GATE = ("expert_bias", "e_score_correction_bias", "correction_bias", "moe_statics")
+# A router is small beside its experts; class heads and up-projections are not.
+MAX_ROUTER_SHARE = 0.10
+
+
+def discover_layers(module: nn.Module, specs: Sequence[MoESpec] = ()) -> tuple[MoELayer, ...]:
+    """The MoE layers of a module, in module order.
+
+    Call it on the module whose ``named_parameters()`` names the operators (wrapped, quantized and compiled as it will
+    train), before its first forward. Reads names, shapes and signatures only; nothing is run or copied.
+
+    Args:
+        module: Any module: a bare model, a LightningModule around one, a dense model (no layers).
+        specs: The user's descriptions; they come before the built-in ones.
+
+    Returns:
+        The layers. Those with ``candidate`` set, or without ``tap``, need calibration.
+
+    Raises:
+        OperatorError: A user's spec matches no module, or its paths do not exist in the module that it matches.
+    """
+    index = ModuleIndex(module)
+    found = _Found(index)
+    _from_specs(found, specs, user=True)
+    _from_specs(found, BUILT_IN_SPECS, user=False)
+    _from_plans(found)
+    _from_signatures(found)
+    _from_structure(found)
+    return found.in_order()
+
+
+class _Found:
+    """The layers found so far, and which containers they use, so that no module is claimed twice."""
+
+    def __init__(self, index: ModuleIndex) -> None:
+        self.index = index
+        self._layers: dict[str, MoELayer] = {}
+        self._containers: set[str] = set()
+
+    def overlaps(self, container: str) -> bool:
+        """Whether a container is, holds, or lies in one that is already known."""
+        prefix = f"{container}." if container else ""
+        return any(
+            known == container or known.startswith(prefix) or container.startswith(f"{known}.")
+            for known in self._containers
+        )
+
+    def add(
+        self,
+        source: str,
+        block: str,
+        containers: Sequence[str],
+        experts: Experts,
+        router: str | None,
+        tap: Tap | None,
+        *,
+        gate_parameters: Iterable[str] = (),
+        candidate: bool = False,
+    ) -> None:
+        container = containers[0]
+        self._containers.update(containers)
+        owned = {piece.parameter for pieces in experts.pieces for piece in pieces}
+        names = dict.fromkeys(gate_parameters)
+        if router is not None:
+            names.update(dict.fromkeys(self.index.parameters_of(router)))
+        taken = {layer.name for layer in self._layers.values()}
+        name = clean_name(block)
+        self._layers[container] = MoELayer(
+            name=clean_name(container) if name in taken else name,
+            num_experts=len(experts.pieces),
+            experts=experts.pieces,
+            gate=tuple(Piece(parameter=name) for name in names if name not in owned),
+            tap=tap,
+            candidate=candidate,
+            block_module=block,
+            experts_module=container,
+            router_module=router,
+            expert_modules=experts.modules,
+            source=source,
+        )
+
+    def in_order(self) -> tuple[MoELayer, ...]:
+        position = {name: i for i, name in enumerate(self.index.modules)}
+        return tuple(layer for _, layer in sorted(self._layers.items(), key=lambda item: position[item[0]]))
+
+
+def _from_specs(found: _Found, specs: Sequence[MoESpec], *, user: bool) -> None:
+    index = found.index
+    for spec in specs:
+        pattern, matched = re.compile(spec.block), False
+        for name, block in index.modules.items():
+            if not any(pattern.fullmatch(f"{c.__module__}.{c.__qualname__}") for c in type(block).__mro__):
+                continue
+            matched = True
+            paths = [index.join(name, path) for path in spec.expert_paths]
+            router = None if spec.router is None else index.join(name, spec.router)
+            missing = [p for p in (*paths, router) if p is not None and p not in index.modules]
+            problem = f"it has no {missing[0]!r}" if missing else ""
+            experts = None
+            if not missing and not any(found.overlaps(path) for path in paths):
+                hint = 0 if router is None else router_rows(index, router)
+                experts = pack_experts(index, paths, spec.pack, num_experts=hint)
+                problem = "" if experts else f"no expert parameters of the kind pack={spec.pack!r} in {paths}"
+            if problem and user:
+                near = [path for child in index.below(name) if (path := index.relative(name, child))]
+                raise OperatorError(
+                    f"MoESpec(block={spec.block!r}) matches {name or 'the module'!r} ({type(block).__name__}), but "
+                    f"{problem}; its modules are {near[:12]}. Correct `experts`, `router` or `pack`"
+                )
+            if experts is None:
+                continue
+            also = [index.join(name, path) for path in spec.also_gate]
+            found.add(
+                "user" if user else "built-in", name, paths, experts, router, spec.tap,
+                gate_parameters=[index.canonical[path] for path in also if path in index.canonical],
+            )  # fmt: skip
+        if user and not matched:
+            _raise_no_match(index, spec)
+
+
+def _raise_no_match(index: ModuleIndex, spec: MoESpec) -> None:
+    classes = sorted({f"{type(m).__module__}.{type(m).__qualname__}" for m in index.modules.values()})
+    wanted = re.sub(r"[^\w]+", " ", spec.block).split()
+    plain = [c.rpartition(".")[2] for c in classes]
+    near = difflib.get_close_matches(wanted[-1] if wanted else "", plain, n=5, cutoff=0.3)
+    listed = [c for c in classes if c.rpartition(".")[2] in near] or classes[:10]
+    raise OperatorError(
+        f"MoESpec(block={spec.block!r}) matches no module; expected a regular expression that matches 'module.Class' "
+        f"completely. Near classes: {', '.join(listed)}. Correct the expression, or remove the spec"
+    )
+
+
+def _from_plans(found: _Found) -> None:
+    """Read ``ep_plan`` of every submodule that has one: it belongs to the inner PreTrainedModel, at any depth."""
+    index = found.index
+    for root, model in index.modules.items():
+        plan = getattr(model, "ep_plan", None) or getattr(getattr(model, "config", None), "base_model_ep_plan", None)
+        if not isinstance(plan, dict) or "ep_dispatch_experts" not in plan.values():
+            continue
+        containers = [_plan_pattern(key) for key, style in plan.items() if style == "ep_dispatch_experts"]
+        sharded = [_plan_pattern(key) for key, style in plan.items() if style == "grouped_gemm"]
+        for name in index.below(root):
+            relative = index.relative(root, name)
+            if not any(p.fullmatch(relative) for p in containers) or found.overlaps(name):
+                continue
+            names = [n for n in index.parameters_of(name) if any(p.fullmatch(index.relative(root, n)) for p in sharded)]
+            experts = fused(index, names)
+            if experts is None:
+                continue
+            block = index.parent(name)
+            found.add("ep_plan", block, [name], experts, _named_router(index, block, name),
+                      _index_tap(index.modules[name]), gate_parameters=_loose_gate(index, block))  # fmt: skip
+
+
+def _plan_pattern(key: str) -> re.Pattern[str]:
+    return re.compile(re.escape(key).replace(r"\*", r"[^.]+"))
+
+
+def _index_tap(experts: nn.Module) -> Tap:
+    names = _forward_arguments(experts)
+    named = next((name for name in INDEX_ARGUMENTS if name in names), None)
+    return Tap(site="experts", io="in", key=named or 1, form="index")
+
+
+def _forward_arguments(module: nn.Module) -> list[str]:
+    try:
+        # The class's forward: expert parallelism replaces the instance's by one that takes *args.
+        return list(inspect.signature(type(module).forward).parameters)[1:]
+    except (TypeError, ValueError):
+        return []
+
+
+def _named_router(index: ModuleIndex, block: str, container: str) -> str | None:
+    for router in ROUTER_NAMES:
+        name = index.join(block, router)
+        if name in index.modules and name != container and index.parameters_of(name):
+            return name
+    return None
+
+
+def _loose_gate(index: ModuleIndex, block: str) -> list[str]:
+    """Parameters of the gate that sit in the block itself."""
+    names = [index.join(block, name) for name in ALSO_GATE]
+    return [index.canonical[name] for name in names if name in index.canonical]
+
+
+def _from_signatures(found: _Found) -> None:
+    index = found.index
+    # Innermost first: a block may pass the ids through to the container that owns the parameters.
+    for name in sorted(index.modules, key=lambda n: -n.count(".")):
+        module = index.modules[name]
+        if not name or not set(INDEX_ARGUMENTS) & set(_forward_arguments(module)) or found.overlaps(name):
+            continue
+        experts = pack_experts(index, [name], "auto", num_experts=0)
+        if experts is None:
+            continue
+        block = index.parent(name)
+        found.add("signature", block, [name], experts, _named_router(index, block, name), _index_tap(module),
+                  gate_parameters=_loose_gate(index, block))  # fmt: skip
+
+
+def _from_structure(found: _Found) -> None:
+    index = found.index
+    for name in sorted(index.modules, key=lambda n: -n.count(".")):
+        if not name or found.overlaps(name):
+            continue
+        module = index.modules[name]
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            experts = submodules(index, [name])
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            continue  # a depthwise kernel is 3-D too
+        else:
+            own = [n for n in index.own_parameters(name) if index.parameters[n].dim() == 3]
+            experts = fused(index, own) if _agree(index, own) else None
+        if experts is None:
+            continue
+        beside = _router_beside(index, name, len(experts.pieces))
+        if beside is None:
+            continue
+        block, router, loose = beside
+        found.add("structure", block, [name], experts, router, None, candidate=True,
+                  gate_parameters=[*loose, *_loose_gate(index, block)])  # fmt: skip
+
+
+def _agree(index: ModuleIndex, names: Sequence[str]) -> bool:
+    return len({index.parameters[name].shape[0] for name in names}) == 1
+
+
+def _router_beside(index: ModuleIndex, container: str, experts: int) -> tuple[str, str | None, list[str]] | None:
+    """Block, router module and loose router parameters of a container: in its parent, or its grandparent."""
+    limit = MAX_ROUTER_SHARE * sum(index.parameters[n].numel() for n in index.parameters_of(container))
+    block = container
+    for _ in range(2):
+        if not block:
+            return None
+        block = index.parent(block)
+        matches = [c for c in _siblings(index, block, container) if _is_router(index, c, experts, limit)]
+        if matches:
+            matches.sort(key=lambda n: (n.rpartition(".")[2] not in ROUTER_NAMES, index.size(n)))
+            return block, matches[0], []
+        loose = [
+            n for n in index.own_parameters(block)
+            if index.parameters[n].dim() == 2 and experts in index.parameters[n].shape
+            and index.parameters[n].numel() <= limit
+        ]  # fmt: skip
+        if loose:
+            return block, None, loose[:1]
+    return None
+
+
+def _siblings(index: ModuleIndex, block: str, container: str) -> Iterator[str]:
+    for child, _ in index.modules[block].named_children():
+        name = index.join(block, child)
+        if name in index.modules and name != container and not container.startswith(f"{name}."):
+            yield name
+
+
+def _is_router(index: ModuleIndex, name: str, experts: int, limit: float) -> bool:
+    if any(isinstance(index.modules[n], nn.Embedding) for n in index.below(name)) or index.size(name) > limit:
+        return False
+    shapes = [index.parameters[n].shape for n in index.parameters_of(name)]
+    return any(len(shape) == 2 and experts in shape for shape in shapes)

@@ -1,0 +1,345 @@
+"""What to capture when. A policy plans; the engine acts.
+
+Three policies run on the same engine: sparse (MoEtion: exact, a window of W iterations), dense in memory (Gemini: exact,
+W = 1) and partial experts (MoC-System: lossy, all non-expert state and K of N experts per checkpoint).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from moetion_lightning.core.lost_tokens import LostTokens
+from moetion_lightning.core.operators import Operator, OperatorKind
+from moetion_lightning.core.schedule import (
+    MAX_SHARE,
+    Schedule,
+    choose_window,
+    fractional_bound,
+    make_schedule,
+    order_operators,
+    split_operators,
+)
+from moetion_lightning.core.state import LiveState
+from moetion_lightning.errors import ConfigurationError
+
+__all__ = [
+    "DensePolicy",
+    "PartialExpertsPolicy",
+    "Policy",
+    "PolicyContext",
+    "RestoreOnlyPolicy",
+    "Sizes",
+    "SlotPlan",
+    "SparsePolicy",
+    "WindowPlan",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Bytes and shapes of the parameters, by name.
+
+    Args:
+        full: With optimizer state.
+        compute: Compute weights alone.
+        rows: Size of dimension 0 (1 for 0-d parameters).
+        sliceable: Whether rows may be captured at different iterations.
+    """
+
+    full: Mapping[str, int]
+    compute: Mapping[str, int]
+    rows: Mapping[str, int]
+    sliceable: Mapping[str, bool]
+
+    @classmethod
+    def of(cls, live: LiveState, compute_dtype: Mapping[str, torch.dtype]) -> Sizes:
+        """Measure the live state."""
+        names = live.trainable()
+        return cls(
+            full={n: live.full_bytes(n) for n in names},
+            compute={
+                n: live.parameters[n].numel() * compute_dtype.get(n, live.parameters[n].dtype).itemsize for n in names
+            },
+            rows={n: live.parameters[n].shape[0] if live.parameters[n].dim() else 1 for n in names},
+            sliceable={n: live.is_elementwise(n) for n in names},
+        )
+
+    def operator_bytes(self, operators: Sequence[Operator], which: Mapping[str, int]) -> dict[str, int]:
+        """Bytes of operators by name; ``which`` is :attr:`full` or :attr:`compute`."""
+        result = {}
+        for op in operators:
+            total = 0
+            for piece in op.pieces:
+                nbytes = which[piece.parameter]
+                if piece.start is not None and piece.stop is not None:
+                    nbytes = nbytes * (piece.stop - piece.start) // max(1, self.rows[piece.parameter])
+                total += nbytes
+            result[op.name] = total
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotPlan:
+    """Operators captured in full and as compute weights in one iteration."""
+
+    active: tuple[Operator, ...]
+    frozen: tuple[Operator, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPlan:
+    """A window: its slots, one per iteration, and the operators that stay as saved by an older restore point.
+
+    Args:
+        slots: One per iteration.
+        carried: Operators of which the newest older capture is kept (lossy policies only).
+        schedule: The schedule, where the policy makes one.
+        changed: Why the schedule is a new one, else empty.
+    """
+
+    slots: tuple[SlotPlan, ...]
+    carried: tuple[Operator, ...] = ()
+    schedule: Schedule | None = None
+    changed: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyContext:
+    """What a policy may look at when a window could begin.
+
+    Args:
+        iteration: Completed iterations.
+        operators: The operators that partition the trainable state.
+        sizes: Their sizes.
+        layers: Names of the MoE layers, the rows of ``tokens``.
+        tokens: int64 ``[num_layers, num_experts]``, tokens in the rolling window.
+        frequencies_changed: Whether at least 25 % of the experts' frequencies changed by more than 10 % since
+            ``reference``.
+        iteration_seconds: Rolling median.
+        bytes_per_second: Copy bandwidth.
+        lost: Lost-token counters.
+        saved: Names of operators that an older restore point holds.
+    """
+
+    iteration: int
+    operators: tuple[Operator, ...]
+    sizes: Sizes
+    layers: tuple[str, ...]
+    tokens: Tensor
+    frequencies_changed: bool
+    iteration_seconds: float
+    bytes_per_second: float
+    lost: LostTokens
+    saved: frozenset[str] = field(default_factory=frozenset)
+
+
+class Policy(Protocol):
+    """Plans windows.
+
+    Attributes:
+        name: Stored in the manifest.
+        exact: Whether a restore is exact.
+    """
+
+    name: str
+    exact: bool
+
+    def plan(self, context: PolicyContext) -> WindowPlan | None:
+        """The window that begins now, or None if none does."""
+        ...
+
+
+class SparsePolicy:
+    """MoEtion: every operator in full once per window, its compute weights in the window's iterations before.
+
+    Args:
+        window: Iterations per window, or "auto": the smallest whose heaviest iteration is hidden behind training.
+        max_window: Upper limit for "auto".
+        overlap_target: Share of an iteration that the copies may take.
+    """
+
+    name = "sparse"
+    exact = True
+
+    def __init__(self, window: int | Literal["auto"], max_window: int, overlap_target: float) -> None:
+        self.window = window
+        self.max_window = max_window
+        self.overlap_target = overlap_target
+        self._schedule: Schedule | None = None
+        self._known: tuple[object, ...] = ()
+        self._budget = 0.0
+
+    def plan(self, context: PolicyContext) -> WindowPlan:
+        reason = self._why_new(context)
+        if reason:
+            self._make(context)
+        schedule = self._schedule
+        assert schedule is not None
+        slots = tuple(SlotPlan(active=ops, frozen=schedule.frozen(k)) for k, ops in enumerate(schedule.slots))
+        return WindowPlan(slots=slots, schedule=schedule, changed=reason)
+
+    def _why_new(self, context: PolicyContext) -> str:
+        known = (tuple(op.name for op in context.operators), tuple(context.sizes.compute.items()))
+        if self._schedule is None:
+            self._known = known
+            return "first schedule"
+        if known != self._known:
+            self._known = known
+            return "the operators or their compute weights changed"
+        full = sum(context.sizes.full.values())
+        if abs(full - self._schedule.dense_bytes) > 0.1 * self._schedule.dense_bytes:
+            return "the optimizer's state changed its size"
+        budget = context.iteration_seconds * context.bytes_per_second
+        if self.window == "auto" and abs(budget - self._budget) > 0.1 * self._budget:
+            self._budget = budget
+            if self._choose(context) != self._schedule.window:
+                return "the iteration time or the bandwidth changed"
+        if context.frequencies_changed:
+            return "the experts' popularity changed"
+        return ""
+
+    def _choose(self, context: PolicyContext) -> int:
+        if self.window != "auto":
+            return self.window
+        sizes = context.sizes
+        full = list(sizes.operator_bytes(context.operators, sizes.full).values())
+        compute = list(sizes.operator_bytes(context.operators, sizes.compute).values())
+        heaviest = {w: int(fractional_bound(full, compute, w)) for w in range(1, self.max_window + 1)}
+        return choose_window(
+            heaviest,
+            iteration_seconds=context.iteration_seconds,
+            bytes_per_second=context.bytes_per_second,
+            overlap_target=self.overlap_target,
+        )
+
+    def _make(self, context: PolicyContext) -> None:
+        sizes = context.sizes
+        self._budget = context.iteration_seconds * context.bytes_per_second
+        window = self._choose(context)
+        tokens = {
+            (layer, expert): count
+            for layer, row in zip(context.layers, context.tokens.tolist())
+            for expert, count in enumerate(row)
+        }
+        ordered = order_operators(context.operators, tokens)
+        full = list(sizes.operator_bytes(ordered, sizes.full).values())
+        compute = list(sizes.operator_bytes(ordered, sizes.compute).values())
+        if window > 1:
+            cap = max(1, int(MAX_SHARE * fractional_bound(full, compute, window)))
+            ordered = split_operators(
+                ordered, full_bytes=sizes.full, rows=sizes.rows, sliceable=sizes.sliceable, max_bytes=cap
+            )
+        self._schedule = make_schedule(
+            ordered,
+            window,
+            full_bytes=sizes.operator_bytes(ordered, sizes.full),
+            compute_bytes=sizes.operator_bytes(ordered, sizes.compute),
+        )
+
+
+class DensePolicy:
+    """Gemini: everything in full, every ``every_n_steps`` iterations.
+
+    Args:
+        every_n_steps: Iterations between snapshots.
+    """
+
+    name = "dense"
+    exact = True
+
+    def __init__(self, every_n_steps: int = 1) -> None:
+        if every_n_steps < 1:
+            raise ConfigurationError(f"every_n_steps={every_n_steps!r}: expected an int >= 1")
+        self.every_n_steps = every_n_steps
+
+    def plan(self, context: PolicyContext) -> WindowPlan | None:
+        if context.iteration % self.every_n_steps:
+            return None
+        return WindowPlan(slots=(SlotPlan(active=context.operators),))
+
+
+class PartialExpertsPolicy:
+    """MoC-System's partial experts checkpointing (PEC): lossy.
+
+    Args:
+        num_experts_per_checkpoint: K, experts of each MoE layer saved per checkpoint.
+        selection: "sequential" (round robin, shifted from layer to layer) or "load_aware" (most unsaved tokens first).
+        every_n_steps: Iterations between checkpoints.
+        plt_limit: Proportion of lost tokens above which K doubles after a restore (dynamic K); None keeps K.
+    """
+
+    name = "partial"
+    exact = False
+
+    def __init__(
+        self,
+        num_experts_per_checkpoint: int,
+        selection: Literal["sequential", "load_aware"] = "sequential",
+        every_n_steps: int = 1,
+        plt_limit: float | None = 0.0375,
+    ) -> None:
+        if num_experts_per_checkpoint < 1:
+            raise ConfigurationError(f"num_experts_per_checkpoint={num_experts_per_checkpoint!r}: expected an int >= 1")
+        if selection not in ("sequential", "load_aware"):
+            raise ConfigurationError(f'selection={selection!r}: expected "sequential" or "load_aware"')
+        if every_n_steps < 1:
+            raise ConfigurationError(f"every_n_steps={every_n_steps!r}: expected an int >= 1")
+        if plt_limit is not None and not 0 < plt_limit < 1:
+            raise ConfigurationError(f"plt_limit={plt_limit!r}: expected a proportion in (0, 1), or None")
+        self.num_experts = num_experts_per_checkpoint
+        self.selection = selection
+        self.every_n_steps = every_n_steps
+        self.plt_limit = plt_limit
+        self.checkpoints = 0
+
+    def plan(self, context: PolicyContext) -> WindowPlan | None:
+        if context.iteration % self.every_n_steps:
+            return None
+        chosen = self._choose(context)
+        active, carried = [], []
+        for op in context.operators:
+            is_expert = op.kind is OperatorKind.EXPERT and op.expert is not None
+            if not is_expert or (op.layer, op.expert) in chosen or op.name not in context.saved:
+                active.append(op)
+            else:
+                carried.append(op)
+        self.checkpoints += 1
+        return WindowPlan(slots=(SlotPlan(active=tuple(active)),), carried=tuple(carried))
+
+    def _choose(self, context: PolicyContext) -> set[tuple[str | None, int | None]]:
+        chosen: set[tuple[str | None, int | None]] = set()
+        for row, layer in enumerate(context.layers):
+            experts = sorted(
+                {op.expert for op in context.operators if op.layer == layer and op.expert is not None}
+            )  # fmt: skip
+            count = min(self.num_experts, len(experts))
+            if self.selection == "sequential":
+                first = (self.checkpoints + row) * count
+                picked = [experts[(first + i) % len(experts)] for i in range(count)] if experts else []
+            else:
+                unsaved = context.lost.unsaved[row]
+                picked = sorted(experts, key=lambda e: (-int(unsaved[e]), e))[:count]
+            chosen.update((layer, expert) for expert in picked)
+        return chosen
+
+    def after_restore(self, plt: float) -> bool:
+        """Dynamic K: double K if the proportion of lost tokens is above the limit. Returns whether it did."""
+        if self.plt_limit is None or plt <= self.plt_limit:
+            return False
+        self.num_experts *= 2
+        return True
+
+
+class RestoreOnlyPolicy:
+    """Never captures: a job is continued, not protected."""
+
+    name = "none"
+    exact = True
+
+    def plan(self, context: PolicyContext) -> None:
+        return None

@@ -1,0 +1,198 @@
+"""Sparse window -> dense state, one iteration at a time, inside the adapter's own training loop.
+
+After :meth:`Reconstruction.begin` the live state is that of the window's first iteration, except that frozen operators
+hold compute weights and no optimizer state of their own. Training then runs as ever; after each optimizer step the
+frozen operators are overwritten from that iteration's snapshot, and those whose turn it is become active: weights and
+optimizer state in full. After the last slot the state is dense and exact.
+
+What a frozen operator's optimizer state holds meanwhile is meaningless; it is overwritten at activation. The gradients
+are those of the original run, so gradient clipping is exact by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moetion_lightning.core.operators import Operator, OperatorKind
+from moetion_lightning.core.state import LiveState, TensorLoader, write_active, write_compute
+
+__all__ = ["CarriedSlot", "Reconstruction", "SavedSlot", "compare_witness"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedSlot:
+    """One slot of a committed window.
+
+    Args:
+        iteration: The iteration after which it was captured.
+        active: Operators saved in full.
+        frozen: Operators of which compute weights were saved.
+        scalars: Non-tensor optimizer state.
+        witness: What the iteration looked like, to check the replay.
+        load: Gives a stored tensor by name.
+    """
+
+    iteration: int
+    active: tuple[Operator, ...]
+    frozen: tuple[Operator, ...]
+    scalars: Mapping[str, Any]
+    witness: Mapping[str, Any]
+    load: TensorLoader
+
+
+@dataclass(frozen=True, kw_only=True)
+class CarriedSlot:
+    """Operators of which only an older capture exists (lossy policies)."""
+
+    iteration: int
+    operators: tuple[Operator, ...]
+    scalars: Mapping[str, Any]
+    load: TensorLoader
+
+
+class Reconstruction:
+    """Drives the conversion of one window.
+
+    Args:
+        live: The live state.
+        slots: The window's slots in order.
+        carried: Older captures to apply with the first slot.
+        skip_gradients: Whether frozen operators' weight gradients are skipped.
+    """
+
+    def __init__(
+        self,
+        live: LiveState,
+        slots: Sequence[SavedSlot],
+        carried: Sequence[CarriedSlot] = (),
+        *,
+        skip_gradients: bool = False,
+    ) -> None:
+        self.live = live
+        self.slots = tuple(slots)
+        self.carried = tuple(carried)
+        self.position = 0
+        self._skip_gradients = skip_gradients
+        self._skipped: list[str] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether the state is dense."""
+        return self.position == len(self.slots) - 1
+
+    @property
+    def next_slot(self) -> SavedSlot:
+        """The slot that belongs to the iteration being replayed."""
+        return self.slots[self.position + 1]
+
+    def begin(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Put the state of the window's first iteration in place.
+
+        Args:
+            progress: Called with (operators done, operators in all) after each operator.
+        """
+        first = self.slots[0]
+        total = len(first.active) + len(first.frozen) + sum(len(c.operators) for c in self.carried)
+        done = 0
+        for op in first.active:
+            write_active(self.live, [op], first.load, first.scalars)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        for op in first.frozen:
+            write_compute(self.live, [op], first.load)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        for carried in self.carried:
+            for op in carried.operators:
+                write_active(self.live, [op], carried.load, carried.scalars)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        self._toggle_gradients()
+
+    def after_step(self, optimizer_index: int) -> None:
+        """An optimizer has stepped: give its parameters the values that they had after this iteration.
+
+        Args:
+            optimizer_index: Which of the live state's optimizers.
+        """
+        if not self.done:
+            self._apply(self.next_slot, lambda name: self.live.owner.get(name) == optimizer_index)
+
+    def finish_iteration(self) -> SavedSlot:
+        """The iteration is complete, hooks included: apply its snapshot once more and move on. Returns its slot."""
+        slot = self.next_slot
+        self._apply(slot, lambda name: True)
+        self.position += 1
+        self._toggle_gradients()
+        return slot
+
+    def _apply(self, slot: SavedSlot, wanted: Callable[[str], bool]) -> None:
+        def belongs(operators: Iterable[Operator]) -> list[Operator]:
+            return [op for op in operators if all(wanted(piece.parameter) for piece in op.pieces)]
+
+        write_active(self.live, belongs(slot.active), slot.load, slot.scalars)
+        write_compute(self.live, belongs(slot.frozen), slot.load)
+
+    def release(self) -> None:
+        """Undo what the replay changed on the module (gradient switches)."""
+        for name in self._skipped:
+            self.live.parameters[name].requires_grad_(True)
+        self._skipped = []
+
+    def _toggle_gradients(self) -> None:
+        """Skip the weight gradients of parameters that are frozen as a whole.
+
+        Matrices of experts and shared operators only: gates, norms and biases cost nothing, and keeping their gradients
+        keeps the loss differentiable however little is active yet.
+        """
+        if not self._skip_gradients:
+            return
+        self.release()
+        if self.done:
+            return
+        frozen = self.next_slot.frozen + self.next_slot.active  # neither has seen its activation yet
+        rows: dict[str, int] = {}
+        for op in frozen:
+            if op.kind is OperatorKind.GATE:
+                continue
+            for piece in op.pieces:
+                parameter = self.live.parameters[piece.parameter]
+                start, stop = piece.start or 0, parameter.shape[0] if parameter.dim() else 1
+                stop = stop if piece.stop is None else piece.stop
+                rows[piece.parameter] = rows.get(piece.parameter, 0) + stop - start
+        candidates = [
+            name
+            for name, count in rows.items()
+            if self.live.parameters[name].dim() >= 2 and count == self.live.parameters[name].shape[0]
+        ]
+        trainable = self.live.trainable()
+        if len(candidates) == len(trainable):
+            candidates = candidates[:-1]
+        for name in candidates:
+            parameter = self.live.parameters[name]
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                self._skipped.append(name)
+
+
+def compare_witness(recorded: Mapping[str, Any], replayed: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Differences between two witnesses as (quantity, recorded, replayed)."""
+    differences = []
+    for quantity in ("losses", "norms", "lrs", "rng"):
+        if quantity not in recorded or quantity not in replayed:
+            continue
+        if recorded[quantity] != replayed[quantity]:
+            differences.append((quantity, _readable(recorded[quantity]), _readable(replayed[quantity])))
+    return differences
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(f"{float.fromhex(v):.9g}" for v in value) + "]"
+    return str(value)

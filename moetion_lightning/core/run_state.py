@@ -1,0 +1,126 @@
+"""What belongs to a run and is no operator: random number generators, buffers, metric states, gradients.
+
+Everything here is small next to the operators and is captured once per window, with its first iteration.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+
+__all__ = ["find_generators", "get_rng", "read_buffers", "rng_digest", "set_rng", "write_buffers"]
+
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def get_rng(generators: Mapping[str, object] | None = None) -> dict[str, Any]:
+    """State of the global generators of python, numpy and torch (all devices), and of the given ones.
+
+    Args:
+        generators: Further generators by name (torch, numpy or python objects).
+
+    Returns:
+        Plain values and tensors; every tensor is a copy.
+    """
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if generators:
+        state["generators"] = {name: _get_generator(g) for name, g in generators.items()}
+    return state
+
+
+def set_rng(state: Mapping[str, Any], generators: Mapping[str, object] | None = None) -> None:
+    """Put the state of :func:`get_rng` back. Named generators that no longer exist are left out."""
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(list(state["cuda"])[: torch.cuda.device_count()])
+    for name, value in state.get("generators", {}).items():
+        if generators and name in generators:
+            _set_generator(generators[name], value)
+
+
+def rng_digest() -> str:
+    """Short digest of the global generators, for the witness of an iteration."""
+    digest = xxhash.xxh3_64()
+    digest.update(torch.get_rng_state().numpy())
+    digest.update(repr(random.getstate()[1][-1:]).encode())  # the position in the Mersenne twister's block
+    numpy_state: Any = np.random.get_state(legacy=False)
+    digest.update(str(numpy_state["state"].get("pos", "")).encode())
+    if torch.cuda.is_initialized():
+        for cuda_state in torch.cuda.get_rng_state_all():
+            digest.update(cuda_state.numpy())
+    return digest.hexdigest()
+
+
+def _get_generator(generator: object) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    assert isinstance(generator, random.Random)
+    return generator.getstate()
+
+
+def _set_generator(generator: object, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        version, values, gauss = state
+        generator.setstate((version, tuple(values), gauss))
+
+
+def find_generators(roots: Mapping[str, object]) -> dict[str, object]:
+    """Generators that user objects hold as attributes, by name.
+
+    Args:
+        roots: Objects to look at. Of a module, every submodule is looked at; of anything else, its own attributes.
+    """
+    found: dict[str, object] = {}
+    for name, root in roots.items():
+        owners: Iterable[tuple[str, object]] = [("", root)]
+        if isinstance(root, nn.Module):
+            owners = root.named_modules()
+        for path, owner in owners:
+            for attribute, value in list(getattr(owner, "__dict__", {}).items()):
+                if isinstance(value, _GENERATORS):
+                    found[".".join(part for part in (name, path, attribute) if part)] = value
+    return found
+
+
+def read_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """All buffers (persistent or not) by name; live tensors, not copies."""
+    return dict(module.named_buffers())
+
+
+@torch.no_grad()
+def write_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Put buffers back. A buffer whose shape changed meanwhile is replaced."""
+    for name, buffer in module.named_buffers():
+        value = saved.get(name)
+        if value is None:
+            continue
+        if buffer.shape == value.shape and buffer.dtype == value.dtype:
+            buffer.copy_(value)
+        else:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], value.to(buffer.device))

@@ -1,0 +1,281 @@
+"""An operator's state out of, and into, a live module and its optimizers.
+
+Names of the tensors of a snapshot (``key`` is a :attr:`Piece.key`)::
+
+    w:<key>             master weights (active capture)
+    c:<key>             compute weights (frozen capture)
+    s:<key>:<entry>     a tensor entry of the optimizer's state (active capture)
+
+Entries of the optimizer's state that are not tensors travel as JSON ("scalars") beside the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moetion_lightning.core.operators import Operator, Piece
+from moetion_lightning.errors import OperatorError, UnsupportedStateError
+
+__all__ = ["CopyItem", "LiveState", "SlotContents", "TensorLoader", "read_slot", "write_active", "write_compute"]
+
+#: Optimizers whose update of an element depends on that element's gradient and state alone, so that rows of a parameter
+#: may be captured at different iterations. Exact classes: a subclass may do anything in its ``step``.
+ELEMENTWISE_OPTIMIZERS = frozenset(
+    [f"torch.optim.{module}.{name}" for module, name in (
+        ("adam", "Adam"), ("adamw", "AdamW"), ("nadam", "NAdam"), ("radam", "RAdam"), ("adamax", "Adamax"),
+        ("sgd", "SGD"), ("rmsprop", "RMSprop"), ("adagrad", "Adagrad"), ("adadelta", "Adadelta"), ("asgd", "ASGD"),
+        ("rprop", "Rprop"),
+    )]
+    + ["lion_pytorch.lion_pytorch.Lion", "timm.optim.lion.Lion", "torch_optimizer.lion.Lion"]
+)  # fmt: skip
+
+TensorLoader: TypeAlias = Callable[[str], Tensor]
+
+_OPTIONAL_STATE_BYTES_PER_ELEMENT = 8  # estimate before the first step: two float32 moments
+
+
+class LiveState:
+    """Names for the live parameters of a module and their optimizer state.
+
+    Nothing is cached that training may replace: optimizer state is looked up at each use, because
+    ``load_state_dict`` replaces its tensors.
+
+    Args:
+        module: The module that trains.
+        optimizers: Its optimizers (raw ``torch.optim`` objects).
+        elementwise: Qualified class names of further elementwise optimizers.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], elementwise: Iterable[str] = ()) -> None:
+        self.module = module
+        self.optimizers = tuple(optimizers)
+        self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
+        self._elementwise = ELEMENTWISE_OPTIMIZERS | frozenset(elementwise)
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self.owner: dict[str, int] = {}
+        for index, optimizer in enumerate(self.optimizers):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = names.get(id(parameter))
+                    if name is None:
+                        raise OperatorError(
+                            f"optimizer {index} ({type(optimizer).__name__}) updates a parameter of shape "
+                            f"{tuple(parameter.shape)} that is not a parameter of {type(module).__name__}. "
+                            "Register the module that owns it as a submodule, so that its state can be captured."
+                        )
+                    self.owner[name] = index
+
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the parameters that an optimizer updates now, in the module's order."""
+        return tuple(n for n, p in self.parameters.items() if n in self.owner and p.requires_grad)
+
+    def signature(self) -> tuple[int, ...]:
+        """Cheap identity of what trains: changes when parameters are added, frozen or unfrozen."""
+        return tuple(
+            id(p)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        )
+
+    def is_elementwise(self, name: str) -> bool:
+        """Whether rows of the parameter may be captured at different iterations."""
+        optimizer = self.optimizers[self.owner[name]]
+        kind = type(optimizer)
+        parameter = self.parameters[name]
+        return (
+            f"{kind.__module__}.{kind.__qualname__}" in self._elementwise
+            and parameter.dim() > 0
+            and all(
+                not isinstance(value, Tensor) or value.dim() == 0 or value.shape == parameter.shape
+                for value in self.optimizer_state(name).values()
+            )
+        )
+
+    def optimizer_state(self, name: str) -> dict[str, Any]:
+        """The live state of a parameter's optimizer; empty before its first step."""
+        state: dict[str, Any] = self.optimizers[self.owner[name]].state.get(self.parameters[name], {})
+        return state
+
+    def full_bytes(self, name: str) -> int:
+        """Bytes of a parameter with its optimizer state (two moments are assumed before the first step)."""
+        parameter = self.parameters[name]
+        state = self.optimizer_state(name)
+        if not state:
+            return parameter.numel() * (parameter.element_size() + _OPTIONAL_STATE_BYTES_PER_ELEMENT)
+        tensors = [t for value in state.values() for t in _tensors_of(value)]
+        return parameter.numel() * parameter.element_size() + sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _tensors_of(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in _tensors_of(item)]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in _tensors_of(item)]
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyItem:
+    """One tensor of a slot: where it comes from and how it is stored.
+
+    Args:
+        name: Name in the snapshot.
+        source: Live tensor (a view), valid until the next optimizer step.
+        dtype: Stored dtype; differs from the source's for compute weights.
+    """
+
+    name: str
+    source: Tensor
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size."""
+        return self.source.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotContents:
+    """What one capture holds.
+
+    Args:
+        items: The tensors.
+        scalars: By parameter: structure of its optimizer state, with the non-tensor values.
+    """
+
+    items: tuple[CopyItem, ...]
+    scalars: dict[str, Any]
+
+
+def read_slot(
+    live: LiveState,
+    active: Sequence[Operator],
+    frozen: Sequence[Operator],
+    compute_dtype: Mapping[str, torch.dtype],
+) -> SlotContents:
+    """List what to copy for one slot; copies nothing.
+
+    Args:
+        live: The live state.
+        active: Operators captured in full.
+        frozen: Operators of which only the compute weights are captured.
+        compute_dtype: Dtype that the forward consumes, by parameter name; missing means the parameter's own.
+    """
+    items: list[CopyItem] = []
+    scalars: dict[str, Any] = {}
+    for op in active:
+        for piece in op.pieces:
+            parameter = live.parameters[piece.parameter].detach()
+            items.append(CopyItem(name=f"w:{piece.key}", source=piece.of(parameter), dtype=parameter.dtype))
+            scalars[piece.parameter] = {
+                entry: _describe(value, entry, piece, parameter, items)
+                for entry, value in live.optimizer_state(piece.parameter).items()
+            }
+    for op in frozen:
+        for piece in op.pieces:
+            parameter = live.parameters[piece.parameter].detach()
+            dtype = compute_dtype.get(piece.parameter, parameter.dtype)
+            items.append(CopyItem(name=f"c:{piece.key}", source=piece.of(parameter), dtype=dtype))
+    return SlotContents(items=tuple(items), scalars=scalars)
+
+
+def _describe(value: object, path: str, piece: Piece, parameter: Tensor, items: list[CopyItem]) -> Any:
+    """JSON for one entry of an optimizer's state (the same for all pieces of a parameter); tensors go to ``items``."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        rows = value.shape == parameter.shape
+        source = piece.of(value) if rows else value
+        items.append(CopyItem(name=f"s:{piece.key}:{path}", source=source, dtype=value.dtype))
+        return {"t": path, "rows": rows, "cpu": value.device.type == "cpu"}
+    if value is None or isinstance(value, (bool, int, str)):
+        return {"v": value}
+    if isinstance(value, float):
+        return {"f": value.hex()}
+    if isinstance(value, (list, tuple)):
+        kind = "l" if isinstance(value, list) else "u"
+        return {kind: [_describe(v, f"{path}.{i}", piece, parameter, items) for i, v in enumerate(value)]}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"d": {k: _describe(v, f"{path}.{k}", piece, parameter, items) for k, v in value.items()}}
+    raise UnsupportedStateError(
+        f"the optimizer's state of parameter {piece.parameter!r} holds {path!r} of type {type(value).__name__}; "
+        "tensors, numbers, strings, None, and lists, tuples and dicts of them can be captured"
+    )
+
+
+@torch.no_grad()
+def write_active(live: LiveState, operators: Iterable[Operator], load: TensorLoader, scalars: Mapping[str, Any]) -> None:
+    """Put master weights and optimizer state of active operators back.
+
+    Args:
+        live: The live state to change in place.
+        operators: The operators of the slot.
+        load: Gives a stored tensor by name.
+        scalars: The slot's scalars.
+    """
+    for op in operators:
+        for piece in op.pieces:
+            parameter = live.parameters[piece.parameter]
+            piece.of(parameter.detach()).copy_(load(f"w:{piece.key}"))
+            optimizer = live.optimizers[live.owner[piece.parameter]]
+            entries: Mapping[str, Any] = scalars[piece.parameter]
+            if not entries:
+                # No state yet when captured: whatever a frozen phase left there must go, so that it is made afresh.
+                optimizer.state.pop(parameter, None)
+                continue
+            state = optimizer.state[parameter]
+            for stale in [entry for entry in state if entry not in entries]:
+                del state[stale]
+            for entry, described in entries.items():
+                state[entry] = _rebuild(described, state.get(entry), piece, parameter, load)
+
+
+def _rebuild(described: Mapping[str, Any], current: object, piece: Piece, parameter: Tensor, load: TensorLoader) -> Any:
+    if "t" in described:
+        stored = load(f"s:{piece.key}:{described['t']}")
+        device = torch.device("cpu") if described["cpu"] else parameter.device
+        shape = parameter.shape if described["rows"] else stored.shape
+        fits = (
+            isinstance(current, Tensor)
+            and current.shape == shape
+            and current.dtype == stored.dtype
+            and current.device == device
+        )
+        if fits:
+            target = current
+        elif described["rows"]:
+            # Rows of other operators are zero until those are activated themselves.
+            target = torch.zeros_like(parameter, dtype=stored.dtype, device=device)
+        else:
+            target = torch.empty(shape, dtype=stored.dtype, device=device)
+        assert isinstance(target, Tensor)
+        (piece.of(target) if described["rows"] else target).copy_(stored)
+        return target
+    if "v" in described:
+        return described["v"]
+    if "f" in described:
+        return float.fromhex(described["f"])
+    if "d" in described:
+        old = current if isinstance(current, Mapping) else {}
+        return {k: _rebuild(v, old.get(k), piece, parameter, load) for k, v in described["d"].items()}
+    kind = "l" if "l" in described else "u"
+    values = [_rebuild(v, None, piece, parameter, load) for v in described[kind]]
+    return values if kind == "l" else tuple(values)
+
+
+@torch.no_grad()
+def write_compute(live: LiveState, operators: Iterable[Operator], load: TensorLoader, *, active: bool = False) -> None:
+    """Put compute weights back (``active=True``: the master weights of an active capture, without optimizer state)."""
+    prefix = "w" if active else "c"
+    for op in operators:
+        for piece in op.pieces:
+            piece.of(live.parameters[piece.parameter].detach()).copy_(load(f"{prefix}:{piece.key}"))

@@ -1,0 +1,245 @@
+"""Where a data loader stands, so that the same batches follow after a restart: none lost, none twice.
+
+Any loader is brought back by *re-iterating*: the state of every random number generator at ``iter(loader)`` is recorded,
+put back, the iterator is made again, and as many batches as had been drawn are skipped. That is exact for shuffling,
+samplers with generators, workers and persistent workers. Loaders and datasets that can save their own position
+(``state_dict``) are asked to do so instead, which costs nothing on restart.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from moetion_lightning.core.run_state import find_generators, get_rng, set_rng
+
+__all__ = ["LoaderPosition", "loader_parts", "make_resumable"]
+
+_log = logging.getLogger(__name__)
+_ATTRIBUTE = "_moetion_position"
+_SAY_FROM_BATCHES = 100
+
+
+def loader_parts(loader: object) -> dict[str, object]:
+    """The objects of a loader that may hold generators, by role."""
+    parts: dict[str, object] = {"loader": loader}
+    for role in ("sampler", "batch_sampler", "dataset"):
+        part = getattr(loader, role, None)
+        if part is not None:
+            parts[role] = part
+    inner = getattr(parts.get("batch_sampler"), "sampler", None)
+    if inner is not None:
+        parts["inner_sampler"] = inner
+    return parts
+
+
+def _is_stateful(obj: object) -> bool:
+    return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
+
+
+@dataclass(kw_only=True)
+class _Pass:
+    """One pass over the loader.
+
+    Args:
+        start: Generators (and sampler epochs) at ``iter(loader)``.
+        first: Generators right before its first batch: an in-process sampler draws its order only then.
+        drawn: Batches drawn.
+    """
+
+    start: Mapping[str, Any]
+    first: Mapping[str, Any] | None = None
+    drawn: int = 0
+
+
+class LoaderPosition:
+    """Follows one loader.
+
+    Args:
+        loader: Any iterable of batches.
+    """
+
+    def __init__(self, loader: object) -> None:
+        self._loader = loader
+        self._passes: list[_Pass] = []
+        self._pending: Mapping[str, Any] | None = None
+        dataset = getattr(loader, "dataset", None)
+        self._in_process = getattr(loader, "num_workers", 0) == 0
+        self._stateful: Any = None  # whose own state is the position: the loader, or an iterable dataset
+        if _is_stateful(loader):
+            self._stateful = loader
+        elif isinstance(dataset, IterableDataset) and _is_stateful(dataset) and self._in_process:
+            self._stateful = dataset
+        # Workers that live on carry their generators from pass to pass: only all passes bring them back.
+        self._keeps_workers = bool(getattr(loader, "persistent_workers", False)) and not self._in_process
+
+    def snapshot(self) -> dict[str, Any]:
+        """The position before the next batch is drawn (plain values and tensors)."""
+        passes = [{"start": p.start, "first": p.first, "drawn": p.drawn} for p in self._passes]
+        state: dict[str, Any] = {"passes": passes}
+        if self._stateful is not None and self._passes:
+            state["own"] = self._stateful.state_dict()
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue there at the next ``iter(loader)``."""
+        self._pending = state
+
+    def iterate(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """An iterator over the loader that is followed.
+
+        Args:
+            make: The loader's own ``__iter__``.
+        """
+        if self._pending is not None and self._pending["passes"]:
+            pending, self._pending = self._pending, None
+            iterator = self._resume(pending, make)
+        else:
+            self._pending = None
+            self._begin_pass(self._start())
+            iterator = make()
+        return _Followed(iterator, self)
+
+    def drawing(self) -> None:
+        """A batch is about to be drawn."""
+        current = self._passes[-1]
+        if current.first is None:
+            current.first = self._generators()
+
+    def drew(self) -> None:
+        """A batch was drawn."""
+        self._passes[-1].drawn += 1
+
+    def _begin_pass(self, start: Mapping[str, Any], first: Mapping[str, Any] | None = None, drawn: int = 0) -> None:
+        if not self._keeps_workers:
+            self._passes = []
+        self._passes.append(_Pass(start=start, first=first, drawn=drawn))
+
+    def _generators(self) -> dict[str, Any]:
+        return get_rng(find_generators(loader_parts(self._loader)))
+
+    def _start(self) -> dict[str, Any]:
+        parts = loader_parts(self._loader)
+        start: dict[str, Any] = {"rng": self._generators()}
+        epochs = {
+            role: part.epoch  # type: ignore[attr-defined]
+            for role, part in parts.items()
+            if isinstance(getattr(part, "epoch", None), int) and callable(getattr(part, "set_epoch", None))
+        }
+        if epochs:
+            start["epochs"] = epochs
+        return start
+
+    def _resume(self, state: Mapping[str, Any], make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        own = state.get("own")
+        passes = state["passes"] if own is None else state["passes"][-1:]
+        parts = loader_parts(self._loader)
+        iterator: Iterator[Any] | None = None
+        for saved in passes:
+            start, first, drawn = saved["start"], saved["first"], saved["drawn"]
+            for role, epoch in start.get("epochs", {}).items():
+                if role in parts:
+                    parts[role].set_epoch(epoch)  # type: ignore[attr-defined]
+            set_rng(start["rng"], find_generators(parts))
+            if own is not None:
+                self._stateful.load_state_dict(own)
+            iterator = make()
+            if own is None and drawn:
+                if first is not None:
+                    set_rng(first, find_generators(parts))
+                self._skip(iterator, drawn)
+            self._begin_pass(start, first, drawn)
+        assert iterator is not None
+        return iterator
+
+    def _skip(self, iterator: Iterator[Any], count: int) -> None:
+        dataset = getattr(self._loader, "dataset", None)
+        map_style = isinstance(iterator, _BaseDataLoaderIter) and not isinstance(dataset, IterableDataset)
+        if map_style and self._in_process:
+            # The sampler alone moves on: a map-style dataset has no position of its own, and the generators that it may
+            # use are put back before the next batch is drawn.
+            for _ in range(count):
+                iterator._next_index()  # type: ignore[attr-defined]
+            iterator._num_yielded += count  # type: ignore[attr-defined]
+            return
+        if count >= _SAY_FROM_BATCHES:
+            _log.info(
+                "drawing %d batches again to reach the data position; a loader or dataset with state_dict() and "
+                "load_state_dict() (torchdata's StatefulDataLoader) restarts at once", count,
+            )  # fmt: skip
+        for _ in range(count):
+            next(iterator)
+
+
+class _Followed(Iterator[Any]):
+    """Counts what is drawn from the loader's own iterator."""
+
+    def __init__(self, iterator: Iterator[Any], position: LoaderPosition) -> None:
+        self._iterator = iterator
+        self._position = position
+
+    def __next__(self) -> Any:
+        self._position.drawing()
+        batch = next(self._iterator)
+        self._position.drew()
+        return batch
+
+    def __len__(self) -> int:
+        return len(self._iterator)  # type: ignore[arg-type]
+
+
+class _FollowedIterable:
+    """Stands for an iterable whose class cannot be extended (a list, a generator function's object)."""
+
+    def __init__(self, iterable: Any) -> None:
+        self._moetion_iterable = iterable
+        self._moetion_position = LoaderPosition(iterable)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._moetion_position.iterate(lambda: iter(self._moetion_iterable))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_moetion_iterable"], name)
+
+
+class _FollowedSized(_FollowedIterable):
+    def __len__(self) -> int:
+        return len(self._moetion_iterable)
+
+
+_classes: dict[type, type] = {}
+
+
+def make_resumable(loader: Any) -> tuple[Any, LoaderPosition]:
+    """Follow a loader from now on.
+
+    A ``DataLoader`` stays the same object; its class becomes a subclass of its own that differs in ``__iter__`` alone.
+    Other iterables are wrapped.
+
+    Returns:
+        The loader to use from now on, and its position.
+    """
+    known = getattr(loader, _ATTRIBUTE, None)
+    if isinstance(known, LoaderPosition):
+        return loader, known
+    if not isinstance(loader, DataLoader):
+        wrapped = _FollowedSized(loader) if hasattr(loader, "__len__") else _FollowedIterable(loader)
+        return wrapped, wrapped._moetion_position
+    base = type(loader)
+    if base not in _classes:
+
+        def __iter__(self: Any) -> Iterator[Any]:
+            position: LoaderPosition = self.__dict__[_ATTRIBUTE]
+            return position.iterate(lambda: base.__iter__(self))
+
+        namespace = {"__iter__": __iter__, "__doc__": base.__doc__, "__module__": base.__module__}
+        _classes[base] = type(base.__name__, (base,), namespace)
+    position = LoaderPosition(loader)
+    object.__setattr__(loader, _ATTRIBUTE, position)
+    object.__setattr__(loader, "__class__", _classes[base])
+    return loader, position

@@ -1,0 +1,141 @@
+"""The part of the training state that is no operator, as one tree: captured with a window's first iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from moetion_lightning.core.run_state import find_generators, get_rng, read_buffers, set_rng, write_buffers
+from moetion_lightning.core.state import LiveState
+from moetion_lightning.engine.restore import PARAMETER_REFERENCE, RestorePoint
+
+__all__ = ["EngineState", "capture_run_state", "static_sample"]
+
+_SAMPLE_ELEMENTS = 4096
+
+
+def capture_run_state(
+    live: LiveState, adapter: Any, generators: Mapping[str, object]
+) -> tuple[dict[str, Any], Callable[[object], Any]]:
+    """The tree to store, and the function that replaces its leaves that are parameters by references.
+
+    Args:
+        live: The live state.
+        adapter: The adapter's part.
+        generators: Random number generators of user objects.
+    """
+    by_storage = {(p.data_ptr(), tuple(p.shape), p.dtype): n for n, p in live.parameters.items() if p.numel()}
+
+    def leaf(value: object) -> Any:
+        if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
+            name = by_storage.get((value.data_ptr(), tuple(value.shape), value.dtype))
+            if name is not None and value.is_contiguous() == live.parameters[name].is_contiguous():
+                return [PARAMETER_REFERENCE, name]
+        return NotImplemented
+
+    tree = {
+        "adapter": adapter,
+        "rng": get_rng(generators),
+        "buffers": read_buffers(live.module),
+        "metrics": _read_metrics(live.module),
+        "groups": [
+            [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in opt.param_groups]
+            for opt in live.optimizers
+        ],
+        "training": [name for name, m in live.module.named_modules() if m.training],
+    }
+    return tree, leaf
+
+
+def read_gradients(live: LiveState) -> dict[str, Tensor]:
+    """Gradients that are not cleared between iterations (manual optimization)."""
+    return {n: p.grad for n, p in live.parameters.items() if p.grad is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """A restore point's run state.
+
+    Args:
+        tree: What :func:`capture_run_state` stored.
+        compute_dtype: Compute dtypes by parameter.
+        routing: Token counts.
+        policy: State of the policy.
+    """
+
+    tree: Mapping[str, Any]
+    compute_dtype: dict[str, torch.dtype]
+    routing: Mapping[str, Any]
+    policy: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, point: RestorePoint) -> EngineState:
+        """Read it."""
+        extra = point.manifest.extra
+        return cls(
+            tree=point.run_state(),
+            compute_dtype={n: getattr(torch, d) for n, d in extra["compute_dtype"].items()},
+            routing=extra["routing"],
+            policy=extra["policy"],
+        )
+
+    def apply(self, live: LiveState, roots: Mapping[str, object]) -> None:
+        """Put everything but the adapter's part back; the random generators last."""
+        write_buffers(live.module, self.tree["buffers"])
+        _write_metrics(live.module, self.tree["metrics"])
+        for optimizer, groups in zip(live.optimizers, self.tree["groups"]):
+            for group, saved in zip(optimizer.param_groups, groups):
+                for key, value in saved.items():
+                    current = group.get(key)
+                    if isinstance(current, Tensor) and isinstance(value, Tensor):
+                        current.copy_(value)
+                    else:
+                        group[key] = value
+        gradients = self.tree["adapter"].get("gradients") if isinstance(self.tree["adapter"], Mapping) else None
+        for name, parameter in live.parameters.items():
+            saved_gradient = gradients.get(name) if gradients else None
+            parameter.grad = None if saved_gradient is None else saved_gradient.to(parameter.device)
+        set_rng(self.tree["rng"], find_generators(roots))
+
+
+def _read_metrics(module: nn.Module) -> dict[str, Any]:
+    """States of torchmetrics inside the module: they are no buffers and in no state_dict, yet later values need them."""
+    saved = {}
+    for name, metric in module.named_modules():
+        if isinstance(metric, Metric):
+            states = {key: getattr(metric, key) for key in metric._defaults}
+            saved[name] = {"states": states, "updates": metric._update_count}
+    return saved
+
+
+def _write_metrics(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    for name, metric in module.named_modules():
+        if isinstance(metric, Metric) and name in saved:
+            for key, value in saved[name]["states"].items():
+                current = getattr(metric, key)
+                if isinstance(value, Tensor):
+                    setattr(metric, key, value.to(metric.device))
+                elif isinstance(current, list):
+                    setattr(metric, key, [v.to(metric.device) for v in value])
+            metric._update_count = saved[name]["updates"]
+            metric._computed = None
+
+
+def static_sample(live: LiveState, names: Sequence[str]) -> str:
+    """Digest of a sample of parameters that should not train.
+
+    In-place updates through ``.data`` (moving-average teachers) leave no trace in version counters, so a few thousand
+    elements of each are looked at: an update of the whole tensor changes them.
+    """
+    digest = xxhash.xxh3_64()
+    for name in names:
+        flat = live.parameters[name].detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLE_ELEMENTS)
+        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""Watches the optimizers: which of them really stepped since the last iteration boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["StepWatcher"]
+
+
+class StepWatcher:
+    """Hooks on the optimizers' ``step``.
+
+    A step that a gradient scaler turns into nothing does not count: a non-fused optimizer is not called at all then, a
+    fused one is called with ``found_inf`` set.
+
+    Args:
+        optimizers: Raw torch optimizers.
+        before: Called before each step: nothing may be copying from the state any more.
+        after: Called with the optimizer's index after each real step.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[int], None]
+    ) -> None:
+        self._before = before
+        self._after = after
+        self.attempts = 0
+        self.steps = [0] * len(optimizers)
+        self.self_tuning: set[int] = set()
+        self._groups: dict[int, list[dict[str, Any]]] = {}
+        self._optimizers = tuple(optimizers)
+        self._handles: list[Any] = []
+        for index, optimizer in enumerate(self._optimizers):
+            self._handles.append(optimizer.register_step_pre_hook(self._pre_hook(index)))
+            self._handles.append(optimizer.register_step_post_hook(self._post_hook(index)))
+
+    def take(self) -> tuple[int, ...]:
+        """Real steps of each optimizer since the last call."""
+        steps, self.steps, self.attempts = tuple(self.steps), [0] * len(self.steps), 0
+        return steps
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _pre_hook(self, index: int) -> Callable[..., None]:
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._before()
+            if index not in self._groups:
+                self._groups[index] = [_settings(group) for group in optimizer.param_groups]
+
+        return hook
+
+    def _post_hook(self, index: int) -> Callable[..., None]:
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self.attempts += 1
+            found_inf = getattr(optimizer, "found_inf", None)
+            if isinstance(found_inf, Tensor) and bool(found_inf.item()):
+                return
+            first = self._groups.get(index)
+            if first:  # looked at once: an optimizer that tunes its groups does so in its first step
+                if first != [_settings(group) for group in optimizer.param_groups]:
+                    self.self_tuning.add(index)
+                self._groups[index] = []
+            self.steps[index] += 1
+            self._after(index)
+
+        return hook
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """The numbers in a parameter group; tensors by value."""
+    settings = {}
+    for key, value in group.items():
+        if isinstance(value, Tensor) and value.numel() == 1:
+            settings[key] = value.item()
+        elif isinstance(value, (bool, int, float, tuple)):
+            settings[key] = value
+    return settings

@@ -1,0 +1,169 @@
+"""Token counts: popularity for the schedule, lost tokens for lossy policies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetion_lightning.core.layouts import MoELayer
+from moetion_lightning.core.lost_tokens import LostTokens
+from moetion_lightning.core.operators import Operator, OperatorKind
+from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, PolicyContext, Sizes, WindowPlan
+from moetion_lightning.core.popularity import Popularity
+from moetion_lightning.core.token_counter import TokenCounter
+from moetion_lightning.engine.restore import RestorePoint
+from moetion_lightning.engine.run_state import EngineState
+from moetion_lightning.events import EventBus, PartialExpertsRestored
+from moetion_lightning.store.format import Manifest
+
+__all__ = ["TokenCounts"]
+
+_log = logging.getLogger(__name__)
+
+
+class TokenCounts:
+    """Counts tokens per expert while training runs.
+
+    Args:
+        module: The module that trains.
+        layers: Its MoE layers, candidates included.
+    """
+
+    def __init__(self, module: nn.Module, layers: Sequence[MoELayer]) -> None:
+        self.layers: tuple[MoELayer, ...] = tuple(layers)
+        self._counter = TokenCounter(module, layers)
+        self._settled = not layers
+        self._pending: list[Tensor] = []
+        self.popularity = self._new_popularity()
+        self._reference: Tensor | None = None
+        self.lost = self._new_lost()
+
+    def _new_popularity(self) -> Popularity:
+        return Popularity(num_experts=[layer.num_experts for layer in self.layers])
+
+    def _new_lost(self) -> LostTokens:
+        return LostTokens(len(self.layers), max((layer.num_experts for layer in self.layers), default=0))
+
+    def end_iteration(self) -> None:
+        """Take the iteration's counts; they stay on their device until a window begins."""
+        if self.layers:
+            self._pending.append(self._counter.drain())
+
+    def settle(self) -> bool:
+        """After the first iteration the layers are confirmed by what ran. Returns whether that changed them."""
+        if self._settled:
+            return False
+        self._settled = True
+        self._counter.settle()
+        for layer, reason in self._counter.rejected:
+            _log.info("%s is not taken for an MoE layer: %s", layer.name, reason)
+        confirmed = tuple(self._counter.layers)
+        if [layer.name for layer in confirmed] == [layer.name for layer in self.layers]:
+            return False
+        self.layers = confirmed
+        self.lost = self._new_lost()
+        self.popularity = self._new_popularity()
+        return True
+
+    def _flush(self) -> None:
+        shape = self.lost.unsaved.shape
+        for counts in self._pending:
+            on_host = counts.to("cpu", torch.int64)[: shape[0], : shape[1]]
+            self.popularity.update(on_host)
+            self.lost.count(on_host)
+        self._pending = []
+
+    def context(
+        self,
+        *,
+        iteration: int,
+        operators: tuple[Operator, ...],
+        sizes: Sizes,
+        iteration_seconds: float,
+        bytes_per_second: float,
+        newest: Manifest | None,
+    ) -> PolicyContext:
+        """What a policy may look at now."""
+        self._flush()
+        counts = [
+            [self.popularity.tokens(row, expert) for expert in range(self.lost.unsaved.shape[1])]
+            for row in range(len(self.layers))
+        ]
+        tokens = torch.tensor(counts, dtype=torch.int64).reshape(self.lost.unsaved.shape)
+        changed = (
+            bool(self.layers) and self._reference is not None and self.popularity.changed(self._reference)
+        )  # fmt: skip
+        if self.layers and (self._reference is None or changed):
+            self._reference = self.popularity.frequencies()
+        return PolicyContext(
+            iteration=iteration,
+            operators=operators,
+            sizes=sizes,
+            layers=tuple(layer.name for layer in self.layers),
+            tokens=tokens,
+            frequencies_changed=changed,
+            iteration_seconds=iteration_seconds,
+            bytes_per_second=bytes_per_second,
+            lost=self.lost,
+            saved=_saved(newest, operators),
+        )
+
+    def captured(self, plan: WindowPlan) -> None:
+        """A window begins: its active experts are saved as of now."""
+        rows = {layer.name: row for row, layer in enumerate(self.layers)}
+        for slot in plan.slots:
+            for op in slot.active:
+                if op.kind is OperatorKind.EXPERT and op.layer in rows:
+                    experts = [op.expert] if op.expert is not None else range(self.lost.unsaved.shape[1])
+                    for expert in experts:
+                        self.lost.saved(rows[op.layer], expert)
+
+    def state(self) -> dict[str, Any]:
+        """JSON, for a manifest."""
+        return {
+            "layers": [layer.name for layer in self.layers],
+            "lost": self.lost.state_dict(),
+        }
+
+    def load_state(self, state: EngineState) -> None:
+        """Continue the counts of an earlier process."""
+        names = state.routing["layers"]
+        if names != [layer.name for layer in self.layers]:
+            kept = [layer for layer in self.layers if layer.name in names]
+            if [layer.name for layer in kept] != names:
+                return  # the layers changed: counts start anew
+            self.layers = tuple(kept)
+            self.lost = self._new_lost()
+        self.lost.load_state_dict(state.routing["lost"])
+
+    def report_lost(self, policy: Policy, point: RestorePoint, bus: EventBus, iteration: int) -> None:
+        """After a lossy restore: count what is lost, say which experts are how stale, adapt K."""
+        stale = {
+            op.name: iteration - carried.iteration for carried in point.carried() for op in carried.operators
+        }  # fmt: skip
+        lost = self.lost.restored()
+        bus.emit(PartialExpertsRestored(iteration=iteration, stale=stale, lost_tokens=lost, plt=self.lost.plt))
+        oldest = max(stale.values(), default=0)
+        _log.warning(
+            "partial experts: %d experts are restored from older checkpoints (up to %d iterations behind), %d tokens are "
+            "lost, PLT is now %.3f %%",
+            len(stale), oldest, lost, 100 * self.lost.plt,
+        )  # fmt: skip
+        if isinstance(policy, PartialExpertsPolicy) and policy.after_restore(self.lost.plt):
+            _log.warning("PLT is above its limit: %d experts per checkpoint from now on", policy.num_experts)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self._counter.remove()
+
+
+def _saved(newest: Manifest | None, operators: tuple[Operator, ...]) -> frozenset[str]:
+    """Operators that the newest window holds in full, cut the same way."""
+    if newest is None:
+        return frozenset()
+    held = {op["name"]: op for op in newest.operators}
+    return frozenset(op.name for op in operators if held.get(op.name) == op.to_json())

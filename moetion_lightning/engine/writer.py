@@ -1,0 +1,328 @@
+"""Writes windows to the host-memory tier: slot by slot on the capture thread, manifest last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetion_lightning.core.capture import CaptureThread, copy_items
+from moetion_lightning.core.operators import Operator
+from moetion_lightning.core.pace import Pace
+from moetion_lightning.core.policy import SlotPlan, WindowPlan
+from moetion_lightning.core.state import LiveState, read_slot
+from moetion_lightning.events import (
+    CaptureFinished,
+    CaptureProgress,
+    CaptureStarted,
+    EventBus,
+    ManifestWritten,
+    SlotSealed,
+    WindowCommitted,
+)
+from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout, TensorSpec
+from moetion_lightning.store.host_memory import HostBuffer, HostMemoryTier
+from moetion_lightning.store.tree import FlatTree
+
+__all__ = ["OpenWindow", "WindowHeader", "WindowWriter"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowHeader:
+    """What a manifest says besides its slots.
+
+    Args:
+        policy: Name of the policy.
+        parameters: Table of all parameters.
+        fingerprint: Digest of the model.
+        extra: Engine state as JSON.
+    """
+
+    policy: str
+    parameters: dict[str, Any]
+    fingerprint: str
+    extra: dict[str, Any]
+
+
+@dataclass
+class OpenWindow:
+    """A window that is being captured."""
+
+    plan: WindowPlan
+    first_iteration: int
+    header: WindowHeader
+    rest: FlatTree
+    static: FlatTree | None
+    static_record: FileRecord | None
+    signature: tuple[int, ...]
+    started: float = field(default_factory=time.perf_counter)
+    captured_at: float = field(default_factory=time.time)
+    next_slot: int = 0
+    broken: str = ""
+    records: list[FileRecord] = field(default_factory=list)
+    slots: list[dict[str, Any]] = field(default_factory=list)
+    rest_record: FileRecord | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every slot has been handed to the capture thread."""
+        return self.next_slot == len(self.plan.slots)
+
+
+class WindowWriter:
+    """Captures slots and commits windows.
+
+    Everything but :meth:`capture` and :meth:`abandon` runs on the capture thread.
+
+    Args:
+        tier: Where windows are written.
+        thread: The capture thread.
+        live: The live state.
+        compute_dtype: Dtype that the forward consumes, by parameter (may grow while training).
+        bus: Gets the events.
+        pace: Learns the bandwidth.
+        on_commit: Called with each committed manifest, on the capture thread.
+    """
+
+    def __init__(
+        self,
+        tier: HostMemoryTier,
+        thread: CaptureThread,
+        live: LiveState,
+        compute_dtype: Mapping[str, torch.dtype],
+        bus: EventBus,
+        pace: Pace,
+        on_commit: Callable[[Manifest], None],
+    ) -> None:
+        self._tier = tier
+        self._thread = thread
+        self._live = live
+        self._compute_dtype = compute_dtype
+        self._bus = bus
+        self._pace = pace
+        self._on_commit = on_commit
+        self._layouts: dict[int, tuple[tuple[TensorSpec, ...], SnapshotLayout]] = {}
+        self._serial = 0
+        self._newest: Manifest | None = None
+
+    @property
+    def newest(self) -> Manifest | None:
+        """The newest window that this writer or its predecessor committed."""
+        return self._newest
+
+    def adopt(self, manifest: Manifest) -> None:
+        """A predecessor's window on this tier is the newest one; it is dropped after the next commit."""
+        self._newest = manifest
+
+    def capture(self, window: OpenWindow, iteration: int, witness: Callable[[], dict[str, Any]]) -> None:
+        """Training thread: hand the window's next slot to the capture thread.
+
+        Args:
+            window: The window.
+            iteration: The iteration that has just ended.
+            witness: Gives the iteration's witness; called on the capture thread.
+        """
+        slot = window.next_slot
+        window.next_slot += 1
+        plan = window.plan.slots[slot]
+        job = _SlotJob(self, window, slot, plan, iteration, witness)
+        self._thread.submit(job.copy, job.finish)
+
+    def abandon(self, window: OpenWindow) -> None:
+        """Training thread: give up a window; its files are garbage."""
+        self._thread.drain()
+        for record in [*window.records, *([window.rest_record] if window.rest_record else [])]:
+            self._tier.discard(record)
+
+    # --- capture thread ------------------------------------------------------------------------------------------
+
+    def layout(self, slot: int, specs: tuple[TensorSpec, ...]) -> SnapshotLayout:
+        """The layout of a slot, kept while its tensors stay the same."""
+        known = self._layouts.get(slot)
+        if known is None or known[0] != specs:
+            known = (specs, SnapshotLayout(specs))
+            self._layouts[slot] = known
+        return known[1]
+
+    def uid(self, iteration: int, what: str) -> str:
+        """A file name that this job has never used."""
+        self._serial += 1
+        return f"{iteration:012d}-{what}-{time.time_ns():x}-{self._serial}"
+
+    def acquire(self, iteration: int, slot: int, nbytes: int) -> HostBuffer:
+        """A buffer for a slot."""
+        return self._tier.acquire(self.uid(iteration, f"slot{slot:04d}"), nbytes)
+
+    def write_run_state(self, window: OpenWindow) -> None:
+        """Write what is no operator."""
+        uid = self.uid(window.first_iteration, "rest")
+        window.rest_record = self._tier.write(uid, window.rest.to_bytes())
+        if window.static is not None:
+            uid = self.uid(window.first_iteration, "static")
+            window.static_record = self._tier.write(uid, window.static.to_bytes())
+
+    def commit(self, window: OpenWindow, iteration: int) -> None:
+        """Write the manifest of a complete window, then drop the windows before it."""
+        operators, index = _operator_table(window.plan)
+        carried = self._carried(window.plan, index)
+        carried_files = {entry["file"] for entry in carried}
+        files = [*window.records, *[r for r in self._records_of_newest() if r.name in carried_files]]
+        assert window.rest_record is not None
+        files.append(window.rest_record)
+        if window.static_record is not None:
+            files.append(window.static_record)
+        for slot in window.slots:
+            slot["active"] = [index[name] for name in slot["active"]]
+            slot["frozen"] = [index[name] for name in slot["frozen"]]
+        manifest = Manifest(
+            job=self._tier.job,
+            rank=self._tier.rank,
+            world_size=self._tier.world_size,
+            policy=window.header.policy,
+            first_iteration=window.first_iteration,
+            last_iteration=iteration,
+            created_at=time.time(),
+            fingerprint=window.header.fingerprint,
+            operators=[op.to_json() for op in operators],
+            slots=window.slots,
+            files=tuple(files),
+            rest=window.rest_record.name,
+            static=window.static_record.name if window.static_record else None,
+            extra={
+                **window.header.extra,
+                "parameters": window.header.parameters,
+                "carried": carried,
+                "first_captured_at": window.captured_at,
+            },
+        )
+        previous = [it for it in self._tier.windows() if it != manifest.iteration]
+        self._tier.commit(
+            manifest,
+            on_stage=lambda stage: self._bus.emit(ManifestWritten(iteration=iteration, committed=stage == "committed")),
+        )
+        self._newest = manifest
+        for older in previous:
+            self._tier.drop(older)
+        self._bus.emit(
+            WindowCommitted(
+                first_iteration=window.first_iteration,
+                last_iteration=iteration,
+                nbytes=manifest.nbytes,
+                seconds=time.perf_counter() - window.started,
+            )
+        )
+        self._on_commit(manifest)
+
+    def _records_of_newest(self) -> tuple[FileRecord, ...]:
+        return self._newest.files if self._newest is not None else ()
+
+    def _carried(self, plan: WindowPlan, index: dict[str, int]) -> list[dict[str, Any]]:
+        """Where the newest capture of each carried operator is: in the last window's slots or in what that carried."""
+        if not plan.carried or self._newest is None:
+            return []
+        names = [op["name"] for op in self._newest.operators]
+        wanted = {op.name for op in plan.carried}
+        entries = [
+            {"iteration": s["iteration"], "file": s["file"], "scalars": s["scalars"], "operators": s["active"]}
+            for s in self._newest.slots
+        ] + list(self._newest.extra.get("carried", []))
+        result = []
+        for entry in entries:
+            kept = [index[names[i]] for i in entry["operators"] if names[i] in wanted]
+            if kept:
+                result.append({**entry, "operators": kept})
+        return result
+
+
+def _operator_table(plan: WindowPlan) -> tuple[list[Operator], dict[str, int]]:
+    operators = [op for slot in plan.slots for op in slot.active] + list(plan.carried)
+    return operators, {op.name: i for i, op in enumerate(operators)}
+
+
+class _SlotJob:
+    """One slot on its way into a file."""
+
+    def __init__(
+        self,
+        writer: WindowWriter,
+        window: OpenWindow,
+        slot: int,
+        plan: SlotPlan,
+        iteration: int,
+        witness: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._writer = writer
+        self._window = window
+        self._slot = slot
+        self._plan = plan
+        self._iteration = iteration
+        self._witness = witness
+        self._buffer: HostBuffer | None = None
+        self._layout: SnapshotLayout | None = None
+        self._scalars: dict[str, Any] = {}
+        self._seconds = 0.0
+
+    def copy(self) -> None:
+        writer, window = self._writer, self._window
+        if window.broken:
+            return
+        if writer._live.signature() != window.signature:
+            window.broken = "parameters were frozen, unfrozen or added"
+            return
+        bus, num_slots = writer._bus, len(window.plan.slots)
+        bus.emit(CaptureStarted(iteration=self._iteration, slot=self._slot, num_slots=num_slots))
+        started = time.perf_counter()
+        contents = read_slot(writer._live, self._plan.active, self._plan.frozen, writer._compute_dtype)
+        self._scalars = contents.scalars
+        specs = tuple(TensorSpec(name=i.name, dtype=i.dtype, shape=tuple(i.source.shape)) for i in contents.items)
+        layout = writer.layout(self._slot, specs)
+        buffer = writer.acquire(self._iteration, self._slot, layout.nbytes)
+        views: dict[str, Tensor] = layout.views(buffer.tensor)
+        progress = None
+        if bus.fine_grained:
+
+            def progress(done: int) -> None:
+                bus.emit(
+                    CaptureProgress(
+                        iteration=self._iteration, slot=self._slot, index=done, total=len(contents.items)
+                    )
+                )
+
+        copy_items(contents.items, views, writer._thread.fence, progress)
+        layout.write_header(buffer.tensor)
+        self._buffer, self._layout = buffer, layout
+        self._seconds = time.perf_counter() - started
+
+    def finish(self) -> None:
+        writer, window = self._writer, self._window
+        if window.broken:
+            return
+        assert self._buffer is not None and self._layout is not None
+        nbytes, num_slots = self._layout.nbytes, len(window.plan.slots)
+        writer._pace.copied(nbytes, self._seconds)
+        writer._bus.emit(
+            CaptureFinished(
+                iteration=self._iteration, slot=self._slot, num_slots=num_slots, nbytes=nbytes, seconds=self._seconds
+            )
+        )
+        record = writer._tier.seal(self._buffer, self._layout)
+        window.records.append(record)
+        window.slots.append(
+            {
+                "iteration": self._iteration,
+                "file": record.name,
+                "active": [op.name for op in self._plan.active],
+                "frozen": [op.name for op in self._plan.frozen],
+                "scalars": self._scalars,
+                "witness": self._witness(),
+            }
+        )
+        if self._slot == 0:
+            writer.write_run_state(window)
+        writer._bus.emit(SlotSealed(iteration=self._iteration, slot=self._slot, file=record.name))
+        if self._slot == num_slots - 1:
+            writer.commit(window, self._iteration)

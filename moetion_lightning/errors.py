@@ -1,0 +1,70 @@
+"""Errors of moetion_lightning.
+
+Every error derives from :class:`MoEtionError` and from the builtin that a caller would catch anyway. A message says
+what was given, what was expected, where, and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigurationError",
+    "CorruptSnapshotError",
+    "ForeignWindowError",
+    "HostMemoryError",
+    "JobBusyError",
+    "MoEtionError",
+    "NonDeterminismError",
+    "OperatorError",
+    "StoreError",
+    "TornCaptureError",
+    "UnsupportedStateError",
+    "VersionError",
+]
+
+
+class MoEtionError(Exception):
+    """Root of all errors raised by this package."""
+
+
+class ConfigurationError(MoEtionError, ValueError):
+    """A setting is wrong, or two settings contradict each other. Raised at construction or setup."""
+
+
+class OperatorError(MoEtionError, ValueError):
+    """The operators do not partition the trainable state, or a layout description does not fit the module."""
+
+
+class UnsupportedStateError(MoEtionError, TypeError):
+    """A piece of training state cannot be stored without pickle."""
+
+
+class StoreError(MoEtionError, OSError):
+    """A tier cannot be created, read or written (permissions, missing directory, full disk)."""
+
+
+class HostMemoryError(MoEtionError, MemoryError):
+    """The host-memory tier is too small for the windows it must hold."""
+
+
+class JobBusyError(MoEtionError, RuntimeError):
+    """Another live process owns the state of this job."""
+
+
+class CorruptSnapshotError(MoEtionError, ValueError):
+    """A file is truncated, altered or unreadable: its size, checksum or structure is not what was committed."""
+
+
+class VersionError(MoEtionError, ValueError):
+    """A file was written by a newer, incompatible version of the format."""
+
+
+class ForeignWindowError(MoEtionError, ValueError):
+    """A window belongs to another job or to another model."""
+
+
+class TornCaptureError(MoEtionError, RuntimeError):
+    """State changed while it was being captured."""
+
+
+class NonDeterminismError(MoEtionError, RuntimeError):
+    """A replayed iteration differs from the recorded one, so the recovered state is not exact."""

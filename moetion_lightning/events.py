@@ -1,0 +1,291 @@
+"""What happened: typed events, and the sinks that listen to them.
+
+The engine announces each step of its work on an :class:`EventBus`. Loggers, progress bars, metrics and fault drills are
+*sinks*: callables that take one event. A sink runs in the thread that emits, so it must be quick; an exception raised
+by a sink propagates to the emitter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+__all__ = [
+    "CaptureFinished",
+    "CaptureProgress",
+    "CaptureStarted",
+    "Event",
+    "EventBus",
+    "IterationFinished",
+    "JsonlSink",
+    "ManifestWritten",
+    "Notice",
+    "OperatorsFound",
+    "PartialExpertsRestored",
+    "ReplayFinished",
+    "ReplayIteration",
+    "RestoreApplied",
+    "RestoreProgress",
+    "RestoreStarted",
+    "ScheduleMade",
+    "Sink",
+    "SlotSealed",
+    "StepSkipped",
+    "WindowCommitted",
+    "WindowPersisted",
+    "WitnessMismatch",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all events."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the event: its class name."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorsFound(Event):
+    """The operators of the module are known."""
+
+    num_operators: int
+    num_moe_layers: int
+    num_experts: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleMade(Event):
+    """A schedule for the next windows was made (first one, re-sized or re-ordered)."""
+
+    window: int
+    heaviest_bytes: int
+    total_bytes: int
+    dense_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterationFinished(Event):
+    """An optimizer step (with everything that follows it) is complete."""
+
+    iteration: int
+    seconds: float
+    stall_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSkipped(Event):
+    """The optimizer step was skipped (loss-scale overflow): nothing is captured, nothing advances."""
+
+    iteration: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureStarted(Event):
+    """A slot's capture begins (on the capture thread)."""
+
+    iteration: int
+    slot: int
+    num_slots: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureProgress(Event):
+    """One tensor of a slot was copied. Emitted only when a sink asks for it."""
+
+    iteration: int
+    slot: int
+    index: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureFinished(Event):
+    """All bytes of a slot are in host memory; the optimizer may step."""
+
+    iteration: int
+    slot: int
+    num_slots: int
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotSealed(Event):
+    """A slot's file is complete and its checksum known; no manifest names it yet."""
+
+    iteration: int
+    slot: int
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestWritten(Event):
+    """The manifest's bytes are in a temporary file (`committed=False`), or under its final name (`committed=True`)."""
+
+    iteration: int
+    committed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowCommitted(Event):
+    """A window is committed on the host-memory tier."""
+
+    first_iteration: int
+    last_iteration: int
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPersisted(Event):
+    """A committed window is committed on the storage tier too."""
+
+    first_iteration: int
+    last_iteration: int
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreStarted(Event):
+    """A restore point was chosen and verified."""
+
+    first_iteration: int
+    last_iteration: int
+    tier: str
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreProgress(Event):
+    """One operator of the restore point was written back. Emitted only when a sink asks for it."""
+
+    index: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreApplied(Event):
+    """The state of the window's first iteration is in place; `replay` iterations follow."""
+
+    iteration: int
+    replay: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayIteration(Event):
+    """A window's iteration was re-executed and its snapshot applied."""
+
+    iteration: int
+    slot: int
+    num_slots: int
+    verified: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayFinished(Event):
+    """The state is dense again; training goes on."""
+
+    iteration: int
+    replayed: int
+    seconds: float
+    verified: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class WitnessMismatch(Event):
+    """A replayed iteration differs from the recorded one."""
+
+    iteration: int
+    quantity: str
+    recorded: str
+    replayed: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialExpertsRestored(Event):
+    """A lossy restore: how many iterations each expert is behind (`layer/expert -> iterations`), and the PLT."""
+
+    iteration: int
+    stale: dict[str, int]
+    lost_tokens: int
+    plt: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice(Event):
+    """Something a user should know, said once."""
+
+    message: str
+
+
+Sink: TypeAlias = Callable[[Event], None]
+
+
+class EventBus:
+    """Delivers events to sinks.
+
+    Args:
+        sinks: Callables that take one event. A sink with an attribute ``fine_grained = True`` also gets the events that
+            are too many for ordinary listeners (:class:`CaptureProgress`, :class:`RestoreProgress`).
+    """
+
+    def __init__(self, sinks: tuple[Sink, ...] = ()) -> None:
+        self._sinks: list[Sink] = []
+        self.fine_grained = False
+        for sink in sinks:
+            self.add(sink)
+
+    def add(self, sink: Sink) -> None:
+        """Add a sink."""
+        self._sinks.append(sink)
+        self.fine_grained = self.fine_grained or bool(getattr(sink, "fine_grained", False))
+
+    def emit(self, event: Event) -> None:
+        """Deliver ``event`` to every sink, in the calling thread."""
+        for sink in self._sinks:
+            sink(event)
+
+
+class JsonlSink:
+    """Appends every event as one JSON line to a file.
+
+    Each line is written with a single ``write`` call, so lines of a process that was killed are whole.
+
+    Args:
+        path: File to append to; created with mode 0600.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._lock = threading.Lock()
+
+    def __call__(self, event: Event) -> None:
+        record: dict[str, Any] = {"time": time.time(), "pid": os.getpid(), "event": event.kind}
+        record.update(dataclasses.asdict(event))
+        line = (json.dumps(record) + "\n").encode()
+        with self._lock:
+            if self._fd >= 0:
+                os.write(self._fd, line)
+
+    def close(self) -> None:
+        """Close the file; later events are dropped."""
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1

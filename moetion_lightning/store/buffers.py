@@ -1,0 +1,292 @@
+"""Preallocated memory-mapped files that captures write into, and the room there is for them."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moetion_lightning.errors import HostMemoryError, StoreError
+from moetion_lightning.store.local import explain_os_errors
+from moetion_lightning.store.manifest import FileRecord
+
+__all__ = ["BufferPool", "BufferState", "HostBuffer", "free_bytes_at"]
+
+_OUT_OF_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG)
+# Touching the pages now costs the same time once; touched in the first window's captures it would count as stall.
+_MAP_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+
+# A free buffer that two commits in a row could do without is of a size that the schedule no longer uses.
+_MAX_IDLE_COMMITS = 2
+# Resizing keeps pages only if sizes are alike; beyond this factor a small file would take a slot's buffer.
+_RESIZE_FACTOR = 2
+
+
+class BufferState(enum.Enum):
+    """Who may write to a buffer."""
+
+    FREE = "free"
+    CAPTURING = "capturing"
+    SEALED = "sealed"
+
+
+class HostBuffer:
+    """One file of a fixed size, mapped for writing as long as it exists.
+
+    Made by ``HostMemoryTier.acquire``. Its bytes survive the process; they count only once a manifest names them.
+
+    Args:
+        path: file to create; it must not exist.
+        nbytes: size, at least 1.
+
+    Raises:
+        HostMemoryError: there is no room.
+        StoreError: the file cannot be created.
+    """
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path = path
+        self.nbytes = nbytes
+        self.state = BufferState.CAPTURING
+        self.record: FileRecord | None = None
+        self.idle_commits = 0
+        self._map: mmap.mmap | None = None
+        self._tensor: torch.Tensor | None = None
+        with explain_os_errors("create", path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            self._allocate_and_map(fd, nbytes)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+        finally:
+            os.close(fd)
+
+    @property
+    def name(self) -> str:
+        """File name, as manifests use it."""
+        return self.path.name
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The file's bytes: 1-D uint8 CPU tensor of ``nbytes``, writable."""
+        if self._tensor is None:
+            raise StoreError(f"{self.path}: the buffer was given back; acquire another one.")
+        return self._tensor
+
+    @property
+    def memory(self) -> memoryview:
+        """The same bytes as a buffer, for checksums."""
+        if self._map is None:
+            raise StoreError(f"{self.path}: the buffer was given back; acquire another one.")
+        return memoryview(self._map)
+
+    def rename(self, path: Path) -> None:
+        """Give the file another name, to be captured into again."""
+        with explain_os_errors("rename", path):
+            os.rename(self.path, path)
+        self.path = path
+
+    def resize(self, nbytes: int) -> bool:
+        """Give the file another size, if nobody looks at its memory any more.
+
+        Returns:
+            False when tensors still alias the memory: cutting the file under them would kill the process.
+        """
+        if not self._unmap():
+            return False
+        with explain_os_errors("open", self.path):
+            fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if nbytes < self.nbytes:
+                os.ftruncate(fd, nbytes)
+            self._allocate_and_map(fd, nbytes)
+        finally:
+            os.close(fd)
+        self.nbytes = nbytes
+        return True
+
+    def delete(self) -> None:
+        """Remove the file; memory that tensors still alias is given back when they are gone."""
+        self._unmap()
+        self.forget_mapping()
+        with explain_os_errors("remove", self.path):
+            self.path.unlink(missing_ok=True)
+
+    def forget_mapping(self) -> None:
+        """Stop holding the memory, leaving the file."""
+        self._tensor = None
+        self._map = None
+
+    def _unmap(self) -> bool:
+        if self._map is None:
+            return True
+        self._tensor = None
+        try:
+            self._map.close()
+        except BufferError:  # the tensor was made through numpy, which counts as an export of the map while it lives
+            self._tensor = _as_tensor(self._map)
+            return False
+        self._map = None
+        return True
+
+    def _allocate_and_map(self, fd: int, nbytes: int) -> None:
+        try:
+            # Pages that do not fit would otherwise be found out by SIGBUS in the middle of a capture.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, nbytes)
+            else:
+                os.ftruncate(fd, nbytes)
+            self._map = mmap.mmap(fd, nbytes, flags=_MAP_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            if error.errno in _OUT_OF_ROOM:
+                raise no_room(self.path.parent, nbytes) from error
+            raise StoreError(f"{self.path}: cannot allocate {nbytes} bytes: {error.strerror or error}.") from error
+        self._tensor = _as_tensor(self._map)
+
+
+class BufferPool:
+    """All buffers of a tier, by file name. Not thread-safe: its owner serialises calls."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, HostBuffer] = {}
+
+    def get(self, name: str) -> HostBuffer | None:
+        """The buffer of a file, None when the file is not of this process."""
+        return self._buffers.get(name)
+
+    def acquire(self, path: Path, nbytes: int) -> HostBuffer:
+        """A free buffer of that size under a new name, one resized, or a new one.
+
+        Raises:
+            HostMemoryError: there is no room, even with every free buffer given up.
+        """
+        buffer = self._recycle(path, nbytes) or self._create(path, nbytes)
+        buffer.state = BufferState.CAPTURING
+        buffer.record = None
+        self._buffers[buffer.name] = buffer
+        return buffer
+
+    def put_back(self, buffer: HostBuffer) -> None:
+        """Mark a buffer free."""
+        buffer.state = BufferState.FREE
+        buffer.idle_commits = 0
+
+    def trim(self) -> None:
+        """Called once a commit: delete free buffers that have not been needed for a while."""
+        for buffer in self._free():
+            buffer.idle_commits += 1
+            if buffer.idle_commits > _MAX_IDLE_COMMITS:
+                self._delete(buffer)
+
+    def free_bytes(self) -> int:
+        """Bytes in free buffers."""
+        return sum(buffer.nbytes for buffer in self._free())
+
+    def forget_all(self) -> list[str]:
+        """Stop holding all memory; the files stay. Returns their names."""
+        names = list(self._buffers)
+        for buffer in self._buffers.values():
+            buffer.forget_mapping()
+        self._buffers.clear()
+        return names
+
+    def _free(self) -> list[HostBuffer]:
+        return [buffer for buffer in self._buffers.values() if buffer.state is BufferState.FREE]
+
+    def _recycle(self, path: Path, nbytes: int) -> HostBuffer | None:
+        alike = [b for b in self._free() if max(b.nbytes, nbytes) <= _RESIZE_FACTOR * min(b.nbytes, nbytes)]
+        buffer = min(alike, key=lambda b: abs(b.nbytes - nbytes), default=None)
+        if buffer is None or (buffer.nbytes != nbytes and not self._resize(buffer, nbytes)):
+            return None
+        del self._buffers[buffer.name]
+        buffer.rename(path)
+        return buffer
+
+    def _resize(self, buffer: HostBuffer, nbytes: int) -> bool:
+        try:
+            if buffer.resize(nbytes):
+                return True
+        except HostMemoryError:
+            pass  # its own pages are given up below; a new file may fit then
+        self._delete(buffer)
+        return False
+
+    def _create(self, path: Path, nbytes: int) -> HostBuffer:
+        while True:
+            try:
+                if nbytes > free_bytes_at(path.parent):
+                    raise no_room(path.parent, nbytes)
+                return HostBuffer(path, nbytes)
+            except HostMemoryError:
+                free = self._free()
+                if not free:
+                    raise
+                self._delete(max(free, key=lambda b: b.nbytes))
+
+    def _delete(self, buffer: HostBuffer) -> None:
+        self._buffers.pop(buffer.name, None)
+        buffer.delete()
+
+
+def _as_tensor(memory: mmap.mmap) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))
+
+
+def no_room(directory: Path, needed_bytes: int) -> HostMemoryError:
+    """The error for a host-memory tier that is too small, with numbers and remedies."""
+    free = free_bytes_at(directory)
+    return HostMemoryError(
+        f"{directory}: {needed_bytes / 1e6:.1f} MB ({needed_bytes} bytes) are needed, {free / 1e6:.1f} MB ({free} "
+        "bytes) are free there. Remove dead jobs' state (`moetion inspect`, then clean), enlarge it (containers: "
+        "--shm-size; hosts: mount -o remount,size=... /dev/shm), use a smaller window, or choose another base."
+    )
+
+
+def free_bytes_at(directory: Path) -> int:
+    """Bytes that can still be stored in a directory: of its file system and, if that is memory, of the machine."""
+    with explain_os_errors("inspect", directory):
+        status = os.statvfs(directory)
+        free = status.f_bavail * status.f_frsize
+        if _is_memory(os.stat(directory).st_dev):
+            free = min(free, _available_memory_bytes())
+    return free
+
+
+def _is_memory(device: int) -> bool:
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            left, _, right = line.partition(" - ")
+            if left.split()[2] == number:
+                return right.split()[0] in ("tmpfs", "ramfs")
+    return False
+
+
+def _available_memory_bytes() -> int:
+    """Memory that the machine and this process's control group (a container's limit) still give."""
+    limits = [1 << 62]
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as meminfo:
+        kilobytes = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in meminfo)}
+        limits.append(1024 * (kilobytes["MemAvailable"] + kilobytes.get("SwapFree", 0)))
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+            reclaimable = _reclaimable_bytes(Path(limit).parent / "memory.stat")
+            limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()) + reclaimable)
+    return max(0, min(limits))
+
+
+def _reclaimable_bytes(stat_file: Path) -> int:
+    """Page cache that the kernel gives up before it calls memory exhausted."""
+    fields = dict(line.split(maxsplit=1) for line in stat_file.read_text().splitlines())
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))

@@ -1,0 +1,233 @@
+"""What is stored under a path: the report behind ``moetion inspect PATH``."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moetion_lightning.errors import MoEtionError, StoreError
+from moetion_lightning.store.disk import is_local_url, local_path_of
+from moetion_lightning.store.jobs import is_locked, read_job_note
+from moetion_lightning.store.local import LocalRoot
+from moetion_lightning.store.manifest import Manifest
+from moetion_lightning.store.windows import WindowSet
+
+__all__ = ["RootReport", "StoreReport", "WindowReport", "describe", "format_report"]
+
+_MAX_DEPTH = 3  # base / job / rank
+_COLUMNS: tuple[str, ...] = ("window", "iterations", "policy", "slots", "operators", "size", "age", "checksums")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowReport:
+    """One window.
+
+    Args:
+        iteration: the window's name, its last iteration.
+        manifest: its manifest, None when that is unreadable.
+        age_seconds: since it was captured.
+        verified: True: every checksum is right; False: see ``problem``; None: checksums were not asked for.
+        problem: what is wrong, with the remedy.
+    """
+
+    iteration: int
+    manifest: Manifest | None = None
+    age_seconds: float | None = None
+    verified: bool | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RootReport:
+    """What one rank of one job has on one tier.
+
+    Args:
+        path: the rank directory.
+        job: name of the job (the directory's, when no manifest is readable).
+        rank_name: ``rank-00000``.
+        pid: process that owned it last, if known.
+        alive: whether a live process holds its lock.
+        completed: whether training ended as planned.
+        nbytes: bytes of all files, uncommitted ones included.
+        uncommitted_nbytes: bytes of files that no readable window names (a capture in progress, or garbage).
+        windows: newest first.
+        problem: why it could not be listed.
+    """
+
+    path: Path
+    job: str
+    rank_name: str
+    pid: int | None = None
+    alive: bool = False
+    completed: bool = False
+    nbytes: int = 0
+    uncommitted_nbytes: int = 0
+    windows: tuple[WindowReport, ...] = field(default_factory=tuple)
+    problem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreReport:
+    """Everything found under a path.
+
+    Args:
+        path: what was inspected.
+        roots: one entry a rank.
+    """
+
+    path: str
+    roots: tuple[RootReport, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing that was found has a problem."""
+        return not any(r.problem or any(w.problem for w in r.windows) for r in self.roots)
+
+
+def describe(path: str | os.PathLike[str], *, verify: bool = True) -> StoreReport:
+    """Look at a base directory, a job's, a rank's, or one manifest.
+
+    Args:
+        path: local path or file:// URL.
+        verify: read every file and compare its checksum.
+
+    Returns:
+        The report; problems of single windows are in it, not raised.
+
+    Raises:
+        StoreError: there is nothing of ours at the path, or it cannot be read.
+    """
+    text = os.fspath(path)
+    if not is_local_url(text):
+        raise StoreError(f"{text}: only local directories can be inspected. Copy the job's directory to this machine.")
+    local = local_path_of(text)
+    only: int | None = None
+    start = local
+    if local.parent.name == "windows" and local.suffix == ".json":
+        only = int(local.stem) if local.stem.isdigit() else None
+        start = local.parent.parent
+    roots = sorted(_find_roots(start, _MAX_DEPTH))
+    if not roots or (start is not local and (only is None or not os.path.lexists(local))):
+        raise StoreError(
+            f"{text}: no windows are stored here. Give a base directory (such as /dev/shm/moetion-{os.getuid()}), a "
+            "job's or a rank's directory, or a manifest."
+        )
+    return StoreReport(path=text, roots=tuple(_describe_root(root, only=only, verify=verify) for root in roots))
+
+
+def _find_roots(path: Path, depth: int) -> Iterator[Path]:
+    try:
+        if (path / "windows").is_dir():
+            yield path
+        elif depth > 0 and path.is_dir():
+            for child in path.iterdir():
+                if child.is_dir() and not child.is_symlink():
+                    yield from _find_roots(child, depth - 1)
+    except PermissionError as error:
+        raise StoreError(f"{path}: cannot be listed: {error.strerror}. Run as the user who owns it.") from error
+
+
+def _describe_root(path: Path, *, only: int | None, verify: bool) -> RootReport:
+    root = LocalRoot(path)
+    found = WindowSet(root, job=None, rank=None)
+    job = path.resolve().parent.name
+    try:
+        iterations = [i for i in found.windows() if only in (None, i)]
+        sizes = root.files()
+    except MoEtionError as error:
+        return RootReport(path=path, job=job, rank_name=path.name, problem=_one_line(error))
+    windows = tuple(_describe_window(found, iteration, verify=verify) for iteration in iterations)
+    named = {r.name for m in found.named_files()[0].values() for r in m.files}
+    pid = read_job_note(path).get("pid")
+    return RootReport(
+        path=path,
+        job=next((w.manifest.job for w in windows if w.manifest), job),
+        rank_name=path.name,
+        pid=pid if isinstance(pid, int) else None,
+        alive=is_locked(path),
+        completed=os.path.lexists(path / "completed.json"),
+        nbytes=sum(sizes.values()),
+        uncommitted_nbytes=sum(size for name, size in sizes.items() if name not in named),
+        windows=windows,
+    )
+
+
+def _describe_window(found: WindowSet, iteration: int, *, verify: bool) -> WindowReport:
+    manifest = None
+    try:
+        manifest = found.read_manifest(iteration)
+        if verify:
+            found.verify(manifest)
+    except MoEtionError as error:
+        return WindowReport(iteration=iteration, manifest=manifest, verified=False, problem=_one_line(error))
+    return WindowReport(
+        iteration=iteration,
+        manifest=manifest,
+        age_seconds=max(0.0, time.time() - manifest.created_at),
+        verified=True if verify else None,
+    )
+
+
+def format_report(report: StoreReport) -> str:
+    """The report as a plain text table."""
+    lines = []
+    for root in report.roots:
+        owner = f"process {root.pid}" if root.pid is not None else "unknown process"
+        state = f"in use by {owner}" if root.alive else f"last owner: {owner}, not running"
+        if root.completed:
+            state += ", completed"
+        lines.append(f"{root.path}")
+        lines.append(f"  job {root.job}, {root.rank_name}, {state}, {_size(root.nbytes)} in files")
+        if root.uncommitted_nbytes:
+            lines.append(f"  {_size(root.uncommitted_nbytes)} of them belong to no committed window")
+        if root.problem:
+            lines.append(f"  PROBLEM: {root.problem}")
+        rows = [_COLUMNS, *(_row(window) for window in root.windows)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for row in rows if root.windows else ():
+            lines.append("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        lines += [f"  window {w.iteration} PROBLEM: {w.problem}" for w in root.windows if w.problem]
+        if not root.windows and not root.problem:
+            lines.append("  no committed window")
+        lines.append("")
+    lines.append("whole" if report.is_whole else "DAMAGED: see the problems above")
+    return "\n".join(lines)
+
+
+def _row(window: WindowReport) -> tuple[str, ...]:
+    verdict = {True: "verified", False: "FAILED", None: "not checked"}[window.verified]
+    m = window.manifest
+    if m is None:
+        return (str(window.iteration), "?", "?", "?", "?", "?", "?", verdict)
+    return (
+        str(window.iteration),
+        f"{m.first_iteration}..{m.last_iteration}",
+        m.policy if m.complete else f"{m.policy}, incomplete",
+        str(len(m.slots)),
+        str(len(m.operators)),
+        _size(m.nbytes),
+        "?" if window.age_seconds is None else _age(window.age_seconds),
+        verdict,
+    )
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _one_line(error: MoEtionError) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,312 @@
+"""Who owns the state under a host-memory base directory: locks, job descriptions, and what dead jobs left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+import stat
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetion_lightning.errors import CorruptSnapshotError, JobBusyError, StoreError
+from moetion_lightning.store.local import (
+    LocalRoot,
+    explain_os_errors,
+    make_private_dir,
+    read_regular,
+)
+
+__all__ = ["JobInfo", "JobLock", "clean_stale", "default_base_dir", "find_jobs", "job_note", "prepare_base_dir"]
+
+_SHARED_MEMORY = Path("/dev/shm")
+_RETRY_SECONDS = 0.02
+
+
+def default_base_dir() -> tuple[Path, bool]:
+    """``/dev/shm/moetion-<uid>``, or the same name in the temporary directory where there is no /dev/shm.
+
+    Returns:
+        The path, and whether it is the fallback (which may be on a disk: slower, but as safe).
+    """
+    name = f"moetion-{os.getuid()}"
+    if _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK | os.X_OK):
+        return _SHARED_MEMORY / name, False
+    return Path(tempfile.gettempdir()) / name, True
+
+
+def prepare_base_dir(path: Path) -> None:
+    """Create the base directory and check that no other user could have put anything there.
+
+    Raises:
+        StoreError: it is a symbolic link, belongs to another user, others may write to it, or it cannot be created.
+    """
+    make_private_dir(path)
+    check_base_dir(path)
+
+
+def check_base_dir(path: Path) -> None:
+    """The checks of :func:`prepare_base_dir` alone."""
+    with explain_os_errors("inspect", path):
+        status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        raise StoreError(f"{path}: not a directory (a symbolic link, perhaps). Remove it, or choose another base.")
+    if status.st_uid != os.getuid():
+        raise StoreError(
+            f"{path}: belongs to user {status.st_uid}, this process runs as {os.getuid()}. Choose another base."
+        )
+    if status.st_mode & 0o022:
+        raise StoreError(
+            f"{path}: other users may write there (mode {stat.S_IMODE(status.st_mode):o}). Run: chmod 700 {path}"
+        )
+
+
+class JobLock:
+    """Exclusive ownership of one rank directory, given up by the kernel whenever the process ends.
+
+    Args:
+        path: the rank directory; created when absent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd: int | None = None
+
+    def acquire(self, *, wait_seconds: float = 0.0) -> None:
+        """Take the lock.
+
+        Args:
+            wait_seconds: how long to try while another process holds it: a killed process may take a moment to die,
+                and :func:`find_jobs` holds a lock for an instant while it looks.
+
+        Raises:
+            JobBusyError: a live process holds it; the message names its process id and start time.
+            StoreError: the directory or the lock file cannot be created.
+        """
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            fd = self._try()
+            if fd is not None:
+                break
+            if time.monotonic() >= deadline:
+                raise JobBusyError(self._busy_message())
+            time.sleep(_RETRY_SECONDS)
+        self._fd = fd
+        _held.add(self)
+
+    def release(self) -> None:
+        """Give the lock up; nothing happens when it is not held."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+            _held.discard(self)
+
+    def _try(self) -> int | None:
+        make_private_dir(self.path)
+        lock = self.path / "lock"
+        with explain_os_errors("lock", lock):
+            try:
+                fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            except FileNotFoundError:
+                return None  # a cleaner removed the directory in between
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The file may have been removed between open and lock: then another process can hold a newer one.
+                if os.fstat(fd).st_ino == os.lstat(lock).st_ino:
+                    return fd
+            except (BlockingIOError, FileNotFoundError):
+                pass
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+            return None
+
+    def _busy_message(self) -> str:
+        note = read_job_note(self.path)
+        owner = "another process"
+        if "pid" in note:
+            started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note.get("created", 0)))
+            owner = f"process {note['pid']} on {note.get('host', 'this machine')}, started {started}"
+        return (
+            f"{self.path}: {owner}, owns the state of this job and rank. Wait for it to end or stop it; to run "
+            "both at once, give this run another job name."
+        )
+
+
+_held: weakref.WeakSet[JobLock] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    # A forked data-loader worker may outlive its killed parent by seconds. Were the descriptor left open in it, the
+    # restarted run would find the lock held. Closing a copy does not unlock the parent's.
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def job_note(*, job: str, rank: int, world_size: int) -> dict[str, Any]:
+    """What ``job.json`` says: who owns the directory, for people and for messages."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return {
+        "job": job,
+        "rank": rank,
+        "world_size": world_size,
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "boot_id": boot_id.read_text().strip() if boot_id.exists() else None,
+        "argv": sys.argv,
+        "cwd": os.getcwd(),
+        "created": time.time(),
+    }
+
+
+def read_job_note(path: Path) -> dict[str, Any]:
+    """Content of ``job.json``, empty when it is absent or damaged: it only informs."""
+    try:
+        note = json.loads(read_regular(path / "job.json", max_bytes=1 << 20))
+    except (CorruptSnapshotError, StoreError, ValueError, RecursionError):
+        return {}
+    if not isinstance(note, dict) or not isinstance(note.get("created", 0), (int, float)):
+        return {}
+    return note
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobInfo:
+    """What one rank of one job has in host memory.
+
+    Args:
+        name: job.
+        rank_name: ``rank-00000``.
+        path: the rank directory.
+        pid: process that owned it last, if known.
+        alive: whether a live process holds its lock.
+        age_seconds: since the last commit, or since it was opened.
+        nbytes: size of all files in bytes.
+        windows: iterations of committed windows, newest first.
+    """
+
+    name: str
+    rank_name: str
+    path: Path
+    pid: int | None
+    alive: bool
+    age_seconds: float
+    nbytes: int
+    windows: tuple[int, ...]
+
+
+def find_jobs(base_dir: Path | None = None) -> list[JobInfo]:
+    """All jobs of this user in host memory, live and dead, one entry a rank.
+
+    Args:
+        base_dir: None for the default one.
+
+    Raises:
+        StoreError: the base directory is not safe (see :func:`prepare_base_dir`) or cannot be read.
+    """
+    base = default_base_dir()[0] if base_dir is None else Path(base_dir)
+    if not os.path.lexists(base):
+        return []
+    check_base_dir(base)
+    return [_describe(path) for path in _rank_dirs(base)]
+
+
+def clean_stale(
+    base_dir: Path | None = None, older_than_seconds: float = 0.0, keep: Collection[str] = ()
+) -> list[JobInfo]:
+    """Remove what dead jobs left in host memory.
+
+    Args:
+        base_dir: None for the default one.
+        older_than_seconds: leave jobs whose last commit is younger: they may be restarted soon.
+        keep: names of jobs to leave, whatever their age.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        StoreError: the base directory is not safe or cannot be changed.
+    """
+    removed = []
+    for info in find_jobs(base_dir):
+        if info.alive or info.name in keep or info.age_seconds < older_than_seconds:
+            continue
+        lock = JobLock(info.path)
+        try:
+            lock.acquire()
+        except JobBusyError:
+            continue  # it came back to life
+        try:
+            remove_rank_dir(info.path)
+        finally:
+            lock.release()
+        removed.append(info)
+    return removed
+
+
+def remove_rank_dir(path: Path) -> None:
+    """Remove a rank directory (its lock is held by the caller), and the job's when it was the last.
+
+    Manifests go first, so that a kill in the middle leaves no window without its files.
+    """
+    with explain_os_errors("remove", path):
+        shutil.rmtree(path / "windows", ignore_errors=True)
+        shutil.rmtree(path)
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a live process owns a rank directory."""
+    try:
+        fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN)
+    finally:
+        os.close(fd)
+    return False
+
+
+def _rank_dirs(base: Path) -> Iterator[Path]:
+    with explain_os_errors("list", base):
+        for job in sorted(base.iterdir()):
+            if job.is_dir() and not job.is_symlink():
+                yield from sorted(p for p in job.glob("rank-*") if p.is_dir() and not p.is_symlink())
+
+
+def _describe(path: Path) -> JobInfo:
+    root = LocalRoot(path)
+    note = read_job_note(path)
+    times = [0.0]
+    for place in (path, root.windows_dir, path / "job.json"):
+        with contextlib.suppress(OSError):
+            times.append(os.lstat(place).st_mtime)
+    pid = note.get("pid")
+    return JobInfo(
+        name=path.parent.name,
+        rank_name=path.name,
+        path=path,
+        pid=pid if isinstance(pid, int) else None,
+        alive=is_locked(path),
+        age_seconds=max(0.0, time.time() - max(times)),
+        nbytes=sum(root.files().values()),
+        windows=tuple(root.iterations()),
+    )

@@ -1,0 +1,41 @@
+"""What may be dropped (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from moetion_lightning.store.manifest import Manifest
+
+__all__ = ["files_to_drop", "windows_to_keep"]
+
+
+def windows_to_keep(iterations: Iterable[int], keep: int) -> list[int]:
+    """The newest windows.
+
+    Args:
+        iterations: iterations of committed windows, in any order.
+        keep: how many to keep, at least 1.
+
+    Returns:
+        Iterations to keep, newest first.
+
+    Raises:
+        ValueError: ``keep`` is below 1: the newest committed window is never dropped.
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep}: at least the newest window must be kept.")
+    return sorted(set(iterations), reverse=True)[:keep]
+
+
+def files_to_drop(kept_manifests: Iterable[Manifest], existing_files: Iterable[str]) -> list[str]:
+    """Files that no kept window names.
+
+    Args:
+        kept_manifests: manifests of all windows that stay.
+        existing_files: names of the files that are there.
+
+    Returns:
+        Names of garbage, sorted.
+    """
+    named = {record.name for manifest in kept_manifests for record in manifest.files}
+    return sorted(set(existing_files) - named)

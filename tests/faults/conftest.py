@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs.drill import Drill, Zygote
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    process = Zygote()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def _references() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def _base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def drill(
+    zygote: Zygote, _base: Path, _references: dict[str, Path], memory_dir: Path, request: pytest.FixtureRequest
+) -> Drill:
+    name = "".join(c if c.isalnum() else "_" for c in request.node.name)[:60]
+    return Drill(zygote, _base / name, memory_dir, _references)

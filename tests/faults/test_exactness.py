@@ -1,0 +1,57 @@
+"""A killed run ends in exactly the state of the run that was never killed: one test per kind of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.runs.drill import Drill, differences, read_events
+
+#: Killed twice: after a window and a half, and again while the next window is captured.
+KILLS = [{"hook": "backward", "step": 8}, {"event": "CaptureProgress", "count": 2, "fields": {"iteration": 12}}]
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "module-list": {},
+    "fused": {"block": "fused"},
+    "dense": {"block": "dense"},
+    "adamw-fused": {"optimizer": "adamw_fused", "block": "fused"},
+    "adamw-loop-amsgrad": {"optimizer": "adamw_loop"},
+    "adam": {"optimizer": "adam", "block": "fused"},
+    "sgd-nesterov": {"optimizer": "sgd", "block": "fused"},
+    "lion": {"optimizer": "lion", "block": "fused"},
+    "rmsprop": {"optimizer": "rmsprop"},
+    "adafactor-not-elementwise": {"optimizer": "adafactor", "block": "fused"},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "bf16-mixed-fused": {"precision": "bf16-mixed", "block": "fused", "optimizer": "adamw_fused", "clip": 0},
+    "bf16-true": {"precision": "bf16-true", "block": "fused"},
+    "16-mixed": {"precision": "16-mixed", "block": "fused", "overflow_at": 6},
+    "16-mixed-fused-adam": {"precision": "16-mixed", "optimizer": "adamw_fused", "overflow_at": 6, "clip": 0},
+    "accumulate": {"accumulate": 2, "samples": 56},
+    "accumulate-ragged": {"accumulate": 3, "samples": 74},
+    "no-clipping": {"clip": 0},
+    "clip-by-value": {"clip": 0.05, "clip_algorithm": "value"},
+    "clip-hard": {"clip": 0.01},
+    "schedule-warmup": {"scheduler": "warmup", "estimate_steps": True},
+    "schedule-epoch": {"scheduler": "epoch"},
+    "schedule-plateau": {"scheduler": "plateau"},
+    "no-schedule": {"scheduler": ""},
+    "validation-mid-epoch": {"val_check_interval": 3},
+    "validation-in-accumulation": {"val_check_interval": 3, "accumulate": 2, "samples": 56},
+    "early-stopping": {"callbacks": ["early_stopping"], "epochs": 6},
+    "model-checkpoint": {"callbacks": ["checkpoint"]},
+    "weight-averaging": {"callbacks": ["ema"], "val_check_interval": 3},
+    "manual-two-optimizers": {"manual": True},
+    "manual-inner-steps": {"manual": True, "inner_steps": 2},
+    "augmentation-in-process": {"augment": True},
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_killed_run_ends_bitwise_equal(drill: Drill, name: str) -> None:
+    spec = TRAININGS[name]
+    killed = drill.killed(spec, KILLS)
+    assert differences(drill.reference(spec), killed) == []
+    finished = read_events(killed, "ReplayFinished")
+    assert finished, "nothing was restored: the test shows nothing"
+    assert all(event["verified"] for event in finished)

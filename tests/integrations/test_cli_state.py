@@ -1,0 +1,71 @@
+"""`moetion jobs`, `inspect` and `clean` on what a killed run really left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moetion_lightning.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def killed_run(memory_dir: Path, tmp_path: Path) -> Path:
+    """The memory directory of a run that was killed after its first committed window."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MOETION_MEMORY_DIR": str(memory_dir),
+        "MOETION_JOB_ID": "killed",
+    }
+    command = [sys.executable, "-m", "moetion_lightning", "fit", "--config", "recipe:tiny_moe_cpu"]
+    command += ["--trainer.max_steps", "5000", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+    deadline = time.monotonic() + 120
+    with (tmp_path / "log").open("wb") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path)
+        try:
+            windows = memory_dir / "killed" / "rank-00000" / "windows"
+            while not (windows.is_dir() and any(windows.iterdir())):
+                assert child.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline, "no window was committed"
+                time.sleep(0.02)
+        finally:
+            child.kill()
+            child.wait()
+    return memory_dir
+
+
+def test_state_of_a_killed_run_is_listed_inspected_and_cleaned(
+    killed_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = str(killed_run)
+    assert main(["jobs", "--memory-dir", memory]) == 0
+    assert "killed/rank-00000: dead, " in capsys.readouterr().out
+
+    assert main(["inspect", memory]) == 0
+    assert "verified" in capsys.readouterr().out
+
+    assert main(["clean", "--memory-dir", memory]) == 0  # too young: it may be started again
+    assert "0 removed, 1 left" in capsys.readouterr().out
+
+    largest = max((p for p in killed_run.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    committed = [p for p in killed_run.rglob("*") if p.is_file() and p.stat().st_size > largest.stat().st_size // 4]
+    for path in committed:
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+    assert main(["inspect", memory]) == 1
+    capsys.readouterr()
+
+    assert main(["clean", "--memory-dir", memory, "--older-than", "0", "--dry-run"]) == 0
+    assert "1 found" in capsys.readouterr().out
+    assert main(["clean", "--memory-dir", memory, "--older-than", "0"]) == 0
+    assert "1 removed, 0 left" in capsys.readouterr().out

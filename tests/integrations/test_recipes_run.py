@@ -1,0 +1,81 @@
+"""Every packaged recipe is run for a few steps, as its users run it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moetion_lightning.cli import main
+from moetion_lightning.recipes import Recipe, list_recipes
+from moetion_lightning.testing.compare import compare_losses, compare_states, read_losses
+
+RECIPES = [pytest.param(r, id=r.name, marks=[pytest.mark.hf] if "_tiny" in r.name else []) for r in list_recipes()]
+RECORDING = "moetion_lightning.testing.recording"
+
+
+def _fit(recipe: Recipe, folder: Path, *arguments: str, steps: int = 6) -> None:
+    status = main(
+        [
+            *("fit", "--config", f"recipe:{recipe.name}", "--trainer.max_steps", str(steps)),
+            *("--trainer.enable_progress_bar", "false", "--trainer.logger", "false"),
+            *("--trainer.default_root_dir", str(folder)),
+            *arguments,
+            *(f"--trainer.callbacks+={RECORDING}.LossRecorder", f"--trainer.callbacks.path={folder / 'losses.jsonl'}"),
+            *(f"--trainer.callbacks+={RECORDING}.FinalState", f"--trainer.callbacks.path={folder / 'final'}"),
+        ]
+    )
+    assert status == 0
+
+
+@pytest.fixture
+def own_memory(memory_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The host-memory tier of recipes, which name none themselves, in a folder of this test."""
+    monkeypatch.setenv("MOETION_MEMORY_DIR", str(memory_dir))
+    return memory_dir
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_runs_and_its_weights_move(
+    recipe: Recipe, own_memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _fit(recipe, tmp_path)
+    losses = read_losses(tmp_path / "losses.jsonl")
+    values = [float.fromhex(v[-1]) for v in losses.values()]
+    assert len(values) >= 6
+    assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_with_its_callback_equals_the_run_without_any(
+    recipe: Recipe, own_memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Capturing changes nothing: not the weights, not the optimizer state, not a single loss."""
+    monkeypatch.chdir(tmp_path)
+    with_callback, without = tmp_path / "with", tmp_path / "without"
+    _fit(recipe, with_callback)
+    _fit(recipe, without, "--trainer.callbacks", "null")
+    assert compare_states(with_callback / "final", without / "final").differences == ()
+    assert compare_losses(with_callback / "losses.jsonl", without / "losses.jsonl").equal
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_is_explained(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"recipe:{recipe.name}", "--all"]) == 0
+    out = capsys.readouterr().out
+    tokens = [int(line.split()[-1].replace(",", "")) for line in out.splitlines() if "/expert/" in line]
+    assert len(tokens) == 16  # 2 layers of 8 experts
+    assert sum(tokens) % (8 * 64 * 2 * 2) == 0  # every token of 8 x 64 goes to 2 experts in each of 2 layers
+    assert sum(tokens) > 0
+
+
+def test_loss_recorder_names_every_sample(tmp_path: Path, own_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = next(r for r in list_recipes() if r.name == "tiny_moe_cpu")
+    _fit(recipe, tmp_path, "--trainer.callbacks", "null", steps=3)
+    lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    seen = [sample for line in lines for sample in line["sample_ids"]]
+    assert len(seen) == len(set(seen)) == 3 * 8
+    assert [line["global_step"] for line in lines] == [1, 2, 3]

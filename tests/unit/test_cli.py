@@ -1,0 +1,229 @@
+"""The `moetion` command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moetion_lightning import __version__
+from moetion_lightning.cli import HELP, main
+from moetion_lightning.commands.arguments import expand_recipes
+from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.recipes import list_recipes, recipe_path
+
+CONFIG = """\
+seed_everything: 1
+trainer:
+  accelerator: cpu
+  max_steps: 2
+  limit_val_batches: 1
+  num_sanity_val_steps: 0
+  enable_checkpointing: false
+  enable_model_summary: false
+  enable_progress_bar: false
+  logger: false
+model:
+  class_path: moetion_lightning.recipes.models.ByteMoE
+  init_args: {d_model: 32, num_layers: 1, num_experts: 4, d_expert: 32, max_seq_len: 32}
+data:
+  class_path: moetion_lightning.recipes.data.StdlibText
+  init_args: {seq_len: 32, batch_size: 2, max_bytes: 20000}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])
+def test_help_fits_one_screen(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 0
+    assert capsys.readouterr().out == HELP
+    lines = HELP.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 110
+
+
+def test_help_names_every_command() -> None:
+    for command in ("fit", "validate", "test", "predict", "recipes", "explain", "inspect", "jobs", "clean", "demo"):
+        assert f"  {command}  " in HELP
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"moetion-lightning {__version__}\n"
+
+
+def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explane"]) == 2
+    assert "Did you mean `moetion explain`?" in capsys.readouterr().err
+
+
+def test_recipes_are_listed_with_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    for recipe in list_recipes():
+        assert any(line.startswith(recipe.name) and line.endswith(recipe.title) for line in out.splitlines())
+
+
+def test_a_recipe_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "tiny_moe_cpu"]) == 0
+    assert capsys.readouterr().out == recipe_path("tiny_moe_cpu").read_text()
+
+
+def test_a_recipe_is_copied_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mine"
+    assert main(["recipes", "tiny_moe_cpu", "--copy", str(folder)]) == 0
+    assert (folder / "tiny_moe_cpu.yaml").read_text() == recipe_path("tiny_moe_cpu").read_text()
+    assert main(["recipes", "tiny_moe_cpu", "--copy", str(folder)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args", [["fit", "--config", "recipe:tiny_moe"], ["recipes", "tiny_moe"], ["explain", "recipe:tiny_moe"]]
+)
+def test_unknown_recipe_is_told_without_traceback(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    assert "Did you mean recipe:tiny_moe_cpu?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["fit", "--config", "recipe:tiny_moe_cpu"], ["fit", "--config", "{path}"]),
+        (["fit", "--config=recipe:tiny_moe_cpu"], ["fit", "--config={path}"]),
+        (["fit", "-c", "recipe:tiny_moe_cpu", "--x", "recipe:y"], ["fit", "-c", "{path}", "--x", "recipe:y"]),
+        (["fit", "--config", "mine.yaml"], ["fit", "--config", "mine.yaml"]),
+    ],
+)
+def test_recipe_prefix_is_replaced_only_after_config(given: list[str], expected: list[str]) -> None:
+    path = str(recipe_path("tiny_moe_cpu"))
+    assert expand_recipes(given) == [arg.format(path=path) for arg in expected]
+
+
+def test_unknown_recipe_in_arguments_is_an_error() -> None:
+    with pytest.raises(ConfigurationError):
+        expand_recipes(["fit", "--config", "recipe:nothing"])
+
+
+def test_fit_runs_a_configuration_and_writes_nothing_beside_it(config: Path) -> None:
+    assert main(["fit", "--config", str(config)]) == 0
+    assert sorted(p.name for p in config.parent.iterdir()) == ["config.yaml"]
+    assert config.read_text() == CONFIG
+
+
+def test_print_config_shows_overrides_and_is_itself_a_configuration(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(
+            [
+                "fit",
+                "--config",
+                str(config),
+                "--trainer.max_steps",
+                "7",
+                "--model.init_args.num_experts=6",
+                "--print_config",
+            ]
+        )
+    assert done.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["trainer"]["max_steps"] == 7
+    assert printed["model"]["init_args"]["num_experts"] == 6
+    assert printed["model"]["init_args"]["d_model"] == 32
+
+
+def test_users_own_module_is_taken_by_class_path(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (config.parent / "my_project_models.py").write_text(
+        "from moetion_lightning.recipes.models import ByteMoE\n"
+        "class Mine(ByteMoE):\n"
+        "    def on_train_end(self):\n"
+        "        open('trained', 'w').write(str(self.trainer.global_step))\n"
+    )
+    monkeypatch.syspath_prepend(config.parent)
+    text = CONFIG.replace("moetion_lightning.recipes.models.ByteMoE", "my_project_models.Mine")
+    config.write_text(text)
+    assert main(["fit", "--config", str(config), "--trainer.max_steps", "1"]) == 0
+    assert (config.parent / "trained").read_text() == "1"
+
+
+def test_wrong_argument_ends_with_status_2(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(config), "--model.init_args.num_expert", "4"])
+    assert done.value.code == 2
+    assert "num_expert" in capsys.readouterr().err
+
+
+def test_explain_observes_tokens_and_bytes_of_a_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", str(config), "--window", "3", "--trainer.precision", "bf16-mixed"]) == 0
+    out = capsys.readouterr().out
+    experts = [line.split() for line in out.splitlines() if "/expert/" in line]
+    assert len(experts) == 4
+    assert sum(int(words[-1].replace(",", "")) for words in experts) == 2 * 32 * 2  # top-2 of every token
+    assert "window of 3" in out
+    assert "note:" not in out
+
+
+def test_explain_takes_an_importable_class(capsys: pytest.CaptureFixture[str]) -> None:
+    target = "moetion_lightning.recipes.models:ByteMoE"
+    assert main(["explain", target, "--init", '{"num_layers": 1}', "--meta", "--all"]) == 0
+    out = capsys.readouterr().out
+    assert "blocks.0.moe/gate" in out
+    assert "8 experts" in out
+    assert "no optimizer given" in out
+
+
+def test_explain_takes_a_dense_module_with_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "torch.nn:Linear", "--init", '{"in_features": 8, "out_features": 64}']) == 0
+    assert "no MoE layer found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nothing"], "expected recipe:NAME"),
+        (["no_such_package:Model"], "cannot import"),
+        (["torch.nn:Nothing"], "cannot import"),
+        (["torch.nn:Linear"], "give --init"),
+        (["torch.nn:Linear", "--init", "{"], "no JSON"),
+        (["torch.nn:Linear", "--init", "[1]"], "JSON object"),
+        (["math:pi"], "expected a module or a factory"),
+        (["builtins:dict"], "expected a torch.nn.Module"),
+        (["no_such.yaml"], "no such file"),
+    ],
+)
+def test_explain_says_what_it_expected(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", *args]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_jobs_of_an_empty_machine(memory_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["jobs", "--memory-dir", str(memory_dir)]) == 0
+    assert "no jobs" in capsys.readouterr().out
+
+
+def test_clean_refuses_a_wrong_duration(memory_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["clean", "--memory-dir", str(memory_dir), "--older-than", "soon"]) == 2
+    assert "for example 12h" in capsys.readouterr().err
+
+
+def test_inspect_of_a_missing_path_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "moetion_lightning", "--version"], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, f"moetion-lightning {__version__}\n")

@@ -1,0 +1,608 @@
+"""Discovery: replicas with the names and shapes of known libraries, hand-written layers, decoys and wrappers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from moetion_lightning.core.discovery import discover_layers
+from moetion_lightning.core.layouts import BUILT_IN_SPECS, MoELayer, MoESpec, Tap
+from moetion_lightning.core.operators import build_operators
+from moetion_lightning.core.popularity import TokenCounter
+from moetion_lightning.errors import ConfigurationError, OperatorError
+
+HIDDEN, INNER, EXPERTS, TOP_K, TOKENS = 12, 20, 6, 2, 10
+
+
+def route(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    weights, ids = logits.softmax(-1).topk(TOP_K, dim=-1)
+    return weights, ids
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, INNER)
+        self.down = nn.Linear(INNER, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+def run_each(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, call) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    for expert in range(EXPERTS):
+        token, slot = torch.where(ids == expert)
+        if len(token):
+            out = out.index_add(0, token, call(expert, x[token]) * weights[token, slot, None])
+    return out
+
+
+class IdsRouter(nn.Module):
+    """Emits (scores, ids, all scores) like torchtitan's, or in the order that is asked for."""
+
+    def __init__(self, order: str = "wil") -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.order = order
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = self.gate(x)
+        weights, ids = route(logits)
+        mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+        parts = {"w": weights, "i": ids, "l": logits, "m": mask, "p": logits.softmax(-1) * mask, "c": mask.sum(0)}
+        return tuple(parts[letter] for letter in self.order)
+
+
+class TitanExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1_EFD = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN) * 0.3)
+        self.w2_EDF = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) * 0.3)
+        self.w3_EFD = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN) * 0.3)
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+        def call(e: int, rows: torch.Tensor) -> torch.Tensor:
+            return (F.silu(rows @ self.w1_EFD[e].T) * (rows @ self.w3_EFD[e].T)) @ self.w2_EDF[e].T
+
+        return run_each(x, weights, picked, call)
+
+
+class TitanMoE(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = IdsRouter("wil")
+        self.routed_experts = nn.Module()
+        self.routed_experts.inner_experts = TitanExperts()
+        self.shared_experts = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids, _ = self.router(x)
+        return self.routed_experts.inner_experts(x, weights, ids) + self.shared_experts(x)
+
+
+class OldTitanMoE(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = IdsRouter("wic")
+        self.experts = TitanExperts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids, _ = self.router(x)
+        return self.experts(x, weights, ids)
+
+
+class PackedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(EXPERTS * INNER, HIDDEN) * 0.3)
+        self.w2 = nn.Parameter(torch.randn(EXPERTS * INNER, HIDDEN) * 0.3)
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+        w1, w2 = (w.view(EXPERTS, INNER, HIDDEN) for w in (self.w1, self.w2))
+        return run_each(x, weights, picked, lambda e, rows: F.gelu(rows @ w1[e].T) @ w2[e])
+
+
+class Megablocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = IdsRouter("lwi")
+        self.experts = nn.Module()
+        self.experts.mlp = PackedMLP()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, weights, ids = self.router(x)
+        return self.experts.mlp(x, weights, ids.to(torch.int32))
+
+
+class GroupedLinear(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer_norm_weight = nn.Parameter(torch.ones(inputs))
+        for e in range(EXPERTS):
+            self.register_parameter(f"weight{e}", nn.Parameter(torch.randn(outputs, inputs) * 0.3))
+            self.register_parameter(f"bias{e}", nn.Parameter(torch.zeros(outputs)))
+
+
+class MegatronRouter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = x @ self.weight.T
+        _, ids = route(logits)
+        mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+        return logits.softmax(-1) * mask, mask
+
+
+class MegatronGrouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = MegatronRouter()
+        self.experts = nn.Module()
+        self.experts.linear_fc1 = GroupedLinear(HIDDEN, INNER)
+        self.experts.linear_fc2 = GroupedLinear(INNER, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        probabilities, chosen = self.router(x)
+        fc1, fc2 = self.experts.linear_fc1, self.experts.linear_fc2
+        out = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            rows = torch.where(chosen[:, e])[0]
+            inner = F.gelu(F.linear(x[rows], getattr(fc1, f"weight{e}"), getattr(fc1, f"bias{e}")))
+            inner = F.linear(inner * fc2.layer_norm_weight, getattr(fc2, f"weight{e}"), getattr(fc2, f"bias{e}"))
+            out = out.index_add(0, rows, inner * probabilities[rows, e, None])
+        return out
+
+
+class MegatronSequential(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = MegatronRouter()
+        self.experts = nn.Module()
+        self.experts.local_experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        probabilities, chosen = self.router(x)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts.local_experts):
+            rows = torch.where(chosen[:, e])[0]
+            out = out.index_add(0, rows, expert(x[rows]) * probabilities[rows, e, None])
+        return out
+
+
+class DeepSpeedGate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wg = nn.Linear(HIDDEN, EXPERTS, bias=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = self.wg(x)
+        weights, ids = route(logits)
+        return weights.sum(), weights, ids, torch.bincount(ids.flatten(), minlength=EXPERTS)
+
+
+class DeepSpeedMoE(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.deepspeed_moe = nn.Module()
+        self.deepspeed_moe.gate = DeepSpeedGate()
+        self.deepspeed_moe.experts = nn.Module()
+        self.deepspeed_moe.experts.deepspeed_experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, weights, ids, _ = self.deepspeed_moe.gate(x)
+        experts = self.deepspeed_moe.experts.deepspeed_experts
+        return run_each(x, weights, ids, lambda e, rows: experts[e](rows))
+
+
+class ScatterLinear(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, outputs, inputs) * 0.3)
+
+
+class ScatterMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = ScatterLinear(HIDDEN, INNER)
+        self.output_experts = ScatterLinear(INNER, HIDDEN)
+
+    def forward(self, x: torch.Tensor, expert_p: torch.Tensor, expert_idxs: torch.Tensor) -> torch.Tensor:
+        w1, w2 = self.experts.weight, self.output_experts.weight
+        return run_each(x, expert_p, expert_idxs, lambda e, rows: F.gelu(rows @ w1[e].T) @ w2[e].T)
+
+
+class ScatterBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, EXPERTS)
+        self.moe = ScatterMLP()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = route(self.router(x))
+        return self.moe(x, weights, expert_idxs=ids)
+
+
+class LinearGate(nn.Module):
+    """The MoE of a textbook: a Linear gate and a ModuleList. No library, no spec."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = route(self.gate(x))
+        return run_each(x, weights, ids, lambda e, rows: self.experts[e](rows))
+
+
+class LooseGate(LinearGate):
+    """Its gate is a bare parameter of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = None
+        self.gate_weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = route(x @ self.gate_weight.T)
+        return run_each(x, weights, ids, lambda e, rows: self.experts[e](rows))
+
+
+class CapacityMoE(nn.Module):
+    """Dispatch tensor [T, E, C], as st-moe and lucidrains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = DispatchGate()
+        self.experts = CapacityExperts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dispatch, combine = self.gate(x)
+        outputs = self.experts(torch.einsum("td,tec->ecd", x, dispatch))
+        return torch.einsum("ecd,tec->td", outputs, combine)
+
+
+class DispatchGate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_gating = nn.Parameter(torch.randn(HIDDEN, EXPERTS))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = route(x @ self.w_gating)
+        chosen = torch.zeros(len(x), EXPERTS).scatter_(1, ids, 1.0)
+        place = (chosen.cumsum(0) - 1).long().clamp(min=0)
+        dispatch = F.one_hot(place, TOKENS).float() * chosen[..., None]
+        return dispatch, dispatch * torch.zeros_like(chosen).scatter(1, ids, weights)[..., None]
+
+
+class CapacityExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) * 0.3)
+        self.w2 = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN) * 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ecf,efd->ecd", F.gelu(torch.einsum("ecd,edf->ecf", x, self.w1)), self.w2)
+
+
+class StMoE(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = DispatchGate()
+        self.experts = nn.Module()
+        self.experts.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dispatch, combine = self.gate(x)
+        rows = torch.einsum("td,tec->ecd", x, dispatch)
+        outputs = torch.stack([expert(rows[e]) for e, expert in enumerate(self.experts.experts)])
+        return torch.einsum("ecd,tec->td", outputs, combine)
+
+
+class FastMoE(LinearGate):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = IdsRouter("iw")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ids, weights = self.gate(x)
+        return run_each(x, weights, ids, lambda e, rows: self.experts[e](rows))
+
+
+class LoadRouted(nn.Module):
+    """Experts of torchtune and nanoMoE; the router emits the load, at the position that ``order`` says."""
+
+    order = "wic"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = IdsRouter(self.order)
+        self.experts = TitanExperts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = dict(zip(self.order, self.router(x), strict=True))
+        return self.experts(x, parts["w"], parts["i"])
+
+
+class NanoMoE(LoadRouted):
+    order = "cwi"
+
+
+class Tutel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList([nn.Module()])
+        self.gates[0].wg = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = nn.Module()
+        self.experts.batched_fc1_w = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN) * 0.3)
+        self.experts.batched_fc2_w = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN) * 0.3)
+        self.experts.batched_fc1_bias = nn.Parameter(torch.zeros(EXPERTS, INNER))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = route(self.gates[0].wg(x))
+        self.dispatch_count = torch.bincount(ids.flatten(), minlength=EXPERTS)
+        w1, b1, w2 = self.experts.batched_fc1_w, self.experts.batched_fc1_bias, self.experts.batched_fc2_w
+        return run_each(x, weights, ids, lambda e, rows: F.gelu(rows @ w1[e].T + b1[e]) @ w2[e])
+
+
+def named(cls: type[nn.Module], module: str, name: str) -> type[nn.Module]:
+    """The class under the name that a library gives it."""
+    return type(name, (cls,), {"__module__": module, "__qualname__": name})
+
+
+REPLICAS: dict[str, tuple[type[nn.Module], str, str]] = {
+    "torchtitan": (named(TitanMoE, "torchtitan.models.common.moe", "MoE"), "built-in", "index"),
+    "torchtitan-old": (named(OldTitanMoE, "torchtitan.models.moe", "MoE"), "built-in", "index"),
+    "torchtitan-unnamed": (OldTitanMoE, "structure", "index"),
+    "megablocks": (named(Megablocks, "megablocks.layers.dmoe", "dMoE"), "built-in", "index"),
+    "megatron-grouped": (named(MegatronGrouped, "megatron.core.transformer.moe.moe_layer", "MoELayer"),
+                         "built-in", "mask"),
+    "megatron-sequential": (named(MegatronSequential, "megatron.core.transformer.moe.moe_layer", "MoELayer"),
+                            "built-in", "mask"),
+    "deepspeed": (named(DeepSpeedMoE, "deepspeed.moe.layer", "MoE"), "built-in", "load"),
+    "scattermoe": (ScatterBlock, "built-in", "index"),
+    "lucidrains": (named(CapacityMoE, "mixture_of_experts.mixture_of_experts", "MoE"), "built-in", "dispatch"),
+    "lucidrains-unnamed": (CapacityMoE, "structure", "dispatch"),
+    "litgpt": (named(LinearGate, "litgpt.model", "LLaMAMoE"), "built-in", "rows"),
+    "st-moe": (named(StMoE, "st_moe_pytorch.st_moe_pytorch", "MoE"), "built-in", "dispatch"),
+    "fastmoe": (named(FastMoE, "fmoe.layers", "FMoE"), "built-in", "index"),
+    "torchtune": (named(LoadRouted, "torchtune.modules.moe.moe", "MoE"), "built-in", "load"),
+    "nanomoe": (named(NanoMoE, "model", "MOELayer"), "built-in", "load"),
+    "tutel": (named(Tutel, "tutel.impls.moe_layer", "MOELayer"), "built-in", "load"),
+    "linear-gate": (LinearGate, "structure", "rows"),
+    "loose-gate": (LooseGate, "structure", "rows"),
+}  # fmt: skip
+ScatterMLP.__module__, ScatterMLP.__qualname__ = "scattermoe.mlp", "MLP"
+
+
+class Net(nn.Module):
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.inp = nn.Linear(HIDDEN, HIDDEN)
+        self.layers = nn.ModuleList(block() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inp(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def assert_counts_match_gradients(model: nn.Module, layers: tuple[MoELayer, ...], counts: torch.Tensor) -> None:
+    parameters = dict(model.named_parameters())
+    for row, layer in zip(counts, layers, strict=True):
+        for tokens, pieces in zip(row.tolist(), layer.experts, strict=False):
+            grads = [piece.of(parameters[piece.parameter].grad) for piece in pieces
+                     if parameters[piece.parameter].grad is not None]  # fmt: skip
+            assert (tokens > 0) == any(bool(grad.any()) for grad in grads)
+
+
+@pytest.mark.parametrize("library", REPLICAS)
+def test_replica_is_found_and_counted(library: str) -> None:
+    block, source, form = REPLICAS[library]
+    torch.manual_seed(1)
+    model = Net(block)
+    layers = discover_layers(model)
+    assert [(layer.source, layer.num_experts) for layer in layers] == [(source, EXPERTS)] * 2
+    counter = TokenCounter(model, layers)
+    for _ in range(2):
+        model(torch.randn(TOKENS // 2, HIDDEN)[: TOKENS // 2]).sum().backward()
+    counts = counter.drain()
+    assert not counter.rejected
+    assert [layer.tap.form for layer in counter.layers if layer.tap] == [form] * 2
+    assert counts.sum(dim=1).tolist() == [TOKENS * TOP_K] * 2
+    assert_counts_match_gradients(model, counter.layers, counts)
+    model(torch.randn(3, HIDDEN))
+    assert counter.drain().sum(dim=1).tolist() == [3 * TOP_K] * 2
+    operators = build_operators(
+        model, counter.layers, trainable=dict(model.named_parameters()), sliceable=lambda name: True
+    )
+    kinds = [operator.kind.value for operator in operators.operators]
+    assert kinds.count("expert") == 2 * EXPERTS
+    assert kinds.count("gate") == (0 if library == "scattermoe" else 2)
+
+
+def test_numbered_parameters_leave_the_rest_to_shared() -> None:
+    model = Net(REPLICAS["megatron-grouped"][0])
+    result = build_operators(
+        model, discover_layers(model), trainable=dict(model.named_parameters()), sliceable=lambda name: True
+    )
+    (shared,) = [o for o in result.operators if o.name == "layers.0.experts.linear_fc1/shared"]
+    assert [piece.parameter for piece in shared.pieces] == ["layers.0.experts.linear_fc1.layer_norm_weight"]
+
+
+class Heads(nn.Module):
+    """Task heads beside a projection to as many outputs: a decoy, rejected once it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(Expert() for _ in range(4))
+        self.mix = nn.Linear(HIDDEN, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.mix(x).softmax(-1)
+        return sum((weights[..., i, None] * head(x) for i, head in enumerate(self.heads)), torch.zeros(()))
+
+
+class Pyramid(nn.Module):
+    """Blocks for inputs of different size, and a small head after them, as in RT-DETR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Expert() for _ in range(2))
+        self.head = nn.Linear(HIDDEN, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sizes = [self.blocks[0](x).sum(), self.blocks[1](x[::2]).sum()]
+        return x * self.head(x).sum() + sum(sizes)
+
+
+def test_a_head_after_the_blocks_is_no_router() -> None:
+    model = Net(Pyramid)
+    counter = TokenCounter(model, discover_layers(model))
+    assert len(counter.pending) == 2
+    model(torch.randn(6, HIDDEN)).sum().backward()
+    counter.drain()
+    assert counter.layers == ()
+
+
+def test_a_dense_mixture_is_a_candidate_that_calibration_rejects() -> None:
+    model = Net(Heads)
+    layers = discover_layers(model)
+    assert [layer.candidate for layer in layers] == [True, True]
+    counter = TokenCounter(model, layers)
+    assert counter.layers == ()
+    assert len(counter.pending) == 2
+    model(torch.randn(5, HIDDEN)).sum().backward()
+    assert counter.drain().shape[0] == 0
+    assert [layer.name for layer, _ in counter.rejected] == ["layers.0", "layers.1"]
+    assert all("no routing decision" in reason for _, reason in counter.rejected)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Transformer(HIDDEN, 2, 2, 2, 24, batch_first=True),
+        nn.Sequential(nn.Conv1d(4, 4, 3, groups=4), nn.Linear(4, 4)),
+        nn.ModuleDict({"emb": nn.Embedding(4, HIDDEN), "heads": nn.ModuleList(Expert() for _ in range(4))}),
+        nn.ModuleDict({"out": nn.Linear(400, 4), "heads": nn.ModuleList(Expert() for _ in range(4))}),
+        nn.LSTM(4, 4),
+        nn.Linear(2, 2),
+    ],
+    ids=["transformer", "depthwise-conv", "embedding", "large-projection", "lstm", "linear"],
+)
+def test_dense_models_have_no_layers(model: nn.Module) -> None:
+    assert discover_layers(model) == ()
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Module()
+        self.net.bank = PackedMLP()
+        self.switch = IdsRouter("lwi")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, weights, ids = self.switch(x)
+        return self.net.bank(x, weights, ids)
+
+
+@pytest.mark.parametrize("tap", [None, Tap(site="experts", io="in", key=2, form="index")], ids=["calibrated", "given"])
+def test_a_user_spec_describes_what_no_rule_finds(tap: Tap | None) -> None:
+    model = Net(Custom)
+    assert discover_layers(model) == ()
+    spec = MoESpec(block=r".*\.Custom", experts="net.bank", router="switch", pack="rows", tap=tap)
+    layers = discover_layers(model, [spec])
+    counter = TokenCounter(model, layers)
+    model(torch.randn(TOKENS, HIDDEN)).sum().backward()
+    counts = counter.drain()
+    assert counts.sum(dim=1).tolist() == [TOKENS * TOP_K] * 2
+    assert_counts_match_gradients(model, counter.layers, counts)
+
+
+def test_a_user_spec_comes_before_the_table() -> None:
+    model = Net(REPLICAS["torchtitan-old"][0])
+    (layer, _) = discover_layers(model, [MoESpec(block=r"torchtitan\..*\.MoE", router="router")])
+    assert layer.source == "user"
+
+
+def test_a_spec_that_matches_nothing_names_near_classes() -> None:
+    with pytest.raises(OperatorError, match=r"matches no module.*LinearGate"):
+        discover_layers(Net(LinearGate), [MoESpec(block=r".*\.LinearGat")])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (MoESpec(block=r".*\.LinearGate", experts="expert"), r"no 'layers\.0\.expert'.*experts"),
+        (MoESpec(block=r".*\.LinearGate", router="router"), r"no 'layers\.0\.router'"),
+        (MoESpec(block=r".*\.LinearGate", pack="dim0"), "pack='dim0'"),
+    ],
+)
+def test_a_spec_that_does_not_fit_is_an_error(spec: MoESpec, message: str) -> None:
+    with pytest.raises(OperatorError, match=message):
+        discover_layers(Net(LinearGate), [spec])
+
+
+def test_impossible_descriptions_are_refused_at_construction() -> None:
+    with pytest.raises(ConfigurationError, match="site='expert'"):
+        Tap(site="expert", io="in", form="index")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="pack='fused'"):
+        MoESpec(block=".*", pack="fused")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="regular expression"):
+        MoESpec(block="(")
+    with pytest.raises(ConfigurationError, match="top_k"):
+        Tap(site="router", io="out", form="logits")
+    with pytest.raises(ConfigurationError, match="belong together"):
+        Tap(site="experts", io="call", form="index")
+    with pytest.raises(ConfigurationError, match="attribute"):
+        Tap(site="block", io="attr", form="load")
+
+
+def test_the_table_covers_the_libraries_that_were_read() -> None:
+    table = " ".join(spec.block for spec in BUILT_IN_SPECS)
+    for library in ("Dbrx", "JetMoe", "Llama4", "SwitchTransformers", "NllbMoe", "deepspeed", "torchtitan", "megatron",
+                    "megablocks", "scattermoe", "tutel", "fmoe", "st_moe_pytorch", "mixture_of_experts", "MOELayer",
+                    "torchtune", "litgpt"):  # fmt: skip
+        assert library in table
+
+
+def test_wrappers_change_neither_names_nor_counts() -> None:
+    model = Net(REPLICAS["torchtitan"][0])
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = checkpoint_wrapper(layer)
+    layers = discover_layers(model)
+    assert [layer.name for layer in layers] == ["layers.0", "layers.1"]
+    counter = TokenCounter(model, layers)
+    model(torch.randn(TOKENS, HIDDEN)).sum().backward()
+    assert counter.drain().sum(dim=1).tolist() == [TOKENS * TOP_K] * 2
+
+
+class Plan(nn.Module):
+    """What discovery reads of a PreTrainedModel: its plan, relative to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ep_plan = {"model.layers.*.experts": "ep_dispatch_experts", "model.layers.*.experts.w*": "grouped_gemm"}
+        self.model = Net(OldTitanMoE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_a_plan_is_read_at_any_depth(depth: int) -> None:
+    model: nn.Module = Plan()
+    for _ in range(depth):
+        outer = nn.Module()
+        outer.inner = model
+        model = outer
+    layers = discover_layers(model)
+    assert [layer.source for layer in layers] == ["ep_plan"] * 2
+    assert layers[0].experts_module == "inner." * depth + "model.layers.0.experts"
