@@ -107,6 +107,8 @@ class LoopSeam:
             "train_reload_epoch": loop._last_train_dl_reload_epoch,
             "val_reload_epoch": loop.epoch_loop.val_loop._last_val_dl_reload_epoch,
             "results": self._results(),
+            "first_loop_iter": bool(trainer._logger_connector._first_loop_iter),
+            "current_fx": trainer._logger_connector._current_fx,
             "metrics": self._metrics(),
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         }
@@ -142,6 +144,9 @@ class LoopSeam:
             config.scheduler.load_state_dict(state)
         self._restore_results(extras["results"])
         connector = trainer._logger_connector
+        # Saved after the next batch's `on_batch_start`, put back before it: None becomes True there, False stays.
+        connector._first_loop_iter = None if extras["first_loop_iter"] else False
+        connector._current_fx = extras["current_fx"]
         connector._progress_bar_metrics = dict(extras["metrics"]["progress_bar"])
         connector._logged_metrics = dict(extras["metrics"]["logged"])
         connector._callback_metrics = dict(extras["metrics"]["callback"])

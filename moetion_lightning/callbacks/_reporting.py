@@ -39,14 +39,16 @@ class Reporter:
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
-        self._schedule: ScheduleMade | None = None
+        self._window = 0
         self._stall = 0.0
         self._last_line = float("-inf")
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, ScheduleMade):
-            self._schedule = event
-            _log.info(
+            resized = self._window != event.window
+            self._window = event.window
+            _log.log(
+                logging.INFO if resized else logging.DEBUG,
                 "window of %d iterations (%s): at most %.1f MB per iteration, %.1f MB per window; dense: %.1f MB",
                 event.window, event.reason, event.heaviest_bytes / 1e6, event.total_bytes / 1e6, event.dense_bytes / 1e6,
             )  # fmt: skip

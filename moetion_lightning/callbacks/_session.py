@@ -93,7 +93,7 @@ class Session:
             return None
         parameters = dict(self._module.named_parameters())
         if parameters:
-            self._point.check_model(parameters)
+            self._point.check_model(parameters, dtypes=False)
         state = self._point.run_state()["adapter"]
         self._state = state
         self._data.restore(state["data"])
@@ -119,6 +119,13 @@ class Session:
         """Module and optimizers exist, no forward has run."""
         if self._point is None:
             self.engine.tiers.release_point()
+        if getattr(self._trainer.precision_plugin, "scaler", None) is not None:
+            self.engine.may_skip_gradients = False
+            if self.engine.config.skip_frozen_gradients:
+                self.engine.say_once(
+                    "skip_frozen_gradients=True has no effect with a gradient scaler: whether a step is skipped depends "
+                    "on all gradients. Replays compute them all."
+                )
         self.engine.attach(self._module, self._trainer.optimizers, self._specs)
 
     def on_train_start(self) -> None:

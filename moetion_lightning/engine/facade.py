@@ -103,6 +103,8 @@ class Engine:
         self.witness = WitnessRecorder(self.norms)
         self.recovery: Recovery | None = None
         self.compute_dtype: dict[str, torch.dtype] = {}
+        #: An adapter with a gradient scaler clears this: whether a step was skipped depends on all gradients.
+        self.may_skip_gradients = True
         self._attached: _Attached | None = None
         self._operators: OperatorSet | None = None
         self._window: OpenWindow | None = None
@@ -110,7 +112,7 @@ class Engine:
         self._bandwidth = 0.0
         self._stall = 0.0
         self._started_at = 0.0
-        self._static: tuple[str, Any] | None = None
+        self._static_digest = ""  # of the parameters that never train, as the newest window holds them
         self._said: set[str] = set()
 
     # --- before training -----------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ class Engine:
         if isinstance(self.policy, PartialExpertsPolicy):
             self.policy.num_experts, self.policy.checkpoints = state.policy["num_experts"], state.policy["checkpoints"]
         slots, carried = point.slots(), point.carried()
-        skip = self.config.skip_frozen_gradients
+        skip = self._skips_gradients
         reconstruction = Reconstruction(attached.live, slots, carried, skip_gradients=skip)
         self.recovery = Recovery(reconstruction, point, state, bus=self.bus, on_mismatch=self.config.on_mismatch)
         self.recovery.begin(attached.live, run_state.generators())
@@ -240,8 +242,7 @@ class Engine:
         self.bus.emit(IterationFinished(iteration=self.iteration, seconds=seconds, stall_seconds=stall))
         if self.recovery is not None:
             self.recovery.end_iteration(witness.read())
-            skip = self.config.skip_frozen_gradients
-            self.norms.give(self.recovery.norms_to_give() if skip else None)
+            self.norms.give(self.recovery.norms_to_give() if self._skips_gradients else None)
             if not self.recovery.done:
                 return True
             self._end_recovery()
@@ -252,6 +253,10 @@ class Engine:
             if window.complete:
                 self._window = None
         return True
+
+    @property
+    def _skips_gradients(self) -> bool:
+        return self.config.skip_frozen_gradients and self.may_skip_gradients
 
     @property
     def converting(self) -> bool:
@@ -384,6 +389,7 @@ class Engine:
             _log.info("window from iteration %d given up: %s", self._window.first_iteration, self._window.broken)
             attached.writer.abandon(self._window)
             self._window = None
+            self._static_digest = ""
         signature = attached.live.signature()
         if attached.routing.settle() or tuple(attached.live.trainable()) != self._trainable:
             self._find_operators()
@@ -402,7 +408,6 @@ class Engine:
             return None
         self._announce(plan, sizes)
         attached.routing.captured(plan)
-        static, record = self._static_part()
         self._window = OpenWindow(
             plan=plan,
             first_iteration=self.iteration,
@@ -413,8 +418,7 @@ class Engine:
                 extra=self._engine_state(),
             ),
             rest=self._flatten(run_state),
-            static=static,
-            static_record=record,
+            static=self._static_part(),
             signature=signature,
         )
         return self._window
@@ -440,19 +444,16 @@ class Engine:
         tree, leaf = capture_run_state(live, run_state.capture(), find_generators(run_state.generators()))
         return flatten_tree(tree, clone=True, leaf=leaf)
 
-    def _static_part(self) -> tuple[FlatTree | None, Any]:
-        """Parameters that never train: written again only if they changed."""
+    def _static_part(self) -> FlatTree | None:
+        """Parameters that never train, unless the window before holds them already."""
         live = self._need().live
         assert self._operators is not None
         names = self._operators.static
-        if not names:
-            return None, None
-        sample = static_sample(live, names)
-        newest = self._need().writer.newest
-        if self._static is not None and self._static[0] == sample and newest is not None and newest.static is not None:
-            return None, newest.file(newest.static)
-        self._static = (sample, None)
-        return flatten_tree({n: live.parameters[n].detach() for n in names}, clone=True), None
+        digest = static_sample(live, names)
+        if digest == self._static_digest:
+            return None
+        self._static_digest = digest
+        return flatten_tree({n: live.parameters[n].detach() for n in names}, clone=True)
 
     def _announce(self, plan: WindowPlan, sizes: Sizes) -> None:
         if plan.schedule is None or not plan.changed:

@@ -50,14 +50,13 @@ class WindowHeader:
 
 @dataclass
 class OpenWindow:
-    """A window that is being captured."""
+    """A window that is being captured; without ``static``, that of the window before it still holds."""
 
     plan: WindowPlan
     first_iteration: int
     header: WindowHeader
     rest: FlatTree
     static: FlatTree | None
-    static_record: FileRecord | None
     signature: tuple[int, ...]
     started: float = field(default_factory=time.perf_counter)
     captured_at: float = field(default_factory=time.time)
@@ -66,6 +65,7 @@ class OpenWindow:
     records: list[FileRecord] = field(default_factory=list)
     slots: list[dict[str, Any]] = field(default_factory=list)
     rest_record: FileRecord | None = None
+    static_record: FileRecord | None = None
 
     @property
     def complete(self) -> bool:
@@ -135,8 +135,9 @@ class WindowWriter:
     def abandon(self, window: OpenWindow) -> None:
         """Training thread: give up a window; its files are garbage."""
         self._thread.drain()
-        for record in [*window.records, *([window.rest_record] if window.rest_record else [])]:
-            self._tier.discard(record)
+        for record in [*window.records, window.rest_record, window.static_record]:
+            if record is not None:
+                self._tier.discard(record)
 
     # --- capture thread ------------------------------------------------------------------------------------------
 
@@ -164,6 +165,8 @@ class WindowWriter:
         if window.static is not None:
             uid = self.uid(window.first_iteration, "static")
             window.static_record = self._tier.write(uid, window.static.to_bytes())
+        elif self._newest is not None and self._newest.static is not None:
+            window.static_record = self._newest.file(self._newest.static)
 
     def commit(self, window: OpenWindow, iteration: int) -> None:
         """Write the manifest of a complete window, then drop the windows before it."""

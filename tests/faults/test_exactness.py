@@ -55,3 +55,5 @@ def test_killed_run_ends_bitwise_equal(drill: Drill, name: str) -> None:
     finished = read_events(killed, "ReplayFinished")
     assert finished, "nothing was restored: the test shows nothing"
     assert all(event["verified"] for event in finished)
+    if spec.get("overflow_at"):
+        assert read_events(killed, "StepSkipped"), "the loss scale never overflowed"
