@@ -112,6 +112,10 @@ class EngineCallback(Callback):
         if self._session is not None:
             self._session.on_train_batch_end(outputs)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if self._session is not None:
+            self._session.engine.attempt_step()
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session is not None and trainer.state.fn == TrainerFn.FITTING:
             self._session.hold()

@@ -207,6 +207,10 @@ class Engine:
         """Note the loss of a micro-batch, for the witness (0-d tensor; read later, on another thread)."""
         self.witness.losses.append(loss.detach())
 
+    def attempt_step(self) -> None:
+        """An optimizer step is about to be tried: if it then does not happen, it was skipped."""
+        self._need().steps.attempt()
+
     def hold(self) -> None:
         """Wait until nothing is being copied from the live state: before anything may change it."""
         if self._observer is not None:

@@ -43,6 +43,10 @@ class StepWatcher:
         steps, self.steps, self.attempts = tuple(self.steps), [0] * len(self.steps), 0
         return steps
 
+    def attempt(self) -> None:
+        """A step is about to be tried; a gradient scaler may never call the optimizer."""
+        self.attempts += 1
+
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
@@ -59,7 +63,6 @@ class StepWatcher:
 
     def _post_hook(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self.attempts += 1
             found_inf = getattr(optimizer, "found_inf", None)
             if isinstance(found_inf, Tensor) and bool(found_inf.item()):
                 return
