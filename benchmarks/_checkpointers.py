@@ -296,8 +296,8 @@ class _DLRover(_EveryStep):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         import torch.distributed as dist
-        from dlrover.trainer.torch.flash_checkpoint.ddp import DdpCheckpointer
         from dlrover.trainer.torch.flash_checkpoint.checkpointer import StorageType
+        from dlrover.trainer.torch.flash_checkpoint.ddp import DdpCheckpointer
 
         for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
             os.environ.setdefault(name, str(value))

@@ -22,7 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _report import RESULTS, child_environment, load_results, machine, machine_line, markdown_table, number, write_results
+from _report import (
+    RESULTS,
+    child_environment,
+    load_results,
+    machine,
+    machine_line,
+    markdown_table,
+    number,
+    write_results,
+)
 from _sizes import add_model_arguments, model_argv
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -38,8 +47,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--seconds", type=float, default=14.0, help="measured time per variant and precision")
+    parser.add_argument("--seconds", type=float, default=12.0, help="measured time per variant and precision")
     parser.add_argument("--block", type=int, default=8, help="iterations per block; a multiple of the windows is best")
+    parser.add_argument("--peer-block", type=int, default=4, help="the same for peers, whose saves take longer")
     parser.add_argument("--max-rounds", type=int, default=12, help="pairs of blocks at most; at least two are run")
     parser.add_argument("--work-dir", type=Path, help="where peers write their files; default: the temporary directory")
     parser.add_argument(
@@ -226,6 +236,10 @@ def _summary(players: Sequence[_Player], args: argparse.Namespace) -> dict[str, 
         ratios["cpu"].append(block["cpu"] / base["cpu"])
     stalls = [s for block in other for s in block["stall"]]
     return {
+        "blocks": {
+            side: [[round(1e3 * s, 2) for s in block["seconds"]] for block in player.blocks]
+            for side, player in zip(("none", "with"), players)
+        },
         "rounds": len(ratios["median"]),
         "parameters": players[0].parameters,
         "dense_bytes": players[0].dense_bytes,
@@ -273,7 +287,8 @@ def _run_child(name: str, precision: str, python: str, args: argparse.Namespace,
     with tempfile.TemporaryDirectory(prefix="moetion-bench-", dir=args.work_dir) as folder:
         file = Path(folder) / "numbers.json"
         command = [python, __file__, "--child", name, precision, str(file), "--seconds", str(args.seconds)]
-        command += ["--block", str(args.block), "--max-rounds", str(args.max_rounds), *sizes]
+        block = args.block if name in NOT_PEERS else args.peer_block
+        command += ["--block", str(block), "--max-rounds", str(args.max_rounds), *sizes]
         if args.profile:
             command += ["--profile", str(args.profile)]
         environment = child_environment(args.threads)
@@ -371,7 +386,7 @@ def markdown(results: dict[str, Any]) -> str:
     if first is not None:
         parts[0] += (
             f" Model: {first['parameters'] / 1e6:.1f} M parameters, dense state {first['dense_bytes'] / 1e6:.0f} MB, "
-            f"{results['threads']} thread(s) for training, a checkpoint after every iteration, blocks of {results['block']}."
+            f"{results['threads']} thread(s) for training, a checkpoint after every iteration."
         )
     for precision in dict.fromkeys(row["precision"] for row in rows):
         chosen = [r for r in rows if r["precision"] == precision]

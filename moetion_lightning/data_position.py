@@ -1,9 +1,9 @@
 """Where a data loader stands, so that the same batches follow after a restart: none lost, none twice.
 
-Any loader is brought back by *re-iterating*: the state of every random number generator at ``iter(loader)`` is recorded,
-put back, the iterator is made again, and as many batches as had been drawn are skipped. That is exact for shuffling,
-samplers with generators, workers and persistent workers. Loaders and datasets that can save their own position
-(``state_dict``) are asked to do so instead, which costs nothing on restart.
+Any loader is brought back by *re-iterating*: the state of every random number generator at ``iter(loader)`` is
+recorded, put back, the iterator is made again, and as many batches as had been drawn are skipped. That is exact for
+shuffling, samplers with generators, workers and persistent workers. Loaders and datasets that can save their own
+position (``state_dict``) are asked to do so instead, which costs nothing on restart.
 """
 
 from __future__ import annotations

@@ -276,6 +276,7 @@ class JsonlSink:
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
+        """Append one line."""
         record: dict[str, Any] = {"time": time.time(), "pid": os.getpid(), "event": event.kind}
         record.update(dataclasses.asdict(event))
         line = (json.dumps(record) + "\n").encode()

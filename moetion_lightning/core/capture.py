@@ -19,8 +19,8 @@ from moetion_lightning.core.state import CopyItem
 
 __all__ = ["CaptureThread", "DeviceFence", "copy_items", "measure_bandwidth"]
 
-# ATen runs an elementwise kernel on the calling thread alone up to this many elements. Staying below it keeps the capture
-# thread from opening a thread team of its own, which would compete with the training step for the same cores.
+# ATen runs an elementwise kernel on the calling thread alone up to this many elements. Staying below it keeps the
+# capture thread from opening a thread team of its own, which would compete with the training step for the same cores.
 _SERIAL_ELEMENTS = 32_767
 _MEMMOVE_BYTES = 4 << 20
 
@@ -28,8 +28,8 @@ _MEMMOVE_BYTES = 4 << 20
 class DeviceFence:
     """Orders copies on an accelerator after the training stream, and the training stream after the copies.
 
-    On the CPU it does nothing: program order is enough. On CUDA it owns a side stream, so that copies into pinned memory
-    run beside the forward and backward, and the optimizer step waits for them on the device, not on the host.
+    On the CPU it does nothing: program order is enough. On CUDA it owns a side stream, so that copies into pinned
+    memory run beside the forward and backward, and the optimizer step waits for them on the device, not on the host.
 
     Args:
         devices: Devices that hold captured state.

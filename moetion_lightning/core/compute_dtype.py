@@ -24,7 +24,7 @@ class ComputeDtypeObserver:
     """Watches every operator call while it is active and notes how each parameter's storage is read.
 
     Use :meth:`start` before the first training forward, :meth:`pause`/:meth:`resume` around the optimizer's step (which
-    reads and writes the master weights and says nothing about the forward) and :meth:`stop` at the end of the iteration.
+    reads and writes the master weights and says nothing about the forward) and :meth:`stop` when the iteration ends.
 
     Args:
         parameters: Parameters by name. Only floating-point parameters wider than 16 bits are watched.
@@ -55,12 +55,12 @@ class ComputeDtypeObserver:
         """Begin to watch the calling thread."""
         if self._mode is None and self._names:
             self._mode = _ObserverMode(self)
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         """Stop watching."""
         if self._mode is not None:
-            self._mode.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._mode = None
 
     def pause(self) -> None:
@@ -99,7 +99,7 @@ class ComputeDtypeObserver:
 
 class _ObserverMode(TorchDispatchMode):
     def __init__(self, observer: ComputeDtypeObserver) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._observer = observer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

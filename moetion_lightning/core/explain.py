@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.layouts import MoELayer, MoESpec
-from moetion_lightning.core.operators import Operator, build_operators
+from moetion_lightning.core.operators import Operator
+from moetion_lightning.core.partition import build_operators
 from moetion_lightning.core.schedule import MAX_SHARE, fractional_bound, make_schedule, order_operators, split_operators
 from moetion_lightning.core.state import LiveState
 

@@ -1,7 +1,7 @@
 """What to capture when. A policy plans; the engine acts.
 
-Three policies run on the same engine: sparse (MoEtion: exact, a window of W iterations), dense in memory (Gemini: exact,
-W = 1) and partial experts (MoC-System: lossy, all non-expert state and K of N experts per checkpoint).
+Three policies run on the same engine: sparse (MoEtion: exact, a window of W iterations), dense in memory (Gemini:
+exact, W = 1) and partial experts (MoC-System: lossy, all non-expert state and K of N experts per checkpoint).
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ class PolicyContext:
             ``reference``.
         iteration_seconds: Rolling median.
         bytes_per_second: Copy bandwidth.
+        capacity_bytes: Host memory that one window may take.
         lost: Lost-token counters.
         saved: Names of operators that an older restore point holds.
     """
@@ -134,6 +135,7 @@ class PolicyContext:
     frequencies_changed: bool
     iteration_seconds: float
     bytes_per_second: float
+    capacity_bytes: int
     lost: LostTokens
     saved: frozenset[str] = field(default_factory=frozenset)
 
@@ -175,6 +177,7 @@ class SparsePolicy:
         self._budget = 0.0
 
     def plan(self, context: PolicyContext) -> WindowPlan:
+        """A window always begins; the schedule is kept until there is a reason for another."""
         reason = self._why_new(context)
         if reason:
             self._make(context)
@@ -209,7 +212,10 @@ class SparsePolicy:
         sizes = context.sizes
         full = list(sizes.operator_bytes(context.operators, sizes.full).values())
         compute = list(sizes.operator_bytes(context.operators, sizes.compute).values())
-        heaviest = {w: int(fractional_bound(full, compute, w)) for w in range(1, self.max_window + 1)}
+        # A window of w slots takes about the dense state and (w - 1) / 2 times the compute weights.
+        fitting = (context.capacity_bytes - sum(full)) * 2 // max(1, sum(compute)) + 1
+        longest = max(1, min(self.max_window, fitting))
+        heaviest = {w: int(fractional_bound(full, compute, w)) for w in range(1, longest + 1)}
         return choose_window(
             heaviest,
             iteration_seconds=context.iteration_seconds,
@@ -258,6 +264,7 @@ class DensePolicy:
         self.every_n_steps = every_n_steps
 
     def plan(self, context: PolicyContext) -> WindowPlan | None:
+        """A snapshot every ``every_n_steps`` iterations."""
         if context.iteration % self.every_n_steps:
             return None
         return WindowPlan(slots=(SlotPlan(active=context.operators),))
@@ -298,6 +305,7 @@ class PartialExpertsPolicy:
         self.checkpoints = 0
 
     def plan(self, context: PolicyContext) -> WindowPlan | None:
+        """A snapshot every ``every_n_steps`` iterations."""
         if context.iteration % self.every_n_steps:
             return None
         chosen = self._choose(context)
@@ -342,4 +350,5 @@ class RestoreOnlyPolicy:
     exact = True
 
     def plan(self, context: PolicyContext) -> None:
+        """No window ever begins."""
         return None

@@ -56,13 +56,13 @@ def set_rng(state: Mapping[str, Any], generators: Mapping[str, object] | None = 
 def rng_digest() -> str:
     """Short digest of the global generators, for the witness of an iteration."""
     digest = xxhash.xxh3_64()
-    digest.update(torch.get_rng_state().numpy())
+    digest.update(torch.get_rng_state().numpy().tobytes())
     digest.update(repr(random.getstate()[1][-1:]).encode())  # the position in the Mersenne twister's block
     numpy_state: Any = np.random.get_state(legacy=False)
     digest.update(str(numpy_state["state"].get("pos", "")).encode())
     if torch.cuda.is_initialized():
         for cuda_state in torch.cuda.get_rng_state_all():
-            digest.update(cuda_state.numpy())
+            digest.update(cuda_state.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -6,8 +6,8 @@ the window before that, while the operator is *frozen*). Iteration ``k`` of a wi
 
     cost(k) = sum(full_bytes of G_k) + sum(compute_bytes of G_{k+1} .. G_{W-1}).
 
-Source: MoEtion / MoEvement, Algorithm 1 (FindWindowSize, OrderOperators, GenerateSchedule); balanced by bytes instead of
-by operator count.
+Source: MoEtion / MoEvement, Algorithm 1 (FindWindowSize, OrderOperators, GenerateSchedule); balanced by bytes instead
+of by operator count.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _fits_fractionally(costs: _Prefix, window: int, cap: float) -> bool:
     position = 0.0  # in operators; the fraction is the share of an operator that is already captured
     for _ in range(window):
         index, part = int(position), position - int(position)
-        captured = costs.compute[index]
+        captured = float(costs.compute[index])
         gained = float(costs.gain[index])
         if part:
             captured += part * (costs.compute[index + 1] - costs.compute[index])

@@ -213,7 +213,9 @@ def _describe(value: object, path: str, piece: Piece, parameter: Tensor, items: 
 
 
 @torch.no_grad()
-def write_active(live: LiveState, operators: Iterable[Operator], load: TensorLoader, scalars: Mapping[str, Any]) -> None:
+def write_active(
+    live: LiveState, operators: Iterable[Operator], load: TensorLoader, scalars: Mapping[str, Any]
+) -> None:
     """Put master weights and optimizer state of active operators back.
 
     Args:

@@ -18,31 +18,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moetion_lightning.config import EngineConfig
-from moetion_lightning.core.capture import CaptureThread, DeviceFence, measure_bandwidth
+from moetion_lightning.core.capture import CaptureThread, DeviceFence
 from moetion_lightning.core.compute_dtype import ComputeDtypeObserver
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.layouts import MoESpec
-from moetion_lightning.core.operators import OperatorSet, build_operators
 from moetion_lightning.core.pace import Pace
-from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy, Policy, Sizes, WindowPlan
+from moetion_lightning.core.partition import OperatorSet
+from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy, Policy
 from moetion_lightning.core.reconstruct import Reconstruction
-from moetion_lightning.core.run_state import find_generators, read_buffers
+from moetion_lightning.core.run_state import find_generators
 from moetion_lightning.core.state import LiveState
+from moetion_lightning.engine.planner import WindowPlanner
 from moetion_lightning.engine.recovery import Recovery
-from moetion_lightning.engine.restore import RestorePoint, model_fingerprint, parameter_table
-from moetion_lightning.engine.run_state import EngineState, capture_run_state, static_sample
-from moetion_lightning.engine.token_counts import TokenCounts
+from moetion_lightning.engine.restore import RestorePoint
+from moetion_lightning.engine.run_state import EngineState, capture_run_state
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.engine.tiers import Tiers
+from moetion_lightning.engine.token_counts import TokenCounts
 from moetion_lightning.engine.witness import WitnessRecorder
-from moetion_lightning.engine.writer import OpenWindow, WindowHeader, WindowWriter
+from moetion_lightning.engine.writer import OpenWindow, WindowWriter
 from moetion_lightning.events import (
     EventBus,
     IterationFinished,
     Notice,
-    OperatorsFound,
-    ScheduleMade,
     StepSkipped,
 )
 from moetion_lightning.store.tree import FlatTree, flatten_tree
@@ -72,11 +71,10 @@ class _Attached:
 
     live: LiveState
     routing: TokenCounts
+    planner: WindowPlanner
     steps: StepWatcher
     thread: CaptureThread
     writer: WindowWriter
-    parameters: dict[str, Any]
-    fingerprint: str
 
 
 class Engine:
@@ -106,13 +104,10 @@ class Engine:
         #: An adapter with a gradient scaler clears this: whether a step was skipped depends on all gradients.
         self.may_skip_gradients = True
         self._attached: _Attached | None = None
-        self._operators: OperatorSet | None = None
         self._window: OpenWindow | None = None
         self._observer: ComputeDtypeObserver | None = None
-        self._bandwidth = 0.0
         self._stall = 0.0
         self._started_at = 0.0
-        self._static_digest = ""  # of the parameters that never train, as the newest window holds them
         self._said: set[str] = set()
 
     # --- before training -----------------------------------------------------------------------------------------
@@ -135,28 +130,24 @@ class Engine:
             OperatorError, ForeignWindowError, HostMemoryError: See the message.
         """
         live = LiveState(module, optimizers, self.config.elementwise_optimizers)
-        table = parameter_table(live.parameters)
         if self.tiers.point is not None:
             self.tiers.point.check_model(live.parameters)
-        devices = list(dict.fromkeys(p.device for p in live.parameters.values()))
-        thread = CaptureThread(DeviceFence(devices))
+        devices = list(dict.fromkeys(p.device for p in live.parameters.values())) or [torch.device("cpu")]
         routing = TokenCounts(module, discover_layers(module, specs))
+        thread = CaptureThread(DeviceFence(devices))
+        planner = WindowPlanner(live, routing, self.tiers, self.pace, self.compute_dtype, self.bus, self.say_once)
         self._attached = _Attached(
             live=live,
             routing=routing,
+            planner=planner,
             steps=StepWatcher(live.optimizers, self.hold, self._after_step),
             thread=thread,
             writer=WindowWriter(
                 self.tiers.host, thread, live, self.compute_dtype, self.bus, self.pace, self.tiers.on_commit
             ),
-            parameters=table,
-            fingerprint=model_fingerprint(table),
         )
         self.norms.install()
-        self._find_operators()
-        sample = torch.empty(_MEASURE_BYTES, dtype=torch.uint8)
-        self._bandwidth = measure_bandwidth(sample, devices[0] if devices else torch.device("cpu"))
-        self._check_memory(None)
+        planner.prepare(self.policy, devices[0])
 
     def check_run_state(self, run_state: RunState) -> None:
         """Capture the run state once for nothing, so that what cannot be stored is reported before the first step."""
@@ -254,8 +245,6 @@ class Engine:
         window = self._open_window(run_state)
         if window is not None:
             attached.writer.capture(window, self.iteration, witness.read)
-            if window.complete:
-                self._window = None
         return True
 
     @property
@@ -275,8 +264,7 @@ class Engine:
     @property
     def operators(self) -> OperatorSet:
         """The operators of the module."""
-        assert self._operators is not None
-        return self._operators
+        return self._need().planner.operators
 
     def stop_observing(self) -> None:
         """Leave the observation of compute dtypes (harmless if none is running)."""
@@ -303,11 +291,12 @@ class Engine:
                 self.recovery.release()
                 self.recovery = None
             self.tiers.close(completed=completed)
-        if self._attached is not None:
-            thread, self._attached = self._attached.thread, None
-            if not completed:
-                return
-            thread.raise_error()
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            try:
+                attached.thread.raise_error()
+            except Exception:
+                _log.exception("the last capture failed; training itself is not affected")
 
     # --- inside --------------------------------------------------------------------------------------------------
 
@@ -326,32 +315,6 @@ class Engine:
     def _after_step(self, index: int) -> None:
         if self.recovery is not None:
             self.recovery.after_step(index)
-
-    def _find_operators(self) -> None:
-        attached = self._need()
-        live, layers = attached.live, attached.routing.layers
-        self._operators = build_operators(
-            live.module, layers, trainable=live.trainable(), sliceable=live.is_elementwise
-        )
-        dense = sum(live.full_bytes(n) for n in live.trainable())
-        self.bus.emit(
-            OperatorsFound(
-                num_operators=len(self._operators.operators),
-                num_moe_layers=len(layers),
-                num_experts=sum(layer.num_experts for layer in layers),
-                dense_bytes=dense,
-            )
-        )
-        if not layers:
-            self.say_once(
-                "no mixture-of-experts layer was found: checkpointing works all the same, in slots of shared operators. "
-                "If the module has experts, describe them with specs=[MoESpec(...)] (see `moetion explain`)."
-            )
-        if self._operators.unsliced:
-            self.say_once(
-                "the experts of these parameters cannot be captured one by one, because their optimizer couples rows: "
-                + ", ".join(self._operators.unsliced[:4])
-            )
 
     def _end_observed_iteration(self) -> None:
         observer = self._observer
@@ -387,103 +350,32 @@ class Engine:
     def _open_window(self, run_state: RunState) -> OpenWindow | None:
         """The window that the iteration that has just ended belongs to, beginning one if it is time."""
         attached = self._need()
-        if self._window is not None:
-            if not self._window.broken:
-                return self._window
-            _log.info("window from iteration %d given up: %s", self._window.first_iteration, self._window.broken)
-            attached.writer.abandon(self._window)
-            self._window = None
-            self._static_digest = ""
+        window, self._window = self._window, None
+        if window is not None and window.broken:
+            _log.info("window from iteration %d given up: %s", window.first_iteration, window.broken)
+            attached.writer.abandon(window)
+            attached.planner.forget_static()
+        elif window is not None and not window.complete:
+            self._window = window
+            return window
         signature = attached.live.signature()
-        if attached.routing.settle() or tuple(attached.live.trainable()) != self._trainable:
-            self._find_operators()
-        assert self._operators is not None
-        sizes = Sizes.of(attached.live, self.compute_dtype)
-        context = attached.routing.context(
-            iteration=self.iteration,
-            operators=self._operators.operators,
-            sizes=sizes,
-            iteration_seconds=self.pace.iteration_seconds,
-            bytes_per_second=self.pace.bytes_per_second(self._bandwidth),
-            newest=attached.writer.newest,
-        )
-        plan = self.policy.plan(context)
+        plan = attached.planner.plan(self.policy, self.iteration, attached.writer.newest)
         if plan is None:
             return None
-        self._announce(plan, sizes)
-        attached.routing.captured(plan)
         self._window = OpenWindow(
             plan=plan,
             first_iteration=self.iteration,
-            header=WindowHeader(
-                policy=self.policy.name,
-                parameters=attached.parameters,
-                fingerprint=attached.fingerprint,
-                extra=self._engine_state(),
-            ),
+            header=attached.planner.header(self.policy),
             rest=self._flatten(run_state),
-            static=self._static_part(),
+            static=attached.planner.static_part(),
             signature=signature,
         )
         return self._window
-
-    @property
-    def _trainable(self) -> tuple[str, ...]:
-        assert self._operators is not None
-        static = set(self._operators.static)
-        return tuple(n for n in self._need().live.parameters if n not in static)
-
-    def _engine_state(self) -> dict[str, Any]:
-        policy = {}
-        if isinstance(self.policy, PartialExpertsPolicy):
-            policy = {"num_experts": self.policy.num_experts, "checkpoints": self.policy.checkpoints}
-        return {
-            "compute_dtype": {n: str(d).removeprefix("torch.") for n, d in self.compute_dtype.items()},
-            "policy": policy,
-            "routing": self._need().routing.state(),
-        }
 
     def _flatten(self, run_state: RunState) -> FlatTree:
         live = self._need().live
         tree, leaf = capture_run_state(live, run_state.capture(), find_generators(run_state.generators()))
         return flatten_tree(tree, clone=True, leaf=leaf)
-
-    def _static_part(self) -> FlatTree | None:
-        """Parameters that never train, unless the window before holds them already."""
-        live = self._need().live
-        assert self._operators is not None
-        names = self._operators.static
-        digest = static_sample(live, names)
-        if digest == self._static_digest:
-            return None
-        self._static_digest = digest
-        return flatten_tree({n: live.parameters[n].detach() for n in names}, clone=True)
-
-    def _announce(self, plan: WindowPlan, sizes: Sizes) -> None:
-        if plan.schedule is None or not plan.changed:
-            return
-        schedule = plan.schedule
-        self._check_memory(schedule.total_bytes)
-        self.bus.emit(
-            ScheduleMade(
-                window=schedule.window,
-                heaviest_bytes=schedule.heaviest_bytes,
-                total_bytes=schedule.total_bytes,
-                dense_bytes=schedule.dense_bytes,
-                reason=plan.changed,
-            )
-        )
-
-    def _check_memory(self, window_bytes: int | None) -> None:
-        """Refuse before the first step, and again when a schedule is made, what the host memory cannot hold."""
-        live = self._need().live
-        if window_bytes is None:
-            full = sum(live.full_bytes(n) for n in live.trainable())
-            compute = sum(p.numel() * p.element_size() for p in live.parameters.values())
-            slots = self.config.window if isinstance(self.config.window, int) and self.policy.name == "sparse" else 1
-            window_bytes = full + compute * (slots - 1) // 2
-        buffers = sum(b.numel() * b.element_size() for b in read_buffers(live.module).values())
-        self.tiers.check_capacity(window_bytes + buffers)
 
 
 def _is_compiled(module: nn.Module) -> bool:

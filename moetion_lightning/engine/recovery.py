@@ -127,9 +127,7 @@ class Recovery:
         replayed = self._point.num_slots - 1
         seconds = time.perf_counter() - self._started
         iteration = self._point.manifest.first_iteration + replayed
-        self._bus.emit(
-            ReplayFinished(iteration=iteration, replayed=replayed, seconds=seconds, verified=self._verified)
-        )
+        self._bus.emit(ReplayFinished(iteration=iteration, replayed=replayed, seconds=seconds, verified=self._verified))
         verdict = "every replayed iteration matched its witness" if self._verified else "SOME ITERATIONS DIFFERED"
         _log.info(
             "recovered: dense state of iteration %d after %d replayed iterations in %.1f s; %s",

@@ -105,7 +105,7 @@ class EngineState:
 
 
 def _read_metrics(module: nn.Module) -> dict[str, Any]:
-    """States of torchmetrics inside the module: they are no buffers and in no state_dict, yet later values need them."""
+    """States of torchmetrics inside the module: no buffers, in no state_dict, yet later values need them."""
     saved = {}
     for name, metric in module.named_modules():
         if isinstance(metric, Metric):
@@ -137,5 +137,5 @@ def static_sample(live: LiveState, names: Sequence[str]) -> str:
     for name in names:
         flat = live.parameters[name].detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLE_ELEMENTS)
-        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy())
+        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -79,7 +79,7 @@ class StepWatcher:
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     """The numbers in a parameter group; tensors by value."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for key, value in group.items():
         if isinstance(value, Tensor) and value.numel() == 1:
             settings[key] = value.item()

@@ -77,8 +77,8 @@ class Tiers:
         self.point = RestorePoint(manifest, tier)
         age = max(0.0, time.time() - manifest.created_at)
         _log.info(
-            "found the window of iterations %d..%d of job %s in %s (%.1f MB, %.0f s old, checksums verified): restoring "
-            "iteration %d, then replaying %d iterations to rebuild the dense state",
+            "found the window of iterations %d..%d of job %s in %s (%.1f MB, %.0f s old, checksums verified): "
+            "restoring iteration %d, then replaying %d iterations to rebuild the dense state",
             manifest.first_iteration, manifest.last_iteration, manifest.job, tier.name, manifest.nbytes / 1e6, age,
             manifest.first_iteration, len(manifest.slots) - 1,
         )  # fmt: skip
@@ -112,22 +112,32 @@ class Tiers:
         if self._persister is not None:
             self._persister.offer(manifest)
 
+    def window_capacity(self) -> int:
+        """Bytes that one window may take, with as many windows as exist at the same time."""
+        return self._room() // self._num_windows
+
     def check_capacity(self, window_bytes: int) -> None:
         """Whether host memory can hold the windows that exist at the same time.
 
         Raises:
             HostMemoryError: With the numbers and the remedy.
         """
-        copies = 3 if self.disk is not None else 2
-        held = self.host.used_bytes()
-        needed = copies * window_bytes
-        free = self.host.free_bytes()
-        if needed > free + held:
+        needed, room = self._num_windows * window_bytes, self._room()
+        if needed > room:
             raise HostMemoryError(
-                f"host memory at {self.host.base_dir} has {(free + held) / 1e9:.2f} GB for this job, but {copies} windows "
-                f"of {window_bytes / 1e9:.2f} GB need {needed / 1e9:.2f} GB. Use a smaller window, a larger /dev/shm "
-                "(docker: --shm-size), or another memory_dir=."
+                f"host memory at {self.host.base_dir} has {room / 1e9:.2f} GB for this job; "
+                f"{self._num_windows} windows of {window_bytes / 1e9:.2f} GB need {needed / 1e9:.2f} GB. "
+                "Use a smaller window, a larger /dev/shm (docker: --shm-size), or another memory_dir=."
             )
+
+    @property
+    def _num_windows(self) -> int:
+        """The committed one, the one being captured and, with a storage tier, the one being persisted."""
+        return 3 if self.disk is not None else 2
+
+    def _room(self) -> int:
+        # Free buffers of this process count as free there and as used here.
+        return self.host.free_bytes() + self.host.used_bytes() - self.host.pooled_bytes()
 
     def close(self, *, completed: bool) -> None:
         """Finish persisting, then let go: keep the windows, or remove them if training is complete."""

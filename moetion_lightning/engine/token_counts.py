@@ -85,6 +85,7 @@ class TokenCounts:
         sizes: Sizes,
         iteration_seconds: float,
         bytes_per_second: float,
+        capacity_bytes: int,
         newest: Manifest | None,
     ) -> PolicyContext:
         """What a policy may look at now."""
@@ -108,6 +109,7 @@ class TokenCounts:
             frequencies_changed=changed,
             iteration_seconds=iteration_seconds,
             bytes_per_second=bytes_per_second,
+            capacity_bytes=capacity_bytes,
             lost=self.lost,
             saved=_saved(newest, operators),
         )
@@ -149,8 +151,8 @@ class TokenCounts:
         bus.emit(PartialExpertsRestored(iteration=iteration, stale=stale, lost_tokens=lost, plt=self.lost.plt))
         oldest = max(stale.values(), default=0)
         _log.warning(
-            "partial experts: %d experts are restored from older checkpoints (up to %d iterations behind), %d tokens are "
-            "lost, PLT is now %.3f %%",
+            "partial experts: %d experts are restored from older checkpoints (up to %d iterations behind), %d tokens "
+            "are lost, PLT is now %.3f %%",
             len(stale), oldest, lost, 100 * self.lost.plt,
         )  # fmt: skip
         if isinstance(policy, PartialExpertsPolicy) and policy.after_restore(self.lost.plt):

@@ -290,9 +290,7 @@ class _SlotJob:
 
             def progress(done: int) -> None:
                 bus.emit(
-                    CaptureProgress(
-                        iteration=self._iteration, slot=self._slot, index=done, total=len(contents.items)
-                    )
+                    CaptureProgress(iteration=self._iteration, slot=self._slot, index=done, total=len(contents.items))
                 )
 
         copy_items(contents.items, views, writer._thread.fence, progress)
@@ -304,7 +302,8 @@ class _SlotJob:
         writer, window = self._writer, self._window
         if window.broken:
             return
-        assert self._buffer is not None and self._layout is not None
+        assert self._buffer is not None
+        assert self._layout is not None
         nbytes, num_slots = self._layout.nbytes, len(window.plan.slots)
         writer._pace.copied(nbytes, self._seconds)
         writer._bus.emit(

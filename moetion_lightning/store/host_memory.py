@@ -294,6 +294,11 @@ class HostMemoryTier:
         """Bytes of all files of this job and rank, free buffers included."""
         return sum(self._root.files().values())
 
+    def pooled_bytes(self) -> int:
+        """Bytes of this tier's own free buffers."""
+        with self._mutex:
+            return self._pool.free_bytes()
+
     def check_capacity(self, needed_bytes: int) -> None:
         """Refuse before the first step what would fail in the middle of a window.
 

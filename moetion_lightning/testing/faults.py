@@ -34,6 +34,7 @@ class KillAt:
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
+        """Look at one event; this may be the process's last."""
         if event.kind != self.event:
             return
         if any(getattr(event, name) != value for name, value in self.fields.items()):

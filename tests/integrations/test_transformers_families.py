@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from moetion_lightning.core.discovery import discover_layers
-from moetion_lightning.core.operators import build_operators
+from moetion_lightning.core.partition import build_operators
 from moetion_lightning.core.popularity import TokenCounter
 
 transformers = pytest.importorskip("transformers")

@@ -13,15 +13,8 @@ from torch import nn
 
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.layouts import MoELayer, MoESpec, Tap
-from moetion_lightning.core.operators import (
-    Operator,
-    OperatorKind,
-    OperatorSet,
-    Piece,
-    build_operators,
-    check_partition,
-    clean_name,
-)
+from moetion_lightning.core.operators import Operator, OperatorKind, Piece, clean_name
+from moetion_lightning.core.partition import OperatorSet, build_operators, check_partition
 from moetion_lightning.errors import OperatorError
 
 

@@ -1,0 +1,170 @@
+"""Plans windows: operators, their sizes, the policy's decision, the memory that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moetion_lightning.core.capture import measure_bandwidth
+from moetion_lightning.core.pace import Pace
+from moetion_lightning.core.partition import OperatorSet, build_operators
+from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, Sizes, SparsePolicy, WindowPlan
+from moetion_lightning.core.run_state import read_buffers
+from moetion_lightning.core.state import LiveState
+from moetion_lightning.engine.restore import model_fingerprint, parameter_table
+from moetion_lightning.engine.run_state import static_sample
+from moetion_lightning.engine.tiers import Tiers
+from moetion_lightning.engine.token_counts import TokenCounts
+from moetion_lightning.engine.writer import WindowHeader
+from moetion_lightning.events import EventBus, OperatorsFound, ScheduleMade
+from moetion_lightning.store.format import Manifest
+from moetion_lightning.store.tree import FlatTree, flatten_tree
+
+__all__ = ["WindowPlanner"]
+
+_MEASURE_BYTES = 16 << 20
+
+
+class WindowPlanner:
+    """Decides, at an iteration's end, whether a window begins and what it holds.
+
+    Args:
+        live: The live state.
+        routing: Token counts and MoE layers.
+        tiers: Says how much memory there is.
+        pace: Iteration time and bandwidth.
+        compute_dtype: Dtype that the forward consumes, by parameter.
+        bus: Gets the events.
+        say_once: Tells the user something, once.
+    """
+
+    def __init__(
+        self,
+        live: LiveState,
+        routing: TokenCounts,
+        tiers: Tiers,
+        pace: Pace,
+        compute_dtype: dict[str, torch.dtype],
+        bus: EventBus,
+        say_once: Callable[[str], None],
+    ) -> None:
+        self._live = live
+        self._routing = routing
+        self._tiers = tiers
+        self._pace = pace
+        self._compute_dtype = compute_dtype
+        self._bus = bus
+        self._say_once = say_once
+        self._parameters = parameter_table(live.parameters)
+        self._fingerprint = model_fingerprint(self._parameters)
+        self._bandwidth = 0.0
+        self._static_digest = ""
+        self.operators = self._find_operators()
+
+    def prepare(self, policy: Policy, device: torch.device) -> None:
+        """Before the first step: measure the bandwidth, refuse what the host memory cannot hold.
+
+        Raises:
+            HostMemoryError: With the numbers and the remedy.
+        """
+        self._bandwidth = measure_bandwidth(torch.empty(_MEASURE_BYTES, dtype=torch.uint8), device)
+        slots = policy.window if isinstance(policy, SparsePolicy) and isinstance(policy.window, int) else 1
+        full = sum(self._live.full_bytes(n) for n in self._live.trainable())
+        compute = sum(p.numel() * p.element_size() for p in self._live.parameters.values())
+        self._check_memory(full + compute * (slots - 1) // 2)
+
+    def plan(self, policy: Policy, iteration: int, newest: Manifest | None) -> WindowPlan | None:
+        """The window that begins with this iteration, or None."""
+        if self._routing.settle() or self._live.trainable() != self._trainable:
+            self.operators = self._find_operators()
+        sizes = Sizes.of(self._live, self._compute_dtype)
+        context = self._routing.context(
+            iteration=iteration,
+            operators=self.operators.operators,
+            sizes=sizes,
+            iteration_seconds=self._pace.iteration_seconds,
+            bytes_per_second=self._pace.bytes_per_second(self._bandwidth),
+            capacity_bytes=self._tiers.window_capacity() - self._buffer_bytes(),
+            newest=newest,
+        )
+        plan = policy.plan(context)
+        if plan is None:
+            return None
+        if plan.schedule is not None and plan.changed:
+            self._check_memory(plan.schedule.total_bytes)
+            self._bus.emit(
+                ScheduleMade(
+                    window=plan.schedule.window,
+                    heaviest_bytes=plan.schedule.heaviest_bytes,
+                    total_bytes=plan.schedule.total_bytes,
+                    dense_bytes=plan.schedule.dense_bytes,
+                    reason=plan.changed,
+                )
+            )
+        self._routing.captured(plan)
+        return plan
+
+    def header(self, policy: Policy) -> WindowHeader:
+        """What the manifest says besides the slots."""
+        state: dict[str, Any] = {}
+        if isinstance(policy, PartialExpertsPolicy):
+            state = {"num_experts": policy.num_experts, "checkpoints": policy.checkpoints}
+        return WindowHeader(
+            policy=policy.name,
+            parameters=self._parameters,
+            fingerprint=self._fingerprint,
+            extra={
+                "compute_dtype": {n: str(d).removeprefix("torch.") for n, d in self._compute_dtype.items()},
+                "policy": state,
+                "routing": self._routing.state(),
+            },
+        )
+
+    def static_part(self) -> FlatTree | None:
+        """Parameters that never train (copied), unless the window before holds them as they are."""
+        names = self.operators.static
+        digest = static_sample(self._live, names)
+        if digest == self._static_digest:
+            return None
+        self._static_digest = digest
+        return flatten_tree({n: self._live.parameters[n].detach() for n in names}, clone=True)
+
+    def forget_static(self) -> None:
+        """The window that held the parameters that never train was given up."""
+        self._static_digest = ""
+
+    @property
+    def _trainable(self) -> tuple[str, ...]:
+        static = set(self.operators.static)
+        return tuple(n for n in self._live.parameters if n not in static)
+
+    def _find_operators(self) -> OperatorSet:
+        live, layers = self._live, self._routing.layers
+        found = build_operators(live.module, layers, trainable=live.trainable(), sliceable=live.is_elementwise)
+        self._bus.emit(
+            OperatorsFound(
+                num_operators=len(found.operators),
+                num_moe_layers=len(layers),
+                num_experts=sum(layer.num_experts for layer in layers),
+                dense_bytes=sum(live.full_bytes(n) for n in live.trainable()),
+            )
+        )
+        if not layers:
+            self._say_once(
+                "no mixture-of-experts layer was found: checkpointing works all the same, in slots of shared state. "
+                "If the module has experts, describe them with specs=[MoESpec(...)] (see `moetion explain`)."
+            )
+        if found.unsliced:
+            self._say_once(
+                "the experts of these parameters cannot be captured one by one, because their optimizer couples rows: "
+                + ", ".join(found.unsliced[:4])
+            )
+        return found
+
+    def _buffer_bytes(self) -> int:
+        return sum(b.numel() * b.element_size() for b in read_buffers(self._live.module).values())
+
+    def _check_memory(self, window_bytes: int) -> None:
+        self._tiers.check_capacity(window_bytes + self._buffer_bytes())
