@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _names import OURS
 from _timing import CaptureLog, HookClock, folder_bytes
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
-__all__ = ["CHECKPOINTERS", "LABELS", "OURS", "Checkpointer", "Places", "make", "missing_package", "window_of"]
+__all__ = ["Checkpointer", "Places", "make", "window_of"]
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ class _DistributedAsync(_EveryStep):
         upload.result()
         self._pending = None
         if self._previous is not None and self._previous != self._folder:
-            _remove(self._previous)
+            shutil.rmtree(self._previous, ignore_errors=True)
         self._previous = self._folder
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -397,37 +398,19 @@ def _tensors(tree: Any) -> list[Tensor]:
     return found
 
 
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 # --- all -------------------------------------------------------------------------------------------------------------
 
-#: Name: (label, builder, module that must be importable).
-CHECKPOINTERS: dict[str, tuple[str, Callable[..., Checkpointer], str]] = {
-    "none": ("none (against itself: the noise)", lambda *args: Checkpointer(), "torch"),
-    "torch-save": ("blocking torch.save", _torch_save, "torch"),
-    "lightning": ("Lightning ModelCheckpoint", _model_checkpoint, "lightning"),
-    "lightning-async": ("Lightning AsyncCheckpointIO, one in flight", _model_checkpoint, "lightning"),
-    "dcp": ("torch.distributed.checkpoint.async_save", _distributed_async, "torch"),
-    "accelerate": ("accelerate save_state", _accelerate, "accelerate"),
-    "dlrover": ("DLRover flash checkpoint, memory", _memory_peer, "dlrover"),
-    "nvrx": ("NVRx local checkpoint, /dev/shm", _memory_peer, "nvidia_resiliency_ext"),
-    "dense": ("dense in memory (ours)", _ours, "moetion_lightning"),
-    "sparse-auto": ("ours, W = auto", _ours, "moetion_lightning"),
-    "sparse-w4": ("ours, W = 4", _ours, "moetion_lightning"),
-    "sparse-w8": ("ours, W = 8", _ours, "moetion_lightning"),
+_BUILDERS: dict[str, Callable[..., Checkpointer]] = {
+    "none": lambda *args: Checkpointer(),
+    "torch-save": _torch_save,
+    "lightning": _model_checkpoint,
+    "lightning-async": _model_checkpoint,
+    "dcp": _distributed_async,
+    "accelerate": _accelerate,
+    "dlrover": _memory_peer,
+    "nvrx": _memory_peer,
+    **dict.fromkeys(("dense", *OURS), _ours),
 }
-LABELS = {name: label for name, (label, _, _) in CHECKPOINTERS.items()}
-OURS = ("sparse-auto", "sparse-w4", "sparse-w8")
-
-
-def missing_package(name: str) -> str | None:
-    """The module that a checkpointer needs and that cannot be imported here."""
-    module = CHECKPOINTERS[name][2]
-    return None if importlib.util.find_spec(module) is not None else module
 
 
 def make(
@@ -436,4 +419,4 @@ def make(
     """Build a checkpointer by name."""
     for folder in (places.disk, places.memory):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return CHECKPOINTERS[name][1](name, places, every, clock or HookClock(), sinks or [])
+    return _BUILDERS[name](name, places, every, clock or HookClock(), sinks or [])

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _names import LABELS, NOT_PEERS, OURS, missing_package
 from _report import (
     RESULTS,
     child_environment,
@@ -35,17 +36,10 @@ from _report import (
 from _sizes import add_model_arguments, model_argv
 
 PRECISIONS = ("32-true", "bf16-mixed")
-NAMES = (
-    "none", "torch-save", "lightning", "lightning-async", "dcp", "accelerate", "dlrover", "nvrx", "dense", "sparse-auto",
-    "sparse-w4", "sparse-w8",
-)  # fmt: skip
-OURS = ("sparse-auto", "sparse-w4", "sparse-w8")
-NOT_PEERS = ("none", "dense", *OURS)
-
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--variants", nargs="+", choices=list(LABELS), default=list(LABELS), metavar="NAME", help=", ".join(LABELS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--seconds", type=float, default=12.0, help="measured time per variant and precision")
     parser.add_argument("--block", type=int, default=8, help="iterations per block; a multiple of the windows is best")
@@ -259,8 +253,6 @@ def _summary(players: Sequence[_Player], args: argparse.Namespace) -> dict[str, 
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    from _checkpointers import missing_package
-
     pythons = dict(item.split("=", 1) for item in args.peer_python)
     results: dict[str, Any] = {
         "benchmark": "overhead", "machine": machine(), "block": args.block, "threads": args.threads, "rows": [],
@@ -378,8 +370,6 @@ def _only(rows: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    from _checkpointers import LABELS
-
     rows = results["rows"]
     first = next((r for r in rows if "note" not in r), None)
     parts = [machine_line(results)]

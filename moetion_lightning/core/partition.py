@@ -1,7 +1,7 @@
 """Cuts the trainable state of a module into operators.
 
-Experts and gates come from :mod:`moetion_lightning.core.discovery`; everything else is shared state, split by the module
-that owns it. Together the operators hold every element of every trainable parameter exactly once.
+Experts and gates come from :mod:`moetion_lightning.core.discovery`; everything else is shared state, split by the
+module that owns it. Together the operators hold every element of every trainable parameter exactly once.
 """
 
 from __future__ import annotations

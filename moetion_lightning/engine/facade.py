@@ -29,6 +29,7 @@ from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy, Pol
 from moetion_lightning.core.reconstruct import Reconstruction
 from moetion_lightning.core.run_state import find_generators
 from moetion_lightning.core.state import LiveState
+from moetion_lightning.engine.identity import note_completed
 from moetion_lightning.engine.planner import WindowPlanner
 from moetion_lightning.engine.recovery import Recovery
 from moetion_lightning.engine.restore import RestorePoint
@@ -291,6 +292,8 @@ class Engine:
                 self.recovery.release()
                 self.recovery = None
             self.tiers.close(completed=completed)
+            if completed:
+                note_completed(self.job)
         attached, self._attached = self._attached, None
         if attached is not None:
             try:

@@ -140,7 +140,7 @@ class JobLock:
             owner = f"process {note['pid']} on {note.get('host', 'this machine')}, started {started}"
         return (
             f"{self.path}: {owner}, owns the state of this job and rank. Wait for it to end or stop it; to run "
-            "both at once, give this run another job name."
+            "both at once, give this run another job_id=."
         )
 
 
