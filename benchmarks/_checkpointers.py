@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from _names import OURS
 from _timing import CaptureLog, HookClock, folder_bytes
+from _trees import tensors_of
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from torch import Tensor
 
 __all__ = ["Checkpointer", "Places", "make", "window_of"]
 
@@ -137,7 +137,9 @@ def _model_checkpoint(kind: str, places: Places, every: int, clock: HookClock, s
         dirpath=places.disk, every_n_train_steps=every, save_top_k=1, monitor="step", mode="max", filename="{step}"
     )
     made = Checkpointer(
-        callbacks=[saver], bytes_per_iteration=lambda: _newest_bytes(places.disk) / every, ckpt_path=lambda: _newest(places.disk)
+        callbacks=[saver],
+        bytes_per_iteration=lambda: _newest_bytes(places.disk) / every,
+        ckpt_path=lambda: _newest(places.disk),
     )
     if kind == "lightning-async":
         plugin = _OneInFlight()
@@ -310,7 +312,7 @@ class _DLRover(_EveryStep):
     def save(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         state = {"model": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict(), "step": step}
         self._checkpointer.save_checkpoint(step, state, storage_type=self._storage)
-        self.nbytes = sum(t.numel() * t.element_size() for t in _tensors(state))
+        self.nbytes = sum(t.numel() * t.element_size() for t in tensors_of(state))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         close = getattr(self._checkpointer, "close", None)
@@ -323,12 +325,13 @@ class _NVRx(_EveryStep):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         import torch.distributed as dist
+        from _nvrx_state import CPUStateDict
         from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import LocalCheckpointManager
 
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         self._manager = LocalCheckpointManager(str(self.places.memory), session_id=self.places.job)
-        self._state_class = _cpu_state_class()
+        self._state_class = CPUStateDict
 
     def save(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         state = {"model": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict(), "step": step}
@@ -336,66 +339,9 @@ class _NVRx(_EveryStep):
         self.nbytes = folder_bytes(self.places.memory)
 
 
-def _cpu_state_class() -> Any:
-    """NVRx's tensor-aware state for the CPU: tensors are cloned, for the manager empties what it is given."""
-    from nvidia_resiliency_ext.checkpointing.local.base_state_dict import TensorAwareStateDict
-
-    class CPUStateDict(TensorAwareStateDict):
-        def __init__(self, state: dict[str, Any]) -> None:
-            self._state: Any = state
-            self._tensors_out: list[Tensor] | None = None
-
-        def pop_tensors(self) -> list[Tensor]:
-            taken: list[Tensor] = []
-            self._state = _replace(self._state, lambda t: (taken.append(t), len(taken) - 1)[1])
-            self._tensors_out = None
-            return taken
-
-        @property
-        def tensors(self) -> Any:
-            return iter(_tensors(self._state))
-
-        @property
-        def is_hollow(self) -> bool:
-            return not _tensors(self._state)
-
-        def insert_tensors(self, tensor_data: list[Tensor]) -> None:
-            raise NotImplementedError
-
-        def init_tensors(self) -> None:
-            raise NotImplementedError
-
-        def copy_tensors_to_cpu(self, non_blocking: bool = False) -> None:
-            self._state = _replace(self._state, lambda t: t.detach().clone())
-
-        def restore_tensor_device(self, non_blocking: bool = True) -> None:
-            return None
-
-        def to_state_dict(self) -> dict[str, Any]:
-            return self._state
-
-    return CPUStateDict
-
-
 def _memory_peer(kind: str, places: Places, every: int, clock: HookClock, sinks: list[Any]) -> Checkpointer:
     saver = (_DLRover if kind == "dlrover" else _NVRx)(places, every)
     return Checkpointer(callbacks=[saver], bytes_per_iteration=lambda: getattr(saver, "nbytes", 0) / every)
-
-
-def _replace(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: _replace(value, function) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_replace(value, function) for value in tree)
-    return tree
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _replace(tree, found.append)
-    return found
 
 
 # --- all -------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from moetion_lightning.recipes.models import ByteMoE, CausalLM
 
 __all__ = ["dense_bytes", "make_loader", "make_model"]
 
+
 class _Clocked(LightningModule):
     """Calls ``clock`` once a batch, after all callbacks' ``on_train_batch_end``."""
 

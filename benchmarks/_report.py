@@ -11,7 +11,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "child_environment", "load_results", "machine", "machine_line", "markdown_table", "number", "write_results"]
+__all__ = [
+    "RESULTS",
+    "child_environment",
+    "load_results",
+    "machine",
+    "machine_line",
+    "markdown_table",
+    "number",
+    "write_results",
+]
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -37,9 +37,12 @@ from _sizes import add_model_arguments, model_argv
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=list(LABELS), default=list(LABELS), metavar="NAME", help=", ".join(LABELS))
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(LABELS), default=list(LABELS), metavar="NAME", help=", ".join(LABELS)
+    )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--seconds", type=float, default=12.0, help="measured time per variant and precision")
     parser.add_argument("--block", type=int, default=8, help="iterations per block; a multiple of the windows is best")
@@ -53,7 +56,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for overhead.json and overhead.md")
     parser.add_argument("--table", action="store_true", help="only print the markdown of the last results")
     parser.add_argument("--child", nargs=3, metavar=("NAME", "PRECISION", "FILE"), help=argparse.SUPPRESS)
-    parser.add_argument("--profile", type=Path, help="(with one variant) write cProfile statistics of its training thread")
+    parser.add_argument(
+        "--profile", type=Path, help="(with one variant) write cProfile statistics of its training thread"
+    )
     add_model_arguments(parser)
     return parser.parse_args(argv)
 
@@ -188,7 +193,9 @@ def child(args: argparse.Namespace) -> None:
             "shared_bytes": memory.shared_bytes,
             "bytes_per_iteration": checkpointer.bytes_per_iteration(),
             "window": None if checkpointer.log is None else _window_seen(checkpointer.log),
-            "capture_ms": None if checkpointer.log is None else 1e3 * statistics.median(checkpointer.log.capture_seconds),
+            "capture_ms": None
+            if checkpointer.log is None
+            else 1e3 * statistics.median(checkpointer.log.capture_seconds),
         }
         Path(file).write_text(json.dumps(record), encoding="utf-8")
     finally:
@@ -286,7 +293,12 @@ def _run_child(name: str, precision: str, python: str, args: argparse.Namespace,
         environment = child_environment(args.threads)
         try:
             done = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60 + 12 * args.seconds
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=60 + 12 * args.seconds,
             )
         except subprocess.TimeoutExpired:
             return {"note": "ran past its time"}
@@ -304,9 +316,9 @@ def _print_row(row: dict[str, Any]) -> None:
         return
     low, high = row["ratio_range"]
     print(
-        f"    {row['ratio']:.3f}x ({low:.3f}..{high:.3f}, {row['rounds']} rounds), with drain {row['ratio_wall']:.3f}x, "
-        f"CPU {row['ratio_cpu']:.3f}x, stall {row['stall_ms']:.1f} ms, {row['bytes_per_iteration'] / 1e6:.0f} MB/iteration; "
-        f"none: {row['none_ms']:.0f} ms",
+        f"    {row['ratio']:.3f}x ({low:.3f}..{high:.3f}, {row['rounds']} rounds), with drain "
+        f"{row['ratio_wall']:.3f}x, CPU {row['ratio_cpu']:.3f}x, stall {row['stall_ms']:.1f} ms, "
+        f"{row['bytes_per_iteration'] / 1e6:.0f} MB/iteration; none: {row['none_ms']:.0f} ms",
         flush=True,
     )
 
@@ -335,7 +347,10 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             )
         peers = {n: r for n, r in measured.items() if n not in NOT_PEERS}
         ours = {n: r for n, r in measured.items() if n in OURS}
-        for label, dense in (("third-party dense peer", peers), ("dense copy in memory (ours)", _only(measured, "dense"))):
+        for label, dense in (
+            ("third-party dense peer", peers),
+            ("dense copy in memory (ours)", _only(measured, "dense")),
+        ):
             if not dense or not ours:
                 continue
             for key, what in (("ratio_wall", "time"), ("ratio_cpu", "CPU")):
@@ -386,7 +401,10 @@ def markdown(results: dict[str, Any]) -> str:
             title += f" (none: {base['none_ms']:.0f} ms, {base['none_cpu_ms']:.0f} ms CPU per iteration)"
         parts.append(title)
         parts.append(markdown_table(
-            ["checkpointer", "iteration", "range", "with drain", "CPU", "stall, ms (mean)", "MB / iteration", "of dense", "host memory above none, MB"],
+            [
+                "checkpointer", "iteration", "range", "with drain", "CPU", "stall, ms (mean)", "MB / iteration",
+                "of dense", "host memory above none, MB",
+            ],
             [_cells(row, base, LABELS[row["name"]]) for row in chosen],
         ))  # fmt: skip
     if results["goals"]:
@@ -408,7 +426,8 @@ def _cells(row: dict[str, Any], base: dict[str, Any] | None, label: str) -> list
         memory = (row["private_bytes"] + row["shared_bytes"] - base["private_bytes"]) / 1e6
     low, high = row["ratio_range"]
     return [
-        label, f"{row['ratio']:.3f}x", f"{low:.2f}..{high:.2f}", f"{row['ratio_wall']:.3f}x", f"{row['ratio_cpu']:.3f}x",
+        label, f"{row['ratio']:.3f}x", f"{low:.2f}..{high:.2f}", f"{row['ratio_wall']:.3f}x",
+        f"{row['ratio_cpu']:.3f}x",
         f"{row['stall_ms']:.1f} ({row['stall_mean_ms']:.1f})", f"{row['bytes_per_iteration'] / 1e6:.0f}",
         f"{row['bytes_per_iteration'] / row['dense_bytes']:.3f}", number(memory, "{:.0f}"),
     ]  # fmt: skip

@@ -1,9 +1,9 @@
 """From restart to the step of the failure: seconds and iterations, after a real SIGKILL.
 
-For each checkpointer a child process trains and is killed in the middle of a checkpoint interval (the expected place);
-the same command is started again, and is timed until it has finished the step that the first one had reached. Peers save
-at the interval that is best for them by Young and Daly, sqrt(2 * C * MTBF), with C (the time that a save blocks training)
-measured here; ours save every iteration.
+For each checkpointer a child process trains and is killed in the middle of a checkpoint interval (the expected
+place); the same command is started again, and is timed until it has finished the step that the first one had reached.
+Peers save at the interval that is best for them by Young and Daly, sqrt(2 * C * MTBF), with C (the time that a save
+blocks training) measured here; ours save every iteration.
 """
 
 from __future__ import annotations
@@ -47,10 +47,14 @@ _PROBE_EVERY = 2
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument(
+        "--variants", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=", ".join(NAMES)
+    )
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
     parser.add_argument("--mtbf", type=float, default=200.0, help="mean time between failures, seconds")
-    parser.add_argument("--max-interval", type=int, default=60, help="bounds a peer's interval, iterations (and the run time)")
+    parser.add_argument(
+        "--max-interval", type=int, default=60, help="bounds a peer's interval, iterations (and the run time)"
+    )
     parser.add_argument("--repeats", type=int, default=1, help="failures per checkpointer; medians are reported")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds that one process may take")
     parser.add_argument("--work-dir", type=Path, help="where peers write their files; default: the temporary directory")
@@ -97,7 +101,8 @@ def child(args: argparse.Namespace) -> None:
         stall.watch(callback)
     module = make_model(args)
     trainer = Trainer(
-        accelerator="cpu", devices=1, precision=args.precision, max_steps=steps, logger=False, enable_progress_bar=False,
+        accelerator="cpu", devices=1, precision=args.precision, max_steps=steps, logger=False,
+        enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=name.startswith("lightning"), callbacks=checkpointer.callbacks,
         plugins=checkpointer.plugins, default_root_dir=work,
     )  # fmt: skip
@@ -284,7 +289,8 @@ def _start(name: str, every: int, steps: int, work: Path, memory: Path, args: ar
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {
-        "benchmark": "recovery", "machine": machine(), "mtbf_seconds": args.mtbf, "precision": args.precision, "rows": [],
+        "benchmark": "recovery", "machine": machine(), "mtbf_seconds": args.mtbf, "precision": args.precision,
+        "rows": [],
     }  # fmt: skip
     started = time.perf_counter()
     for count, name in enumerate(args.variants, 1):
@@ -292,8 +298,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         try:
             row = drill(name, args)
             print(
-                f"    {row['total_seconds']:.1f} s: process {row['process_seconds']:.1f}, import {row['import_seconds']:.1f}, "
-                f"load {row['load_seconds']:.1f}, replay {row['replay_seconds']:.1f} ({row['replay_iterations']}), "
+                f"    {row['total_seconds']:.1f} s: process {row['process_seconds']:.1f}, "
+                f"import {row['import_seconds']:.1f}, load {row['load_seconds']:.1f}, "
+                f"replay {row['replay_seconds']:.1f} ({row['replay_iterations']}), "
                 f"redo {row['redo_seconds']:.1f} ({row['redo_iterations']})",
                 flush=True,
             )
@@ -308,7 +315,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def markdown(results: dict[str, Any]) -> str:
     header = [
-        "checkpointer", "saves every", "C, s", "process", "import", "load", "replay, s (iterations)", "redo, s (iterations)",
+        "checkpointer", "saves every", "C, s", "process", "import", "load", "replay, s (iterations)",
+        "redo, s (iterations)",
         "total, s", "after import, s",
     ]  # fmt: skip
     rows = []
@@ -326,8 +334,8 @@ def markdown(results: dict[str, Any]) -> str:
             f"{row['total_seconds']:.1f}", f"{after:.1f}",
         ])  # fmt: skip
     about = (
-        f"{machine_line(results)} {results['precision']}; MTBF {results['mtbf_seconds']:.0f} s; killed with SIGKILL in the "
-        "middle of an interval (a window)."
+        f"{machine_line(results)} {results['precision']}; MTBF {results['mtbf_seconds']:.0f} s; killed with SIGKILL in "
+        "the middle of an interval (a window)."
     )
     return f"{about}\n\n{markdown_table(header, rows)}"
 

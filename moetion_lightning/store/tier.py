@@ -148,7 +148,7 @@ def _check_belongs(
     if fingerprint is not None and manifest.fingerprint != fingerprint:
         raise ForeignWindowError(
             f"{where} is of another model or optimizer (fingerprint {manifest.fingerprint}, this model has "
-            f"{fingerprint}). Restore the model's configuration, or give the run another job name."
+            f"{fingerprint}). Restore the model's configuration, or give the run another job_id."
         )
     if not manifest.complete:
         raise CorruptSnapshotError(f"{where} is marked incomplete: it is no restore point by itself.")
@@ -158,7 +158,7 @@ def _nothing_whole(job: str, problems: Sequence[Problem]) -> MoEtionError:
     listed = "\n".join(f"  - {problem}" for problem in problems)
     message = (
         f"No whole window of job {job!r} was found; nothing was restored.\n{listed}\n"
-        "Repair the cause, or start anew: give the run another job name, or delete these windows."
+        "Repair the cause, or start anew: give the run another job_id, or delete these windows."
     )
     for kind in (ForeignWindowError, VersionError, StoreError):
         if all(isinstance(problem.error, kind) for problem in problems):

@@ -214,7 +214,7 @@ def test_garbage_of_a_dead_predecessor_is_removed_and_its_windows_kept(tier):
 
 
 def test_second_owner_is_told_who_holds_the_job(tier):
-    with pytest.raises(JobBusyError, match=rf"process {os.getpid()} .* started 20.*another job name"):
+    with pytest.raises(JobBusyError, match=rf"process {os.getpid()} .* started 20.*another job_id"):
         HostMemoryTier(tier.base_dir, "job").open(wait_seconds=0)
     HostMemoryTier(tier.base_dir, "job", rank=1, world_size=2).open().close()
 

@@ -1,0 +1,48 @@
+"""NVRx's tensor-aware state for the CPU. A module of its own: NVRx pickles the class by its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from _trees import replace_tensors, tensors_of
+from nvidia_resiliency_ext.checkpointing.local.base_state_dict import TensorAwareStateDict
+from torch import Tensor
+
+__all__ = ["CPUStateDict"]
+
+
+class CPUStateDict(TensorAwareStateDict):
+    """Clones tensors, for NVRx empties what it is given and would alias them."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state: Any = state
+        self._tensors_out: list[Tensor] | None = None
+
+    def pop_tensors(self) -> list[Tensor]:
+        taken: list[Tensor] = []
+        self._state = replace_tensors(self._state, lambda t: (taken.append(t), len(taken) - 1)[1])
+        self._tensors_out = None
+        return taken
+
+    @property
+    def tensors(self) -> Any:
+        return iter(tensors_of(self._state))
+
+    @property
+    def is_hollow(self) -> bool:
+        return not tensors_of(self._state)
+
+    def insert_tensors(self, tensor_data: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def init_tensors(self) -> None:
+        raise NotImplementedError
+
+    def copy_tensors_to_cpu(self, non_blocking: bool = False) -> None:
+        self._state = replace_tensors(self._state, lambda t: t.detach().clone())
+
+    def restore_tensor_device(self, non_blocking: bool = True) -> None:
+        return None
+
+    def to_state_dict(self) -> dict[str, Any]:
+        return self._state
