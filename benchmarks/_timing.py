@@ -158,7 +158,7 @@ class MemoryPeak:
         interval_seconds: Time between samples.
     """
 
-    def __init__(self, folder: Path, interval_seconds: float = 0.1) -> None:
+    def __init__(self, folder: Path, interval_seconds: float = 0.4) -> None:
         self._folder = folder
         self._interval = interval_seconds
         self._stop = threading.Event()

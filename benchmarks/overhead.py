@@ -129,7 +129,8 @@ def child(args: argparse.Namespace) -> None:
         stall.watch(callback)
     window = window_of(name)
     # The first windows allocate their buffers, and the first three iterations are watched for compute dtypes.
-    warmup = 3 if name not in ("dense", *OURS) else 4 + 2 * (window if isinstance(window, int) else 8)
+    longest = {"dense": 1, "sparse-auto": 8}.get(name, window)
+    warmup = 3 if name not in ("dense", *OURS) else 4 + 2 * longest
     deadline: list[float] = []
 
     def stop(player: _Player) -> bool:

@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--variants", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=", ".join(NAMES)
     )
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
-    parser.add_argument("--mtbf", type=float, default=200.0, help="mean time between failures, seconds")
+    parser.add_argument("--mtbf", type=float, default=120.0, help="mean time between failures, seconds")
     parser.add_argument(
         "--max-interval", type=int, default=60, help="bounds a peer's interval, iterations (and the run time)"
     )

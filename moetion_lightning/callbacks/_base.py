@@ -114,7 +114,7 @@ class EngineCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self._session is not None:
-            self._session.engine.attempt_step()
+            self._session.before_optimizer_step()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session is not None and trainer.state.fn == TrainerFn.FITTING:

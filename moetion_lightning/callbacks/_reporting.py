@@ -42,6 +42,8 @@ class Reporter:
         self._window = 0
         self._stall = 0.0
         self._last_line = float("-inf")
+        self._batches = 0
+        self._logged_step: float | None = None
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, ScheduleMade):
@@ -75,6 +77,14 @@ class Reporter:
         self._stall = 0.0
         if level == logging.INFO:
             self._last_line = now
+
+    def is_due(self, every_n_batches: int) -> bool:
+        """Whether to log after this batch: in Lightning's own interval, and for every new window (logging is not free)."""
+        self._batches += 1
+        committed = self.metrics.get("moetion/committed_step")
+        due = committed != self._logged_step or self._batches % max(1, every_n_batches) == 0
+        self._logged_step = committed
+        return due and bool(self.metrics)
 
     def log_to(self, module: Any, *, has_logger: bool) -> None:
         """Hand the newest numbers to Lightning's ``self.log`` (from ``on_train_batch_end``)."""

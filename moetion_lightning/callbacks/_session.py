@@ -149,8 +149,13 @@ class Session:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self.engine.record_loss(loss)
-        if self._log_metrics and not self.engine.converting:
+        if self._log_metrics and self.reporter.is_due(getattr(self._trainer, "log_every_n_steps", 50)):
             self.reporter.log_to(self._module, has_logger=bool(self._trainer.loggers))
+
+    def before_optimizer_step(self) -> None:
+        """Gradients are complete. The user's own hooks come after this one and may change weights."""
+        self.engine.attempt_step()
+        self.engine.hold()
 
     def hold(self) -> None:
         """Something other than the optimizer may change weights now (validation with averaged weights)."""

@@ -24,16 +24,22 @@ from moetion_lightning.errors import OperatorError, UnsupportedStateError
 
 __all__ = ["CopyItem", "LiveState", "SlotContents", "TensorLoader", "read_slot", "write_active", "write_compute"]
 
-#: Optimizers whose update of an element depends on that element's gradient and state alone, so that rows of a parameter
-#: may be captured at different iterations. Exact classes: a subclass may do anything in its ``step``.
-ELEMENTWISE_OPTIMIZERS = frozenset(
-    [f"torch.optim.{module}.{name}" for module, name in (
-        ("adam", "Adam"), ("adamw", "AdamW"), ("nadam", "NAdam"), ("radam", "RAdam"), ("adamax", "Adamax"),
-        ("sgd", "SGD"), ("rmsprop", "RMSprop"), ("adagrad", "Adagrad"), ("adadelta", "Adadelta"), ("asgd", "ASGD"),
-        ("rprop", "Rprop"),
-    )]
-    + ["lion_pytorch.lion_pytorch.Lion", "timm.optim.lion.Lion", "torch_optimizer.lion.Lion"]
+#: Optimizers of torch whose update of an element depends on that element's gradient and state alone, so that rows of a
+#: parameter may be captured at different iterations. Exact classes: a subclass may do anything in its ``step``.
+ELEMENTWISE_OPTIMIZERS: frozenset[type] = frozenset(
+    {
+        torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.Adamax, torch.optim.AdamW,
+        torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD,
+    }
 )  # fmt: skip
+
+#: Third-party ones, by qualified name: they need not be installed.
+ELEMENTWISE_NAMES = frozenset({"lion_pytorch.lion_pytorch.Lion", "timm.optim.lion.Lion", "torch_optimizer.lion.Lion"})
+
+#: Further optimizers of torch whose ``step`` calls its closure before it changes anything.
+CLOSURE_FIRST_OPTIMIZERS: frozenset[type] = frozenset(
+    getattr(torch.optim, name) for name in ("Adafactor", "LBFGS", "Muon") if hasattr(torch.optim, name)
+)
 
 TensorLoader: TypeAlias = Callable[[str], Tensor]
 
@@ -56,7 +62,7 @@ class LiveState:
         self.module = module
         self.optimizers = tuple(optimizers)
         self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
-        self._elementwise = ELEMENTWISE_OPTIMIZERS | frozenset(elementwise)
+        self._elementwise_names = ELEMENTWISE_NAMES | frozenset(elementwise)
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.owner: dict[str, int] = {}
         for index, optimizer in enumerate(self.optimizers):
@@ -85,13 +91,19 @@ class LiveState:
             if p.requires_grad
         )
 
+    def calls_closure_first(self) -> tuple[bool, ...]:
+        """For each optimizer, whether its ``step`` is known to call its closure before it changes anything."""
+        return tuple(self._updates_elementwise(o) or type(o) in CLOSURE_FIRST_OPTIMIZERS for o in self.optimizers)
+
+    def _updates_elementwise(self, optimizer: Optimizer) -> bool:
+        kind = type(optimizer)
+        return kind in ELEMENTWISE_OPTIMIZERS or f"{kind.__module__}.{kind.__qualname__}" in self._elementwise_names
+
     def is_elementwise(self, name: str) -> bool:
         """Whether rows of the parameter may be captured at different iterations."""
-        optimizer = self.optimizers[self.owner[name]]
-        kind = type(optimizer)
         parameter = self.parameters[name]
         return (
-            f"{kind.__module__}.{kind.__qualname__}" in self._elementwise
+            self._updates_elementwise(self.optimizers[self.owner[name]])
             and parameter.dim() > 0
             and all(
                 not isinstance(value, Tensor) or value.dim() == 0 or value.shape == parameter.shape

@@ -141,7 +141,7 @@ class Engine:
             live=live,
             routing=routing,
             planner=planner,
-            steps=StepWatcher(live.optimizers, self.hold, self._after_step),
+            steps=StepWatcher(live.optimizers, live.calls_closure_first(), self.hold, self._after_step),
             thread=thread,
             writer=WindowWriter(
                 self.tiers.host, thread, live, self.compute_dtype, self.bus, self.pace, self.tiers.on_commit

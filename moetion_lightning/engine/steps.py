@@ -17,15 +17,25 @@ class StepWatcher:
     A step that a gradient scaler turns into nothing does not count: a non-fused optimizer is not called at all then, a
     fused one is called with ``found_inf`` set.
 
+    Lightning hands the forward and backward to ``optimizer.step`` as its closure. Captures go on behind them, so the
+    wait comes after the closure, before the update, for optimizers that are known to begin with it; others
+    (sharpness-aware ones change weights first) wait before it.
+
     Args:
         optimizers: Raw torch optimizers.
-        before: Called before each step: nothing may be copying from the state any more.
+        closure_first: For each, whether its ``step`` calls the closure before it changes anything.
+        before: Called before each update: nothing may be copying from the state any more.
         after: Called with the optimizer's index after each real step.
     """
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[int], None]
+        self,
+        optimizers: Sequence[Optimizer],
+        closure_first: Sequence[bool],
+        before: Callable[[], None],
+        after: Callable[[int], None],
     ) -> None:
+        self._closure_first = tuple(closure_first)
         self._before = before
         self._after = after
         self.attempts = 0
@@ -54,12 +64,31 @@ class StepWatcher:
         self._handles = []
 
     def _pre_hook(self, index: int) -> Callable[..., None]:
-        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._before()
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
             if index not in self._groups:
                 self._groups[index] = [_settings(group) for group in optimizer.param_groups]
+            changed = self._with_holding_closure(args, kwargs) if self._closure_first[index] else None
+            if changed is None:
+                self._before()
+            return changed
 
         return hook
+
+    def _with_holding_closure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments of ``step`` with a closure that waits at its end; None if there is no closure."""
+        position = 1  # args[0] is the optimizer itself
+        closure = kwargs.get("closure", args[position] if len(args) > position else None)
+        if not callable(closure):
+            return None
+
+        def holding() -> Any:
+            result = closure()
+            self._before()
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": holding}
+        return (*args[:position], holding, *args[position + 1 :]), kwargs
 
     def _post_hook(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from moetion_lightning.errors import (
     StoreError,
     UnsupportedStateError,
 )
-from moetion_lightning.events import Event, WindowCommitted
+from moetion_lightning.events import CaptureStarted, Event, WindowCommitted
 from moetion_lightning.store.host_memory import HostMemoryTier, find_jobs
 from tests.runs.data import Samples
 from tests.runs.models import Automatic
@@ -283,6 +284,44 @@ def test_adding_the_callback_changes_no_number(tmp_path: Path, memory_dir: Path)
     assert all(torch.equal(a, b) for a, b in zip(results[0][0].values(), results[1][0].values()))
     for a, b in zip(results[0][1]["state"].values(), results[1][1]["state"].values()):
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_fused", "sgd", "adafactor"])
+def test_capture_goes_on_behind_forward_and_backward(tmp_path: Path, memory_dir: Path, optimizer: str) -> None:
+    backward_done = threading.Event()
+    overlapped: list[bool] = []
+
+    class Backward(pl.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            backward_done.clear()
+
+        def on_after_backward(self, *args: Any) -> None:
+            backward_done.set()
+
+    def slow_copy(event: Event) -> None:  # on the capture thread: its copies are not done before the backward is
+        if isinstance(event, CaptureStarted):
+            overlapped.append(backward_done.wait(timeout=20))
+
+    capture = SparseExpertCheckpoint(window=3, memory_dir=str(memory_dir), sinks=(slow_copy,))
+    run = trainer(tmp_path, capture, Backward(), max_epochs=1, gradient_clip_val=0)
+    run.fit(module(optimizer=optimizer), loader())
+    assert overlapped
+    assert all(overlapped)
+
+
+def test_compute_weights_of_autocast_are_captured_in_16_bits(tmp_path: Path, memory_dir: Path) -> None:
+    found: dict[str, torch.dtype] = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            assert capture._session is not None
+            found.update(capture._session.engine.compute_dtype)
+
+    capture = SparseExpertCheckpoint(window=3, memory_dir=str(memory_dir))
+    trainer(tmp_path, capture, Look(), max_epochs=1, precision="bf16-mixed").fit(module(block="fused"), loader())
+    assert found["body.blocks.0.experts.up"] == torch.bfloat16
+    assert found["body.blocks.0.gate.weight"] == torch.bfloat16
+    assert not {"body.embed.weight", "body.norms.0.weight"} & set(found)
 
 
 def test_buffers_are_recycled_over_many_windows(tmp_path: Path, memory_dir: Path) -> None:
