@@ -18,7 +18,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from moetion_lightning.core.run_state import find_generators, get_rng, set_rng
 
-__all__ = ["LoaderPosition", "loader_parts", "make_resumable"]
+__all__ = ["LoaderPosition", "loader_parts", "make_resumable", "release"]
 
 _log = logging.getLogger(__name__)
 _ATTRIBUTE = "_moetion_position"
@@ -35,7 +35,23 @@ def loader_parts(loader: object) -> dict[str, object]:
     inner = getattr(parts.get("batch_sampler"), "sampler", None)
     if inner is not None:
         parts["inner_sampler"] = inner
+    for role in ("collate_fn", "worker_init_fn"):
+        if hasattr(getattr(loader, role, None), "__dict__"):
+            parts[role] = getattr(loader, role)
+    _add_wrapped(parts, "dataset")
     return parts
+
+
+def _add_wrapped(parts: dict[str, object], role: str, depth: int = 4) -> None:
+    """Datasets wrap datasets (``Subset``, ``ConcatDataset``) and hold transforms."""
+    owner = parts.get(role)
+    for attribute in ("dataset", "datasets", "transform", "transforms", "target_transform"):
+        inner = getattr(owner, attribute, None)
+        for index, item in enumerate(inner if isinstance(inner, (list, tuple)) else [inner]):
+            name = f"{role}.{attribute}{index}"
+            if item is not None and hasattr(item, "__dict__") and depth:
+                parts[name] = item
+                _add_wrapped(parts, name, depth - 1)
 
 
 def _is_stateful(obj: object) -> bool:
@@ -68,6 +84,7 @@ class LoaderPosition:
         self._loader = loader
         self._passes: list[_Pass] = []
         self._pending: Mapping[str, Any] | None = None
+        self._said = False
         dataset = getattr(loader, "dataset", None)
         self._in_process = getattr(loader, "num_workers", 0) == 0
         self._stateful: Any = None  # whose own state is the position: the loader, or an iterable dataset
@@ -81,7 +98,7 @@ class LoaderPosition:
     def snapshot(self) -> dict[str, Any]:
         """The position before the next batch is drawn (plain values and tensors)."""
         passes = [{"start": p.start, "first": p.first, "drawn": p.drawn} for p in self._passes]
-        state: dict[str, Any] = {"passes": passes}
+        state: dict[str, Any] = {"passes": passes, "now": self._generators()}
         if self._stateful is not None and self._passes:
             state["own"] = self._stateful.state_dict()
         return state
@@ -89,6 +106,10 @@ class LoaderPosition:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue there at the next ``iter(loader)``."""
         self._pending = state
+
+    def forget(self) -> None:
+        """A training run begins: passes of earlier ones are not its own."""
+        self._passes = []
 
     def iterate(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """An iterator over the loader that is followed.
@@ -154,6 +175,7 @@ class LoaderPosition:
                     set_rng(first, find_generators(parts))
                 self._skip(iterator, drawn)
             self._begin_pass(start, first, drawn)
+        set_rng(state["now"], find_generators(parts))  # of the dataset, too: skipping by the sampler leaves them behind
         assert iterator is not None
         return iterator
 
@@ -167,7 +189,8 @@ class LoaderPosition:
                 iterator._next_index()  # type: ignore[attr-defined]
             iterator._num_yielded += count  # type: ignore[attr-defined]
             return
-        if count >= _SAY_FROM_BATCHES:
+        if count >= _SAY_FROM_BATCHES and not self._said:
+            self._said = True
             _log.info(
                 "drawing %d batches again to reach the data position; a loader or dataset with state_dict() and "
                 "load_state_dict() (torchdata's StatefulDataLoader) restarts at once", count,
@@ -213,6 +236,13 @@ class _FollowedSized(_FollowedIterable):
 
 
 _classes: dict[type, type] = {}
+
+
+def release(loader: Any) -> None:
+    """Undo :meth:`make_resumable` on a loader that it changed."""
+    if isinstance(loader, DataLoader) and _ATTRIBUTE in loader.__dict__:
+        object.__setattr__(loader, "__class__", type(loader).__mro__[1])
+        del loader.__dict__[_ATTRIBUTE]
 
 
 def make_resumable(loader: Any) -> tuple[Any, LoaderPosition]:

@@ -16,7 +16,6 @@ __all__ = [
     "NonDeterminismError",
     "OperatorError",
     "StoreError",
-    "TornCaptureError",
     "UnsupportedStateError",
     "VersionError",
 ]
@@ -60,10 +59,6 @@ class VersionError(MoEtionError, ValueError):
 
 class ForeignWindowError(MoEtionError, ValueError):
     """A window belongs to another job or to another model."""
-
-
-class TornCaptureError(MoEtionError, RuntimeError):
-    """State changed while it was being captured."""
 
 
 class NonDeterminismError(MoEtionError, RuntimeError):

@@ -1,14 +1,16 @@
 """What happened: typed events, and the sinks that listen to them.
 
 The engine announces each step of its work on an :class:`EventBus`. Loggers, progress bars, metrics and fault drills are
-*sinks*: callables that take one event. A sink runs in the thread that emits, so it must be quick; an exception raised
-by a sink propagates to the emitter.
+*sinks*: callables that take one event. A sink runs in the thread that emits, so it must be quick. A sink that raises is
+logged and dropped: listening must not end training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import threading
 import time
@@ -42,6 +44,9 @@ __all__ = [
     "WindowPersisted",
     "WitnessMismatch",
 ]
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,8 +261,13 @@ class EventBus:
 
     def emit(self, event: Event) -> None:
         """Deliver ``event`` to every sink, in the calling thread."""
-        for sink in self._sinks:
-            sink(event)
+        for sink in tuple(self._sinks):
+            try:
+                sink(event)
+            except Exception:
+                _log.exception("event sink %r raised and gets no more events", sink)
+                with contextlib.suppress(ValueError):  # another thread may have dropped it meanwhile
+                    self._sinks.remove(sink)
 
 
 class JsonlSink:

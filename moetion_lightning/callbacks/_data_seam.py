@@ -11,7 +11,7 @@ from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _Prefet
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from moetion_lightning.core.run_state import get_rng, set_rng
-from moetion_lightning.data_position import LoaderPosition, make_resumable
+from moetion_lightning.data_position import LoaderPosition, make_resumable, release
 
 __all__ = ["DataSeam"]
 
@@ -42,6 +42,7 @@ class DataSeam:
         self._positions: list[LoaderPosition] = []
         self._history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
         self._fetched = 0
+        self._followed_before = False
         self._pending: Mapping[str, Any] | None = None
         self._pending_rng: list[Any] = []
         fit_loop = trainer.fit_loop
@@ -56,6 +57,8 @@ class DataSeam:
     def remove(self) -> None:
         """Leave the fit loop as it was."""
         self._trainer.fit_loop.__dict__.pop("_load_combined_loader_states", None)
+        for loader in self.loaders().values():
+            release(loader)
 
     def _follow(self, combined: CombinedLoader | None) -> None:
         if combined is None:
@@ -63,6 +66,10 @@ class DataSeam:
         followed = [make_resumable(loader) for loader in combined.flattened]
         combined.flattened = [loader for loader, _ in followed]
         self._positions = [position for _, position in followed]
+        if not self._followed_before:
+            self._followed_before = True
+            for position in self._positions:
+                position.forget()
         if not isinstance(combined, _FollowedCombinedLoader):
             combined.__class__ = _FollowedCombinedLoader
         combined._moetion = self  # type: ignore[attr-defined]

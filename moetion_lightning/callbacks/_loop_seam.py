@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from torch import Tensor
+
+from moetion_lightning.errors import ForeignWindowError
 
 __all__ = ["LoopSeam"]
 
@@ -58,6 +61,7 @@ class LoopSeam:
         original = connector.resume_start
 
         def resume_start(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
+            connector.__dict__.pop("resume_start", None)  # the trainer's own call is the first one
             original(checkpoint_path, *args, **kwargs)
             if checkpoint_path:
                 on_user_checkpoint(checkpoint_path)
@@ -65,6 +69,9 @@ class LoopSeam:
             injected = checkpoint()
             if injected is not None:
                 connector._loaded_checkpoint = injected
+                # The engine puts optimizers back itself: `load_state_dict` would change dtypes, and refuse groups that
+                # were added while training.
+                self._patch(connector, "restore_optimizers", lambda: None)
 
         self._patch(connector, "resume_start", resume_start)
 
@@ -140,6 +147,12 @@ class LoopSeam:
         trainer.should_stop = extras["should_stop"]
         loop._last_train_dl_reload_epoch = extras["train_reload_epoch"]
         loop.epoch_loop.val_loop._last_val_dl_reload_epoch = extras["val_reload_epoch"]
+        if len(trainer.lr_scheduler_configs) != len(extras["schedulers"]):
+            raise ForeignWindowError(
+                f"the window was captured with {len(extras['schedulers'])} learning-rate schedulers, this run has "
+                f"{len(trainer.lr_scheduler_configs)}. Undo the change, or start afresh with resume='never' or another "
+                "job_id. (Schedulers that a callback makes while training cannot be restored.)"
+            )
         for config, state in zip(trainer.lr_scheduler_configs, extras["schedulers"]):
             config.scheduler.load_state_dict(state)
         self._restore_results(extras["results"])
@@ -166,8 +179,10 @@ class LoopSeam:
         saved = []
         for key, metric in self._trainer.fit_loop.epoch_loop._results.items():
             meta = metric.meta
-            if not metric.is_tensor or not meta.on_epoch or meta.sync._group is not None:
-                continue  # the state of a torchmetrics object is kept with the module; without on_epoch there is none
+            if not meta.on_epoch or meta.sync._group is not None:
+                continue  # without on_epoch there is nothing to carry on
+            if not metric.is_tensor and not meta.metric_attribute:
+                continue
             saved.append(
                 {
                     "key": key,
@@ -185,6 +200,7 @@ class LoopSeam:
                         "metric_attribute": meta.metric_attribute,
                     },
                     "sync": [meta.sync._should, meta.sync.rank_zero_only],
+                    "is_tensor": metric.is_tensor,  # else a torchmetrics object, whose state is kept with the module
                     "states": {name: getattr(metric, name) for name in metric._defaults},
                     "has_reset": metric.has_reset,
                     "updates": metric._update_count,
@@ -203,9 +219,12 @@ class LoopSeam:
             meta.sync = _Sync(
                 _should=should, fn=self._trainer.strategy.reduce, _group=None, rank_zero_only=rank_zero_only
             )
-            metric = _ResultMetric(meta, True)
+            metric = _ResultMetric(meta, entry["is_tensor"])
             for name, value in entry["states"].items():
                 setattr(metric, name, value.to(device))
+                metric._defaults[name] = value.new_tensor(metric._defaults[name])
+            if not entry["is_tensor"]:
+                metric.value = attrgetter(entry["meta"]["metric_attribute"])(self._trainer.lightning_module)
             metric.has_reset = entry["has_reset"]
             metric._update_count = entry["updates"]
             cache = entry["cache"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._loop_seam import LoopSeam
@@ -34,8 +35,8 @@ class LightningRunState:
         """The state between two batches, as nested plain values and live tensors."""
         checkpoint = self._loops.dump()
         gradients = {}
-        if not self._module.automatic_optimization:
-            # Automatic optimization clears gradients before it makes new ones; a user's loop may accumulate them.
+        if not self._module.automatic_optimization or is_overridden("optimizer_zero_grad", self._module):
+            # Lightning sets gradients to None before it makes new ones; a user's code may keep them.
             gradients = {n: p.grad for n, p in self._module.named_parameters() if p.grad is not None}
         return {
             "checkpoint": checkpoint,

@@ -7,6 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from moetion_lightning.callbacks._data_seam import DataSeam
@@ -23,6 +29,16 @@ from moetion_lightning.events import EventBus, JsonlSink, Sink
 __all__ = ["Session"]
 
 _log = logging.getLogger(__name__)
+
+#: Callbacks of Lightning with which a restart in mid-epoch cannot be exact, and what to do.
+_UNSUPPORTED: dict[type, str] = {
+    StochasticWeightAveraging: (
+        "it replaces the schedulers when an epoch starts, which a restart in mid-epoch cannot repeat. "
+        "Use WeightAveraging or EMAWeightAveraging."
+    ),
+    LearningRateFinder: "it trains and rolls back before every start. Find the learning rate in a run of its own.",
+    BatchSizeFinder: "it trains and rolls back before every start. Find the batch size in a run of its own.",
+}
 
 
 class Session:
@@ -56,6 +72,10 @@ class Session:
                 f"Trainer has {trainer.world_size} processes (strategy {type(trainer.strategy).__name__}): this version "
                 "checkpoints single-process training. Use devices=1, num_nodes=1."
             )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for kind, remedy in _UNSUPPORTED.items():
+                if isinstance(callback, kind):
+                    raise ConfigurationError(f"{type(callback).__name__} in Trainer(callbacks=...): {remedy}")
         show_log_lines()
         self._trainer = trainer
         self._module = module
@@ -119,6 +139,11 @@ class Session:
         """Module and optimizers exist, no forward has run."""
         if self._point is None:
             self.engine.tiers.release_point()
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        # By name: older versions of Lightning do not have it.
+        averaging = any(kind.__name__ == "WeightAveraging" for c in callbacks for kind in type(c).__mro__)
+        # Without autocast nothing is cast; an average reads the weights in full, perhaps only later.
+        self.engine.precision.enabled = isinstance(self._trainer.precision_plugin, MixedPrecision) and not averaging
         if getattr(self._trainer.precision_plugin, "scaler", None) is not None:
             self.engine.may_skip_gradients = False
             if self.engine.config.skip_frozen_gradients:

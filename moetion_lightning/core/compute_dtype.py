@@ -7,14 +7,15 @@ embeddings, many routers, a weight-averaging callback) must be captured in full.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["ComputeDtypeObserver"]
+__all__ = ["ComputeDtypeObserver", "runs_compiled"]
 
 _CASTS = (torch.float16, torch.bfloat16)
 _CAST_OPS = (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)
@@ -79,6 +80,10 @@ class ComputeDtypeObserver:
         """Compute dtype of the parameters that are only ever cast to one 16-bit dtype."""
         return {n: next(iter(d)) for n, d in self._casts.items() if n not in self._full and len(d) == 1}
 
+    def violations(self, assumed: Mapping[str, torch.dtype]) -> list[str]:
+        """Parameters that were read in another precision than assumed."""
+        return sorted(n for n, d in assumed.items() if n in self._full or self._casts.get(n, {d}) != {d})
+
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record one operator call."""
         for tensor in _tensors((args, kwargs)):
@@ -107,6 +112,30 @@ class _ObserverMode(TorchDispatchMode):
         if not self._observer.paused:
             self._observer.note(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def runs_compiled(module: nn.Module) -> bool:
+    """Whether any part of the module is compiled: as a module, as a method, or as a function of its source file.
+
+    Under observation, compiled functions would run eagerly, and round differently.
+    """
+    files = set()
+    for part in module.modules():
+        if getattr(part, "_compiled_call_impl", None) is not None or type(part).__name__ == "OptimizedModule":
+            return True
+        owners = [vars(part), *(vars(c) for c in type(part).__mro__ if not c.__module__.startswith(_LIBRARIES))]
+        if any(_is_compiled(value) for owner in owners for value in list(owner.values())):
+            return True
+        files.add(type(part).__module__)
+    loaded = [vars(sys.modules[f]) for f in files if f in sys.modules and not f.startswith(_LIBRARIES)]
+    return any(_is_compiled(value) for names in loaded for value in list(names.values()))
+
+
+_LIBRARIES = ("torch.", "lightning.", "pytorch_lightning.", "transformers.", "builtins")
+
+
+def _is_compiled(value: Any) -> bool:
+    return callable(value) and hasattr(value, "_torchdynamo_orig_callable")
 
 
 def _is_view(func: Any) -> bool:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 __all__ = ["find_generators", "get_rng", "read_buffers", "rng_digest", "set_rng", "write_buffers"]
 
+_MODULE_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+_MAX_ITEMS = 1000  # a long list holds data, not generators
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
@@ -90,7 +92,7 @@ def _set_generator(generator: object, state: Any) -> None:
 
 
 def find_generators(roots: Mapping[str, object]) -> dict[str, object]:
-    """Generators that user objects hold as attributes, by name.
+    """Generators that user objects hold as attributes, also inside lists, tuples and dicts, by name.
 
     Args:
         roots: Objects to look at. Of a module, every submodule is looked at; of anything else, its own attributes.
@@ -102,9 +104,20 @@ def find_generators(roots: Mapping[str, object]) -> dict[str, object]:
             owners = root.named_modules()
         for path, owner in owners:
             for attribute, value in list(getattr(owner, "__dict__", {}).items()):
-                if isinstance(value, _GENERATORS):
-                    found[".".join(part for part in (name, path, attribute) if part)] = value
+                if attribute not in _MODULE_TABLES:
+                    _look(".".join(part for part in (name, path, attribute) if part), value, found, depth=2)
     return found
+
+
+def _look(name: str, value: object, found: dict[str, object], depth: int) -> None:
+    if isinstance(value, _GENERATORS):
+        found[name] = value
+    elif depth and isinstance(value, dict) and len(value) <= _MAX_ITEMS:
+        for key, item in list(value.items()):
+            _look(f"{name}[{key!r}]", item, found, depth - 1)
+    elif depth and isinstance(value, (list, tuple)) and len(value) <= _MAX_ITEMS:
+        for index, item in enumerate(value):
+            _look(f"{name}[{index}]", item, found, depth - 1)
 
 
 def read_buffers(module: nn.Module) -> dict[str, Tensor]:

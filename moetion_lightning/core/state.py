@@ -62,9 +62,18 @@ class LiveState:
         self.module = module
         self.optimizers = tuple(optimizers)
         self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
-        self._elementwise_names = ELEMENTWISE_NAMES | frozenset(elementwise)
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.owner: dict[str, int] = {}
+        self._elementwise_names = ELEMENTWISE_NAMES | frozenset(elementwise)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at what the optimizers update: parameter groups may be added while training.
+
+        Raises:
+            OperatorError: An optimizer updates a parameter that is not the module's.
+        """
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self.owner.clear()
         for index, optimizer in enumerate(self.optimizers):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -72,7 +81,7 @@ class LiveState:
                     if name is None:
                         raise OperatorError(
                             f"optimizer {index} ({type(optimizer).__name__}) updates a parameter of shape "
-                            f"{tuple(parameter.shape)} that is not a parameter of {type(module).__name__}. "
+                            f"{tuple(parameter.shape)} that is not a parameter of {type(self.module).__name__}. "
                             "Register the module that owns it as a submodule, so that its state can be captured."
                         )
                     self.owner[name] = index
@@ -98,6 +107,19 @@ class LiveState:
     def _updates_elementwise(self, optimizer: Optimizer) -> bool:
         kind = type(optimizer)
         return kind in ELEMENTWISE_OPTIMIZERS or f"{kind.__module__}.{kind.__qualname__}" in self._elementwise_names
+
+    def couples_parameters(self) -> list[str]:
+        """Names of optimizer classes whose update of one parameter depends on the state of others."""
+        return [
+            type(optimizer).__name__
+            for optimizer in self.optimizers
+            if isinstance(optimizer, torch.optim.LBFGS) or any(not isinstance(key, Tensor) for key in optimizer.state)
+        ]
+
+    def versions(self, operators: Iterable[Operator]) -> list[int]:
+        """Version counters of the operators' parameters: every in-place change counts, except through ``.data``."""
+        names = dict.fromkeys(piece.parameter for op in operators for piece in op.pieces)
+        return [self.parameters[name]._version for name in names]
 
     def is_elementwise(self, name: str) -> bool:
         """Whether rows of the parameter may be captured at different iterations."""

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from moetion_lightning.config import EngineConfig
 from moetion_lightning.core.capture import CaptureThread, DeviceFence
-from moetion_lightning.core.compute_dtype import ComputeDtypeObserver
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.layouts import MoESpec
@@ -31,6 +30,7 @@ from moetion_lightning.core.run_state import find_generators
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.identity import note_completed
 from moetion_lightning.engine.planner import WindowPlanner
+from moetion_lightning.engine.precision_watch import PrecisionWatch
 from moetion_lightning.engine.recovery import Recovery
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.engine.run_state import EngineState, capture_run_state
@@ -38,7 +38,8 @@ from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.engine.tiers import Tiers
 from moetion_lightning.engine.token_counts import TokenCounts
 from moetion_lightning.engine.witness import WitnessRecorder
-from moetion_lightning.engine.writer import OpenWindow, WindowWriter
+from moetion_lightning.engine.writer import TORN, OpenWindow, WindowWriter
+from moetion_lightning.errors import HostMemoryError, UnsupportedStateError
 from moetion_lightning.events import (
     EventBus,
     IterationFinished,
@@ -50,7 +51,6 @@ from moetion_lightning.store.tree import FlatTree, flatten_tree
 __all__ = ["Engine", "RunState"]
 
 _log = logging.getLogger(__name__)
-_OBSERVED_ITERATIONS = 3  # an expert that no token reached in the first iterations is captured in full precision
 _MEASURE_BYTES = 16 << 20
 
 
@@ -101,12 +101,13 @@ class Engine:
         self.norms = GradNormSeam()
         self.witness = WitnessRecorder(self.norms)
         self.recovery: Recovery | None = None
-        self.compute_dtype: dict[str, torch.dtype] = {}
+        self.precision = PrecisionWatch()
         #: An adapter with a gradient scaler clears this: whether a step was skipped depends on all gradients.
         self.may_skip_gradients = True
         self._attached: _Attached | None = None
         self._window: OpenWindow | None = None
-        self._observer: ComputeDtypeObserver | None = None
+        self._given_up = 0  # windows in a row
+        self._synchronous = False
         self._stall = 0.0
         self._started_at = 0.0
         self._said: set[str] = set()
@@ -136,33 +137,40 @@ class Engine:
         devices = list(dict.fromkeys(p.device for p in live.parameters.values())) or [torch.device("cpu")]
         routing = TokenCounts(module, discover_layers(module, specs))
         thread = CaptureThread(DeviceFence(devices))
-        planner = WindowPlanner(live, routing, self.tiers, self.pace, self.compute_dtype, self.bus, self.say_once)
+        planner = WindowPlanner(
+            live, routing, self.tiers, self.pace, self.precision.compute_dtype, self.bus, self.say_once
+        )
         self._attached = _Attached(
             live=live,
             routing=routing,
             planner=planner,
-            steps=StepWatcher(live.optimizers, live.calls_closure_first(), self.hold, self._after_step),
-            thread=thread,
-            writer=WindowWriter(
-                self.tiers.host, thread, live, self.compute_dtype, self.bus, self.pace, self.tiers.on_commit
+            steps=StepWatcher(
+                live.optimizers, live.calls_closure_first(), self._before_update, self._after_update, self._after_step
             ),
+            thread=thread,
+            writer=WindowWriter(self.tiers.host, thread, live, dtypes, self.bus, self.pace, self.tiers.on_commit),
         )
         self.norms.install()
-        planner.prepare(self.policy, devices[0])
 
     def check_run_state(self, run_state: RunState) -> None:
-        """Capture the run state once for nothing, so that what cannot be stored is reported before the first step."""
-        self._flatten(run_state)
+        """Before the first step: refuse a state that cannot be stored, and windows that the memory cannot hold.
+
+        Raises:
+            UnsupportedStateError, HostMemoryError: See the message.
+        """
+        attached = self._need()
+        tensors = self._flatten(run_state).tensors
+        device = next((p.device for p in attached.live.parameters.values()), torch.device("cpu"))
+        attached.planner.prepare(self.policy, device, sum(t.numel() * t.element_size() for t in tensors))
 
     # --- training ------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """A fresh run begins now: before its first forward."""
+        self._need().steps.take()
         self.tiers.forget_windows()
-        if self.policy.name == "sparse" and not _is_compiled(self._need().live.module):
-            live = self._need().live
-            self._observer = ComputeDtypeObserver({n: live.parameters[n] for n in live.trainable()})
-            self._observer.start()
+        self.precision.enabled = self.precision.enabled and self.policy.name == "sparse"
+        self.precision.start(self._need().live)
         self._started_at = time.perf_counter()
 
     def restore(self, run_state: RunState) -> None:
@@ -175,7 +183,6 @@ class Engine:
         assert point is not None
         state = EngineState.of(point)
         self.iteration = point.manifest.first_iteration
-        self.compute_dtype.update(state.compute_dtype)
         attached.routing.load_state(state)
         if isinstance(self.policy, PartialExpertsPolicy):
             self.policy.num_experts, self.policy.checkpoints = state.policy["num_experts"], state.policy["checkpoints"]
@@ -191,6 +198,7 @@ class Engine:
             attached.routing.report_lost(self.policy, point, self.bus, self.iteration)
         attached.steps.take()
         self.witness.take()
+        self.precision.start_replay(attached.live, state.compute_dtype)
         if self.recovery.done:
             self._end_recovery()
         self._started_at = time.perf_counter()
@@ -205,8 +213,6 @@ class Engine:
 
     def hold(self) -> None:
         """Wait until nothing is being copied from the live state: before anything may change it."""
-        if self._observer is not None:
-            self._observer.pause()
         if self._attached is not None:
             self._stall += self._attached.thread.wait_copied()
 
@@ -217,8 +223,13 @@ class Engine:
         next forward.
         """
         attached = self._need()
-        if self._observer is not None:
-            self._observer.resume()
+        self.precision.pause()  # what follows is this package's own work
+        try:
+            return self._boundary(attached, run_state)
+        finally:
+            self.precision.resume()
+
+    def _boundary(self, attached: _Attached, run_state: RunState) -> bool:
         if not any(attached.steps.steps):
             if attached.steps.attempts:
                 attached.steps.attempts = 0
@@ -233,19 +244,22 @@ class Engine:
         self.pace.iteration(seconds)
         attached.routing.end_iteration()
         witness = self.witness.take(attached.live.optimizers)
-        if self._observer is not None:
-            self._end_observed_iteration()
+        misread = self.precision.end_iteration(self.iteration, replaying=self.recovery is not None)
         self.bus.emit(IterationFinished(iteration=self.iteration, seconds=seconds, stall_seconds=stall))
         if self.recovery is not None:
-            self.recovery.end_iteration(witness.read())
+            self.recovery.end_iteration(witness.read(), misread)
             self.norms.give(self.recovery.norms_to_give() if self._skips_gradients else None)
             if not self.recovery.done:
                 return True
             self._end_recovery()
+        if misread and self._window is not None:
+            self._window.broken = f"{misread[0]} was read in full precision, not only cast to 16 bits"
         self._fall_back_to_dense_if_needed(steps)
         window = self._open_window(run_state)
         if window is not None:
             attached.writer.capture(window, self.iteration, witness.read)
+            if self._synchronous:
+                self.hold()
         return True
 
     @property
@@ -267,12 +281,6 @@ class Engine:
         """The operators of the module."""
         return self._need().planner.operators
 
-    def stop_observing(self) -> None:
-        """Leave the observation of compute dtypes (harmless if none is running)."""
-        if self._observer is not None:
-            self._observer.stop()
-            self._observer = None
-
     def drain(self) -> None:
         """Wait until every capture so far is committed or given up."""
         if self._attached is not None:
@@ -280,7 +288,7 @@ class Engine:
 
     def close(self, *, completed: bool) -> None:
         """End: finish what is in flight; keep the windows for a restart, or remove them if training is complete."""
-        self.stop_observing()
+        self.precision.stop()
         self.norms.remove()
         try:
             if self._attached is not None:
@@ -312,25 +320,30 @@ class Engine:
         """Log a notice, once."""
         if message not in self._said:
             self._said.add(message)
-            _log.info(message)
-            self.bus.emit(Notice(message=message))
+            self._say(message)
+
+    def _say(self, message: str, *, warning: bool = False) -> None:
+        _log.log(logging.WARNING if warning else logging.INFO, message)
+        self.bus.emit(Notice(message=message))
+
+    def _before_update(self) -> None:
+        self.hold()
+        self.precision.pause()
+
+    def _after_update(self) -> None:
+        self.precision.resume()
 
     def _after_step(self, index: int) -> None:
         if self.recovery is not None:
+            self.precision.pause()
             self.recovery.after_step(index)
-
-    def _end_observed_iteration(self) -> None:
-        observer = self._observer
-        assert observer is not None
-        self.compute_dtype.clear()
-        self.compute_dtype.update(observer.result())
-        if not observer.unseen() or self.iteration >= _OBSERVED_ITERATIONS:
-            self.stop_observing()
+            self.precision.resume()
 
     def _end_recovery(self) -> None:
         assert self.recovery is not None
         self.recovery.finish()
         self.recovery = None
+        self.precision.stop()
         self.norms.give(None)
         self.tiers.release_point()
 
@@ -339,7 +352,12 @@ class Engine:
             return
         attached = self._need()
         reason = ""
-        if max(steps) > 1:
+        coupling = attached.live.couples_parameters()
+        if coupling:
+            reason = f"{', '.join(coupling)} keeps state that belongs to no single parameter"
+        elif attached.steps.closure_calls > 1:
+            reason = "an optimizer evaluates its closure several times per step"
+        elif max(steps) > 1:
             reason = f"an optimizer stepped {max(steps)} times within one iteration"
         elif attached.steps.self_tuning:
             names = sorted(type(attached.live.optimizers[i]).__name__ for i in attached.steps.self_tuning)
@@ -354,36 +372,52 @@ class Engine:
         """The window that the iteration that has just ended belongs to, beginning one if it is time."""
         attached = self._need()
         window, self._window = self._window, None
+        signature = attached.live.signature()
+        if window is not None and not window.complete and not window.broken and window.signature != signature:
+            window.broken = "parameters were frozen, unfrozen or added"
         if window is not None and window.broken:
-            _log.info("window from iteration %d given up: %s", window.first_iteration, window.broken)
-            attached.writer.abandon(window)
-            attached.planner.forget_static()
+            self._give_up(window)
         elif window is not None and not window.complete:
             self._window = window
             return window
-        signature = attached.live.signature()
-        plan = attached.planner.plan(self.policy, self.iteration, attached.writer.newest)
-        if plan is None:
-            return None
-        self._window = OpenWindow(
-            plan=plan,
-            first_iteration=self.iteration,
-            header=attached.planner.header(self.policy),
-            rest=self._flatten(run_state),
-            static=attached.planner.static_part(),
-            signature=signature,
-        )
+        elif window is not None:
+            self._given_up = 0
+        try:
+            plan = attached.planner.plan(self.policy, self.iteration, attached.writer.newest, signature)
+            if plan is None:
+                return None
+            self._window = OpenWindow(
+                plan=plan,
+                first_iteration=self.iteration,
+                header=attached.planner.header(self.policy),
+                rest=self._flatten(run_state),
+                static=attached.planner.static_part(),
+                signature=signature,
+            )
+            self.precision.window_began()
+        except (UnsupportedStateError, HostMemoryError) as error:
+            # Everything was checked before the first step; what changed since must not end training.
+            attached.planner.forget_static()
+            self._say(f"no window begins at iteration {self.iteration}: {error}", warning=True)
         return self._window
+
+    def _give_up(self, window: OpenWindow) -> None:
+        attached = self._need()
+        attached.writer.abandon(window)
+        attached.planner.forget_static()
+        self._given_up += 1
+        if window.broken == TORN and self._given_up > 1 and not self._synchronous:
+            self._synchronous = True
+            self.say_once(f"{TORN}, again and again: captures are made at once now, before the next batch begins")
+        newest = attached.writer.newest
+        held = "none" if newest is None else f"iterations {newest.first_iteration}..{newest.last_iteration}"
+        self._say(
+            f"the window that began with iteration {window.first_iteration} was given up ({window.broken}); training "
+            f"goes on, the newest committed window is {held}, and another window begins now",
+            warning=self._given_up > 1 or ":" in window.broken,
+        )
 
     def _flatten(self, run_state: RunState) -> FlatTree:
         live = self._need().live
         tree, leaf = capture_run_state(live, run_state.capture(), find_generators(run_state.generators()))
         return flatten_tree(tree, clone=True, leaf=leaf)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether any part runs compiled, where single operator calls cannot be observed."""
-    return any(
-        getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
-        for m in module.modules()
-    )

@@ -11,7 +11,6 @@ from moetion_lightning.core.capture import measure_bandwidth
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.partition import OperatorSet, build_operators
 from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, Sizes, SparsePolicy, WindowPlan
-from moetion_lightning.core.run_state import read_buffers
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
 from moetion_lightning.engine.run_state import static_sample
@@ -61,22 +60,42 @@ class WindowPlanner:
         self._fingerprint = model_fingerprint(self._parameters)
         self._bandwidth = 0.0
         self._static_digest = ""
+        self._run_state_bytes = 0
+        self._signature = live.signature()
         self.operators = self._find_operators()
 
-    def prepare(self, policy: Policy, device: torch.device) -> None:
+    def prepare(self, policy: Policy, device: torch.device, run_state_bytes: int) -> None:
         """Before the first step: measure the bandwidth, refuse what the host memory cannot hold.
+
+        Args:
+            policy: Decides how large a window is.
+            device: Where the training state lives.
+            run_state_bytes: Size of what is no operator (buffers, averaged weights ...).
 
         Raises:
             HostMemoryError: With the numbers and the remedy.
         """
+        self._run_state_bytes = run_state_bytes
         self._bandwidth = measure_bandwidth(torch.empty(_MEASURE_BYTES, dtype=torch.uint8), device)
         slots = policy.window if isinstance(policy, SparsePolicy) and isinstance(policy.window, int) else 1
         full = sum(self._live.full_bytes(n) for n in self._live.trainable())
         compute = sum(p.numel() * p.element_size() for p in self._live.parameters.values())
         self._check_memory(full + compute * (slots - 1) // 2)
 
-    def plan(self, policy: Policy, iteration: int, newest: Manifest | None) -> WindowPlan | None:
-        """The window that begins with this iteration, or None."""
+    def plan(
+        self, policy: Policy, iteration: int, newest: Manifest | None, signature: tuple[int, ...]
+    ) -> WindowPlan | None:
+        """The window that begins with this iteration, or None.
+
+        Args:
+            policy: Decides.
+            iteration: Completed iterations.
+            newest: The newest committed window.
+            signature: What trains now.
+        """
+        if signature != self._signature:
+            self._signature = signature
+            self._live.refresh()
         if self._routing.settle() or self._live.trainable() != self._trainable:
             self.operators = self._find_operators()
         sizes = Sizes.of(self._live, self._compute_dtype)
@@ -86,7 +105,7 @@ class WindowPlanner:
             sizes=sizes,
             iteration_seconds=self._pace.iteration_seconds,
             bytes_per_second=self._pace.bytes_per_second(self._bandwidth),
-            capacity_bytes=self._tiers.window_capacity() - self._buffer_bytes(),
+            capacity_bytes=self._tiers.window_capacity() - self._run_state_bytes,
             newest=newest,
         )
         plan = policy.plan(context)
@@ -163,8 +182,5 @@ class WindowPlanner:
             )
         return found
 
-    def _buffer_bytes(self) -> int:
-        return sum(b.numel() * b.element_size() for b in read_buffers(self._live.module).values())
-
     def _check_memory(self, window_bytes: int) -> None:
-        self._tiers.check_capacity(window_bytes + self._buffer_bytes())
+        self._tiers.check_capacity(window_bytes + self._run_state_bytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from moetion_lightning.core.reconstruct import Reconstruction, compare_witness
@@ -67,6 +67,7 @@ class Recovery:
             def progress(done: int, total: int) -> None:
                 self._bus.emit(RestoreProgress(index=done, total=total))
 
+        self._state.apply_structure(live)
         self._point.apply_static(live)
         self._reconstruction.begin(progress)
         self._state.apply(live, roots)
@@ -88,14 +89,19 @@ class Recovery:
             return None
         return [float.fromhex(norm) for norm in self._reconstruction.next_slot.witness["norms"]]
 
-    def end_iteration(self, witness: Mapping[str, Any]) -> None:
+    def end_iteration(self, witness: Mapping[str, Any], misread: Sequence[str] = ()) -> None:
         """A replayed iteration is complete: apply its snapshot, compare its witness.
+
+        Args:
+            witness: What the replayed iteration looked like.
+            misread: Parameters that were read in full precision although only compute weights had been kept.
 
         Raises:
             NonDeterminismError: It differs, and ``on_mismatch="raise"``.
         """
         slot = self._reconstruction.finish_iteration()
         differences = compare_witness(slot.witness, witness)
+        differences += [("compute weights", "cast to 16 bits in every use", f"{n} read in full") for n in misread]
         for quantity, recorded, replayed in differences:
             self._verified = False
             self._bus.emit(

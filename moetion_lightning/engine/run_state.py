@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from moetion_lightning.core.run_state import find_generators, get_rng, read_buffers, set_rng, write_buffers
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.restore import PARAMETER_REFERENCE, RestorePoint
+from moetion_lightning.errors import ForeignWindowError
 
 __all__ = ["EngineState", "capture_run_state", "static_sample"]
 
@@ -30,6 +31,7 @@ def capture_run_state(
         adapter: The adapter's part.
         generators: Random number generators of user objects.
     """
+    names = {id(p): n for n, p in live.parameters.items()}
     by_storage = {(p.data_ptr(), tuple(p.shape), p.dtype): n for n, p in live.parameters.items() if p.numel()}
 
     def leaf(value: object) -> Any:
@@ -44,18 +46,18 @@ def capture_run_state(
         "rng": get_rng(generators),
         "buffers": read_buffers(live.module),
         "metrics": _read_metrics(live.module),
-        "groups": [
-            [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in opt.param_groups]
-            for opt in live.optimizers
-        ],
+        "groups": [[_read_group(group, names) for group in opt.param_groups] for opt in live.optimizers],
+        # Optimizers may keep state that belongs to no parameter.
+        "optimizer_extra": [{k: v for k, v in o.state.items() if not isinstance(k, Tensor)} for o in live.optimizers],
         "training": [name for name, m in live.module.named_modules() if m.training],
+        "requires_grad": [name for name, p in live.parameters.items() if p.requires_grad],
     }
     return tree, leaf
 
 
-def read_gradients(live: LiveState) -> dict[str, Tensor]:
-    """Gradients that are not cleared between iterations (manual optimization)."""
-    return {n: p.grad for n, p in live.parameters.items() if p.grad is not None}
+def _read_group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    return {"parameters": [names[id(p)] for p in group["params"]], "settings": settings}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +87,44 @@ class EngineState:
             policy=extra["policy"],
         )
 
+    def apply_structure(self, live: LiveState) -> None:
+        """Put back which parameters train, in which groups, and which modules are in training mode: before all values.
+
+        Raises:
+            ForeignWindowError: The run has another number of optimizers.
+        """
+        wanted = set(self.tree["requires_grad"])
+        for name, parameter in live.parameters.items():
+            parameter.requires_grad_(name in wanted)
+        training = set(self.tree["training"])
+        for name, module in live.module.named_modules():
+            module.training = name in training
+        if len(self.tree["groups"]) != len(live.optimizers):
+            raise ForeignWindowError(
+                f"the window was captured with {len(self.tree['groups'])} optimizers, this run has "
+                f"{len(live.optimizers)}. Undo the change, or start afresh with resume='never' or another job_id."
+            )
+        for optimizer, groups in zip(live.optimizers, self.tree["groups"]):
+            while len(optimizer.param_groups) < len(groups):
+                optimizer.param_groups.append({**optimizer.param_groups[-1], "params": []})
+            del optimizer.param_groups[len(groups) :]
+            for group, saved in zip(optimizer.param_groups, groups):
+                group["params"] = [live.parameters[name] for name in saved["parameters"]]
+        live.refresh()
+
     def apply(self, live: LiveState, roots: Mapping[str, object]) -> None:
         """Put everything but the adapter's part back; the random generators last."""
         write_buffers(live.module, self.tree["buffers"])
         _write_metrics(live.module, self.tree["metrics"])
-        for optimizer, groups in zip(live.optimizers, self.tree["groups"]):
+        for optimizer, groups, extra in zip(live.optimizers, self.tree["groups"], self.tree["optimizer_extra"]):
             for group, saved in zip(optimizer.param_groups, groups):
-                for key, value in saved.items():
+                for key, value in saved["settings"].items():
                     current = group.get(key)
                     if isinstance(current, Tensor) and isinstance(value, Tensor):
                         current.copy_(value)
                     else:
                         group[key] = value
+            optimizer.state.update(extra)
         gradients = self.tree["adapter"].get("gradients") if isinstance(self.tree["adapter"], Mapping) else None
         for name, parameter in live.parameters.items():
             saved_gradient = gradients.get(name) if gradients else None

@@ -25,6 +25,7 @@ class StepWatcher:
         optimizers: Raw torch optimizers.
         closure_first: For each, whether its ``step`` calls the closure before it changes anything.
         before: Called before each update: nothing may be copying from the state any more.
+        done: Called after each update, also one that a scaler turned into nothing.
         after: Called with the optimizer's index after each real step.
     """
 
@@ -33,14 +34,19 @@ class StepWatcher:
         optimizers: Sequence[Optimizer],
         closure_first: Sequence[bool],
         before: Callable[[], None],
+        done: Callable[[], None],
         after: Callable[[int], None],
     ) -> None:
         self._closure_first = tuple(closure_first)
         self._before = before
+        self._done = done
         self._after = after
         self.attempts = 0
         self.steps = [0] * len(optimizers)
+        #: Optimizers that changed their own settings in their first step.
         self.self_tuning: set[int] = set()
+        #: Most calls of one step's closure so far.
+        self.closure_calls = 0
         self._groups: dict[int, list[dict[str, Any]]] = {}
         self._optimizers = tuple(optimizers)
         self._handles: list[Any] = []
@@ -81,7 +87,12 @@ class StepWatcher:
         if not callable(closure):
             return None
 
+        calls = 0
+
         def holding() -> Any:
+            nonlocal calls
+            calls += 1
+            self.closure_calls = max(self.closure_calls, calls)
             result = closure()
             self._before()
             return result
@@ -92,6 +103,7 @@ class StepWatcher:
 
     def _post_hook(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._done()
             found_inf = getattr(optimizer, "found_inf", None)
             if isinstance(found_inf, Tensor) and bool(found_inf.item()):
                 return

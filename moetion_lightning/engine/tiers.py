@@ -132,8 +132,10 @@ class Tiers:
 
     @property
     def _num_windows(self) -> int:
-        """The committed one, the one being captured and, with a storage tier, the one being persisted."""
-        return 3 if self.disk is not None else 2
+        """The committed one, the one being captured and, with a storage tier, those being or to be persisted."""
+        if self.disk is None:
+            return 2
+        return 3 if self._config.persist_every_n_windows == 1 else 4
 
     def _room(self) -> int:
         # Free buffers of this process count as free there and as used here.

@@ -48,8 +48,15 @@ class WitnessRecorder:
     def take(self, optimizers: Sequence[Optimizer] = ()) -> Witness:
         """The iteration ends: its witness. The next one starts empty."""
         losses, self.losses = self.losses, []
-        lrs = tuple(group["lr"] for optimizer in optimizers for group in optimizer.param_groups if "lr" in group)
-        return Witness(losses=tuple(losses), norms=tuple(self._norms.take()), lrs=lrs, rng=rng_digest())
+        norms = [norm.clone() for norm in self._norms.take()]
+        # Copies: a learning rate that is a tensor changes in place, and a witness is read on another thread.
+        lrs = tuple(
+            group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            if "lr" in group
+        )
+        return Witness(losses=tuple(losses), norms=tuple(norms), lrs=lrs, rng=rng_digest())
 
 
 def _hex(value: Any) -> str:

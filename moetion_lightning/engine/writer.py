@@ -15,6 +15,7 @@ from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import SlotPlan, WindowPlan
 from moetion_lightning.core.state import LiveState, read_slot
+from moetion_lightning.errors import MoEtionError
 from moetion_lightning.events import (
     CaptureFinished,
     CaptureProgress,
@@ -28,7 +29,11 @@ from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout,
 from moetion_lightning.store.host_memory import HostBuffer, HostMemoryTier
 from moetion_lightning.store.tree import FlatTree
 
-__all__ = ["OpenWindow", "WindowHeader", "WindowWriter"]
+__all__ = ["TORN", "OpenWindow", "WindowHeader", "WindowWriter"]
+
+
+#: Why a window is given up when user code writes to weights behind the captures' back.
+TORN = "weights were changed between an iteration's end and the next optimizer step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +135,7 @@ class WindowWriter:
         window.next_slot += 1
         plan = window.plan.slots[slot]
         job = _SlotJob(self, window, slot, plan, iteration, witness)
-        self._thread.submit(job.copy, job.finish)
+        self._thread.submit(job.run_copy, job.run_finish)
 
     def abandon(self, window: OpenWindow) -> None:
         """Training thread: give up a window; its files are garbage."""
@@ -268,14 +273,30 @@ class _SlotJob:
         self._layout: SnapshotLayout | None = None
         self._scalars: dict[str, Any] = {}
         self._seconds = 0.0
+        # Taken on the training thread, at the iteration's end: copies that began late see later changes, too.
+        self._versions = writer._live.versions((*plan.active, *plan.frozen))
+
+    def run_copy(self) -> None:
+        """:meth:`copy`; what fails in the store gives the window up, not the training."""
+        self._guarded(self.copy)
+
+    def run_finish(self) -> None:
+        """:meth:`finish`, likewise."""
+        self._guarded(self.finish)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            if not self._window.broken:
+                work()
+        except (MoEtionError, OSError) as error:
+            self._window.broken = f"{type(error).__name__}: {error}"
+        if self._window.broken and self._buffer is not None:
+            self._writer._tier.release(self._buffer)
+            self._buffer = None
 
     def copy(self) -> None:
+        """Capture thread: copy the slot's bytes into a buffer."""
         writer, window = self._writer, self._window
-        if window.broken:
-            return
-        if writer._live.signature() != window.signature:
-            window.broken = "parameters were frozen, unfrozen or added"
-            return
         bus, num_slots = writer._bus, len(window.plan.slots)
         bus.emit(CaptureStarted(iteration=self._iteration, slot=self._slot, num_slots=num_slots))
         started = time.perf_counter()
@@ -294,14 +315,15 @@ class _SlotJob:
                 )
 
         copy_items(contents.items, views, writer._thread.fence, progress)
+        if self._versions != writer._live.versions((*self._plan.active, *self._plan.frozen)):
+            window.broken = TORN
         layout.write_header(buffer.tensor)
         self._buffer, self._layout = buffer, layout
         self._seconds = time.perf_counter() - started
 
     def finish(self) -> None:
+        """Capture thread: seal the slot; commit the window if it was the last one."""
         writer, window = self._writer, self._window
-        if window.broken:
-            return
         assert self._buffer is not None
         assert self._layout is not None
         nbytes, num_slots = self._layout.nbytes, len(window.plan.slots)

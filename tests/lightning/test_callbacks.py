@@ -315,7 +315,7 @@ def test_compute_weights_of_autocast_are_captured_in_16_bits(tmp_path: Path, mem
     class Look(pl.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
             assert capture._session is not None
-            found.update(capture._session.engine.compute_dtype)
+            found.update(capture._session.engine.precision.compute_dtype)
 
     capture = SparseExpertCheckpoint(window=3, memory_dir=str(memory_dir))
     trainer(tmp_path, capture, Look(), max_epochs=1, precision="bf16-mixed").fit(module(block="fused"), loader())
