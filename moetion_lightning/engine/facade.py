@@ -137,9 +137,8 @@ class Engine:
         devices = list(dict.fromkeys(p.device for p in live.parameters.values())) or [torch.device("cpu")]
         routing = TokenCounts(module, discover_layers(module, specs))
         thread = CaptureThread(DeviceFence(devices))
-        planner = WindowPlanner(
-            live, routing, self.tiers, self.pace, self.precision.compute_dtype, self.bus, self.say_once
-        )
+        dtypes = self.precision.compute_dtype
+        planner = WindowPlanner(live, routing, self.tiers, self.pace, dtypes, self.bus, self.say_once)
         self._attached = _Attached(
             live=live,
             routing=routing,
