@@ -46,6 +46,25 @@ class DeviceFence:
         """Whether any state lives on a CUDA device."""
         return bool(self._devices)
 
+    def pin(self, memory: Tensor) -> Callable[[], None] | None:
+        """Register host memory with the driver, so that copies into it are asynchronous and fast.
+
+        Args:
+            memory: Host tensor that nobody resizes until it is unpinned.
+
+        Returns:
+            Undoes it; None if the driver refuses (copies are then staged by the driver, and still correct).
+        """
+        runtime = torch.cuda.cudart()
+        pointer = memory.data_ptr()
+        if int(runtime.cudaHostRegister(pointer, memory.numel(), 0)) != 0:
+            return None
+
+        def unpin() -> None:
+            runtime.cudaHostUnregister(pointer)
+
+        return unpin
+
     def mark_ready(self) -> None:
         """Training thread: everything queued so far must precede the copies."""
         for device in self._devices:

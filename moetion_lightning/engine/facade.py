@@ -419,4 +419,5 @@ class Engine:
     def _flatten(self, run_state: RunState) -> FlatTree:
         live = self._need().live
         tree, leaf = capture_run_state(live, run_state.capture(), find_generators(run_state.generators()))
+        tree["popularity"] = self._need().routing.popularity_state()
         return flatten_tree(tree, clone=True, leaf=leaf)

@@ -131,6 +131,10 @@ class TokenCounts:
             "lost": self.lost.state_dict(),
         }
 
+    def popularity_state(self) -> dict[str, Tensor]:
+        """Tokens of the rolling window, for the run state."""
+        return self.popularity.state_dict()
+
     def load_state(self, state: EngineState) -> None:
         """Continue the counts of an earlier process."""
         names = state.routing["layers"]
@@ -140,7 +144,9 @@ class TokenCounts:
                 return  # the layers changed: counts start anew
             self.layers = tuple(kept)
             self.lost = self._new_lost()
+            self.popularity = self._new_popularity()
         self.lost.load_state_dict(state.routing["lost"])
+        self.popularity.load_state_dict(state.tree["popularity"])
 
     def report_lost(self, policy: Policy, point: RestorePoint, bus: EventBus, iteration: int) -> None:
         """After a lossy restore: count what is lost, say which experts are how stale, adapt K."""

@@ -160,8 +160,13 @@ class WindowWriter:
         return f"{iteration:012d}-{what}-{time.time_ns():x}-{self._serial}"
 
     def acquire(self, iteration: int, slot: int, nbytes: int) -> HostBuffer:
-        """A buffer for a slot."""
-        return self._tier.acquire(self.uid(iteration, f"slot{slot:04d}"), nbytes)
+        """A buffer for a slot; pinned if the state lives on a device."""
+        buffer = self._tier.acquire(self.uid(iteration, f"slot{slot:04d}"), nbytes)
+        if self._thread.fence.enabled and not buffer.is_pinned:
+            unpin = self._thread.fence.pin(buffer.tensor)
+            if unpin is not None:
+                buffer.pinned(unpin)
+        return buffer
 
     def write_run_state(self, window: OpenWindow) -> None:
         """Write what is no operator."""

@@ -7,6 +7,7 @@ import enum
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ class HostBuffer:
         self.idle_commits = 0
         self._map: mmap.mmap | None = None
         self._tensor: torch.Tensor | None = None
+        self._unpin: Callable[[], None] | None = None
         with explain_os_errors("create", path):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -87,6 +89,15 @@ class HostBuffer:
         if self._map is None:
             raise StoreError(f"{self.path}: the buffer was given back; acquire another one.")
         return memoryview(self._map)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a device driver has the memory registered."""
+        return self._unpin is not None
+
+    def pinned(self, unpin: Callable[[], None]) -> None:
+        """A device driver has registered the memory: ``unpin`` is called before it goes away."""
+        self._unpin = unpin
 
     def rename(self, path: Path) -> None:
         """Give the file another name, to be captured into again."""
@@ -122,12 +133,14 @@ class HostBuffer:
 
     def forget_mapping(self) -> None:
         """Stop holding the memory, leaving the file."""
+        self._release_pin()
         self._tensor = None
         self._map = None
 
     def _unmap(self) -> bool:
         if self._map is None:
             return True
+        self._release_pin()
         self._tensor = None
         try:
             self._map.close()
@@ -136,6 +149,11 @@ class HostBuffer:
             return False
         self._map = None
         return True
+
+    def _release_pin(self) -> None:
+        unpin, self._unpin = self._unpin, None
+        if unpin is not None:
+            unpin()
 
     def _allocate_and_map(self, fd: int, nbytes: int) -> None:
         try:

@@ -1,0 +1,76 @@
+"""Captures from a CUDA device: ordered after training, before the next update, into pinned host memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from moetion_lightning.callbacks import SparseExpertCheckpoint
+from moetion_lightning.core.capture import CaptureThread, DeviceFence, copy_items
+from moetion_lightning.core.state import CopyItem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_copies_see_the_state_before_the_next_update() -> None:
+    device = torch.device("cuda")
+    fence = DeviceFence([device])
+    thread = CaptureThread(fence)
+    source = torch.zeros(1 << 24, device=device)
+    target = torch.empty(1 << 24).pin_memory()
+    try:
+        for step in range(5):
+            source.fill_(step)
+            item = CopyItem(name="x", source=source, dtype=torch.float32)
+            thread.submit(lambda item=item: copy_items([item], {"x": target}, fence), lambda: None)
+            thread.wait_copied()
+            source.fill_(-1)  # the next update
+            thread.drain()
+            assert bool((target == step).all())
+    finally:
+        thread.close()
+
+
+def test_casts_on_the_device_round_as_on_the_host() -> None:
+    device = torch.device("cuda")
+    fence = DeviceFence([device])
+    source = torch.randn(100_003, device=device)
+    target = torch.empty(100_003, dtype=torch.bfloat16)
+    fence.mark_ready()
+    copy_items([CopyItem(name="x", source=source, dtype=torch.bfloat16)], {"x": target}, fence)
+    fence.mark_done()
+    fence.synchronize()
+    assert torch.equal(target, source.to(torch.bfloat16).cpu())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_interrupted_run_on_a_gpu_ends_bitwise_equal(tmp_path: Path, memory_dir: Path, precision: str) -> None:
+    from tests.lightning.test_callbacks import StopAt, loader, module
+
+    def run(callbacks: list[Any]) -> tuple[Any, Any]:
+        net = module(block="fused")
+        trainer = pl.Trainer(
+            accelerator="gpu", devices=1, max_epochs=2, precision=precision, callbacks=callbacks, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0, default_root_dir=tmp_path,
+            deterministic=True, gradient_clip_val=1.0,
+        )  # fmt: skip
+        trainer.fit(net, loader())
+        return net.state_dict(), trainer.optimizers[0].state_dict()["state"]
+
+    def capture() -> SparseExpertCheckpoint:
+        return SparseExpertCheckpoint(window=3, memory_dir=str(memory_dir), job_id=f"gpu-{precision}")
+
+    with pytest.raises(ZeroDivisionError):
+        run([capture(), StopAt(11, ZeroDivisionError())])
+    resumed, resumed_state = run([capture()])
+    whole, whole_state = run([])
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for index, entries in whole_state.items():
+        assert all(torch.equal(value, resumed_state[index][key]) for key, value in entries.items())
