@@ -94,6 +94,7 @@ class DeviceFence:
             event.synchronize()
 
 
+@torch.no_grad()
 def copy_items(
     items: Sequence[CopyItem],
     targets: Mapping[str, Tensor],
@@ -118,7 +119,6 @@ def copy_items(
             progress(index + 1)
 
 
-@torch.no_grad()
 def _copy_on_host(target: Tensor, source: Tensor) -> None:
     if target.numel() == 0:
         return
@@ -137,6 +137,7 @@ def _copy_on_host(target: Tensor, source: Tensor) -> None:
         flat_target[start : start + _SERIAL_ELEMENTS].copy_(flat_source[start : start + _SERIAL_ELEMENTS])
 
 
+@torch.no_grad()
 def measure_bandwidth(target: Tensor, device: torch.device) -> float:
     """Copy bandwidth from ``device`` into ``target``, measured here and now, in bytes per second.
 

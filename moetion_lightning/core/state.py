@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -207,29 +207,49 @@ def read_slot(
     """
     items: list[CopyItem] = []
     scalars: dict[str, Any] = {}
+    # Pieces are many, parameters few: what is the same for all pieces of a parameter is looked up once.
+    weights: dict[str, Tensor] = {}
+    entries: dict[str, list[_Entry]] = {}
     for op in active:
         for piece in op.pieces:
-            parameter = live.parameters[piece.parameter].detach()
-            items.append(CopyItem(name=f"w:{piece.key}", source=piece.of(parameter), dtype=parameter.dtype))
-            scalars[piece.parameter] = {
-                entry: _describe(value, entry, piece, parameter, items)
-                for entry, value in live.optimizer_state(piece.parameter).items()
-            }
+            name = piece.parameter
+            if name not in entries:
+                weights[name] = live.parameters[name].detach()
+                entries[name] = []
+                scalars[name] = {
+                    entry: _describe(value, entry, name, weights[name], entries[name])
+                    for entry, value in live.optimizer_state(name).items()
+                }
+            key, weight = piece.key, weights[name]
+            items.append(CopyItem(name=f"w:{key}", source=piece.of(weight), dtype=weight.dtype))
+            for entry in entries[name]:
+                source = piece.of(entry.tensor) if entry.rows else entry.tensor
+                items.append(CopyItem(name=f"s:{key}:{entry.path}", source=source, dtype=source.dtype))
     for op in frozen:
         for piece in op.pieces:
-            parameter = live.parameters[piece.parameter].detach()
-            dtype = compute_dtype.get(piece.parameter, parameter.dtype)
-            items.append(CopyItem(name=f"c:{piece.key}", source=piece.of(parameter), dtype=dtype))
+            name = piece.parameter
+            if name not in weights:
+                weights[name] = live.parameters[name].detach()
+            weight = weights[name]
+            dtype = compute_dtype.get(name, weight.dtype)
+            items.append(CopyItem(name=f"c:{piece.key}", source=piece.of(weight), dtype=dtype))
     return SlotContents(items=tuple(items), scalars=scalars)
 
 
-def _describe(value: object, path: str, piece: Piece, parameter: Tensor, items: list[CopyItem]) -> Any:
-    """JSON for one entry of an optimizer's state (the same for all pieces of a parameter); tensors go to ``items``."""
+class _Entry(NamedTuple):
+    """A tensor in an optimizer's state."""
+
+    path: str
+    tensor: Tensor
+    rows: bool
+
+
+def _describe(value: object, path: str, name: str, parameter: Tensor, found: list[_Entry]) -> Any:
+    """JSON for one entry of a parameter's optimizer state; its tensors go to ``found``."""
     if isinstance(value, Tensor):
         value = value.detach()
         rows = value.shape == parameter.shape
-        source = piece.of(value) if rows else value
-        items.append(CopyItem(name=f"s:{piece.key}:{path}", source=source, dtype=value.dtype))
+        found.append(_Entry(path, value, rows))
         return {"t": path, "rows": rows, "cpu": value.device.type == "cpu"}
     if value is None or isinstance(value, (bool, int, str)):
         return {"v": value}
@@ -237,11 +257,11 @@ def _describe(value: object, path: str, piece: Piece, parameter: Tensor, items: 
         return {"f": value.hex()}
     if isinstance(value, (list, tuple)):
         kind = "l" if isinstance(value, list) else "u"
-        return {kind: [_describe(v, f"{path}.{i}", piece, parameter, items) for i, v in enumerate(value)]}
+        return {kind: [_describe(v, f"{path}.{i}", name, parameter, found) for i, v in enumerate(value)]}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"d": {k: _describe(v, f"{path}.{k}", piece, parameter, items) for k, v in value.items()}}
+        return {"d": {k: _describe(v, f"{path}.{k}", name, parameter, found) for k, v in value.items()}}
     raise UnsupportedStateError(
-        f"the optimizer's state of parameter {piece.parameter!r} holds {path!r} of type {type(value).__name__}; "
+        f"the optimizer's state of parameter {name!r} holds {path!r} of type {type(value).__name__}; "
         "tensors, numbers, strings, None, and lists, tuples and dicts of them can be captured"
     )
 
