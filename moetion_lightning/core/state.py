@@ -116,10 +116,13 @@ class LiveState:
             if isinstance(optimizer, torch.optim.LBFGS) or any(not isinstance(key, Tensor) for key in optimizer.state)
         ]
 
-    def versions(self, operators: Iterable[Operator]) -> list[int]:
-        """Version counters of the operators' parameters: every in-place change counts, except through ``.data``."""
+    def versions(self, operators: Iterable[Operator]) -> list[tuple[int, str]]:
+        """Version counters of the operators' parameters: every in-place change counts, except through ``.data``.
+
+        On the CPU a few elements are looked at, too: a change of the whole tensor through ``.data`` shows there.
+        """
         names = dict.fromkeys(piece.parameter for op in operators for piece in op.pieces)
-        return [self.parameters[name]._version for name in names]
+        return [(self.parameters[name]._version, _sample(self.parameters[name])) for name in names]
 
     def is_elementwise(self, name: str) -> bool:
         """Whether rows of the parameter may be captured at different iterations."""
@@ -335,3 +338,10 @@ def write_compute(live: LiveState, operators: Iterable[Operator], load: TensorLo
     for op in operators:
         for piece in op.pieces:
             piece.of(live.parameters[piece.parameter].detach()).copy_(load(f"{prefix}:{piece.key}"))
+
+
+def _sample(parameter: Tensor) -> str:
+    if parameter.device.type != "cpu" or not parameter.is_contiguous() or not parameter.numel():
+        return ""
+    flat = parameter.detach().view(-1)
+    return repr(flat[:: max(1, flat.numel() // 4)].tolist())  # as text: nan equals nan

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from moetion_lightning.core.run_state import find_generators, get_rng, read_buffers, set_rng, write_buffers
@@ -49,10 +50,18 @@ def capture_run_state(
         "groups": [[_read_group(group, names) for group in opt.param_groups] for opt in live.optimizers],
         # Optimizers may keep state that belongs to no parameter.
         "optimizer_extra": [{k: v for k, v in o.state.items() if not isinstance(k, Tensor)} for o in live.optimizers],
+        # Or keep it in attributes, and put those into their state_dict().
+        "optimizer_keys": [_own_keys(optimizer) for optimizer in live.optimizers],
         "training": [name for name, m in live.module.named_modules() if m.training],
         "requires_grad": [name for name, p in live.parameters.items() if p.requires_grad],
     }
     return tree, leaf
+
+
+def _own_keys(optimizer: Optimizer) -> dict[str, Any]:
+    if type(optimizer).state_dict is Optimizer.state_dict:
+        return {}
+    return {k: v for k, v in optimizer.state_dict().items() if k not in ("state", "param_groups")}
 
 
 def _read_group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
@@ -110,6 +119,9 @@ class EngineState:
             del optimizer.param_groups[len(groups) :]
             for group, saved in zip(optimizer.param_groups, groups):
                 group["params"] = [live.parameters[name] for name in saved["parameters"]]
+        for optimizer, keys in zip(live.optimizers, self.tree["optimizer_keys"]):
+            if keys:  # parameters' states and the groups' settings follow
+                optimizer.load_state_dict({**optimizer.state_dict(), **keys})
         live.refresh()
 
     def apply(self, live: LiveState, roots: Mapping[str, object]) -> None:

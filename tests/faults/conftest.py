@@ -20,14 +20,13 @@ def _references() -> dict[str, Path]:
     return {}
 
 
-@pytest.fixture(scope="module")
-def _base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
 @pytest.fixture
 def drill(
-    zygote: Zygote, _base: Path, _references: dict[str, Path], memory_dir: Path, request: pytest.FixtureRequest
+    zygote: Zygote,
+    tmp_path_factory: pytest.TempPathFactory,
+    _references: dict[str, Path],
+    memory_dir: Path,
+    request: pytest.FixtureRequest,
 ) -> Drill:
     name = "".join(c if c.isalnum() else "_" for c in request.node.name)[:60]
-    return Drill(zygote, _base / name, memory_dir, _references)
+    return Drill(zygote, tmp_path_factory.mktemp(name), memory_dir, _references)

@@ -12,7 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -120,6 +125,23 @@ def test_two_policies_in_one_trainer_are_refused(tmp_path: Path, memory_dir: Pat
     ]
     with pytest.raises(ConfigurationError, match="one run has one checkpoint policy"):
         trainer(tmp_path, *callbacks).fit(module(), loader())
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("make", [lambda: StochasticWeightAveraging(0.01), LearningRateFinder, BatchSizeFinder])
+def test_callbacks_that_cannot_be_continued_are_refused(
+    tmp_path: Path, memory_dir: Path, make: Any, ours_first: bool
+) -> None:
+    theirs, ours = make(), SparseExpertCheckpoint(memory_dir=str(memory_dir))
+    stop = StopAt(0, AssertionError("trained"))
+    callbacks = [ours, theirs, stop] if ours_first else [theirs, ours, stop]
+    net = module()
+    net.batch_size = net.lr = 4  # what the finders look for
+    net.train_dataloader = loader
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ConfigurationError, match=f"{type(theirs).__name__} in Trainer"):
+        trainer(tmp_path, *callbacks).fit(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 class Unstorable(pl.Callback):
@@ -266,6 +288,85 @@ def test_second_fit_of_a_process_is_another_job(tmp_path: Path, memory_dir: Path
         assert "RestoreStarted" not in seen
         assert "WindowCommitted" in seen
     assert find_jobs(memory_dir) == []
+
+
+# --- what must not end training --------------------------------------------------------------------------------------
+
+
+def commits(tmp_path: Path, memory_dir: Path, *callbacks: pl.Callback, sinks: tuple[Any, ...] = ()) -> list[int]:
+    """Last iterations of the committed windows of a whole run; it ends as a run without our callback does."""
+    found: list[int] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, WindowCommitted):
+            found.append(event.last_iteration)
+
+    capture = SparseExpertCheckpoint(window=3, memory_dir=str(memory_dir), sinks=(*sinks, note))
+    watched = module()
+    trainer(tmp_path, capture, *callbacks, max_epochs=3).fit(watched, loader())
+    plain = module()
+    trainer(tmp_path, max_epochs=3).fit(plain, loader())
+    assert all(torch.equal(value, watched.state_dict()[name]) for name, value in plain.state_dict().items())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["CaptureStarted", "CaptureFinished", "WindowCommitted", "IterationFinished"])
+def test_sink_that_raises_is_dropped_and_training_goes_on(
+    tmp_path: Path, memory_dir: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[str] = []
+
+    def broken(event: Event) -> None:
+        if event.kind == kind:
+            calls.append(kind)
+            raise ValueError("a bug of the sink")
+
+    assert commits(tmp_path, memory_dir, sinks=(broken,)) == [3, 6, 9, 12, 15, 18]
+    assert calls == [kind]
+    assert "gets no more events" in caplog.text
+
+
+def test_host_memory_that_is_full_for_a_while_gives_windows_up_and_training_goes_on(
+    tmp_path: Path, memory_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    acquire = HostMemoryTier.acquire
+
+    def full_for_a_while(self: HostMemoryTier, uid: str, nbytes: int) -> Any:
+        if 5 <= int(uid.partition("-")[0]) < 9:  # a file's name begins with its iteration
+            raise HostMemoryError("no room left")
+        return acquire(self, uid, nbytes)
+
+    monkeypatch.setattr(HostMemoryTier, "acquire", full_for_a_while)
+    with caplog.at_level(logging.INFO, logger="moetion_lightning"):
+        found = commits(tmp_path, memory_dir)
+    assert found[0] == 3
+    assert not set(range(4, 11)) & set(found)
+    assert len(found) >= 4
+    assert "was given up (HostMemoryError: no room left)" in caplog.text
+
+
+class UnstorableFrom(pl.Callback):
+    """A state that cannot be stored, from some step to another."""
+
+    step = 0
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.step = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"thing": object() if self.first <= self.step <= self.last else None}
+
+
+@pytest.mark.parametrize(("last", "expected"), [(15, [3, 6, 9, 18]), (99, [3, 6, 9])])
+def test_callback_state_that_cannot_be_stored_any_more_does_not_end_training(
+    tmp_path: Path, memory_dir: Path, last: int, expected: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert commits(tmp_path, memory_dir, UnstorableFrom(10, last)) == expected
+    assert "no window begins at iteration 10" in caplog.text
+    assert "callbacks/UnstorableFrom/thing" in caplog.text
 
 
 def test_validate_test_and_predict_are_left_alone(tmp_path: Path, memory_dir: Path) -> None:

@@ -1,0 +1,210 @@
+"""One training run, described by plain data. Runs in a child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+
+from moetion_lightning.events import Event
+from moetion_lightning.testing.compare import flatten_state, write_state
+from moetion_lightning.testing.faults import KillAt
+from tests.runs import compiled, variants
+from tests.runs.data import Samples, make_loader
+from tests.runs.models import Automatic, Manual
+
+DEFAULTS: dict[str, Any] = {
+    "block": "list",
+    "module": "",
+    "compile": "",
+    "manual": False,
+    "inner_steps": 1,
+    "optimizer": "adamw",
+    "lr": 0.02,
+    "scheduler": "cosine",
+    "estimate_steps": False,
+    "overflow_at": 0,
+    "precision": "32-true",
+    "accumulate": 1,
+    "clip": 1.0,
+    "clip_algorithm": "norm",
+    "loader": "shuffle",
+    "augment": False,
+    "samples": 28,
+    "batch_size": 4,
+    "epochs": 3,
+    "fits": 1,
+    "val_check_interval": 1.0,
+    "callbacks": [],
+    "policy": "sparse",
+    "policy_args": {"window": 4},
+    "capture": True,
+    "persist": False,
+    "slow_sink": "",
+    "wipe_memory": False,
+    "break": "",
+    "kill": None,
+    "seed": 1,
+    "job_id": "job",
+}
+
+
+class Recorder(pl.Callback):
+    """Writes every micro-batch's step, epoch, loss and sample ids; may draw from generators; may kill the process."""
+
+    def __init__(self, path: Path, kill: dict[str, Any] | None) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._kill = dict(kill) if kill and "hook" in kill else None
+
+    def _maybe_kill(self, hook: str, step: int) -> None:
+        if self._kill and self._kill["hook"] == hook and self._kill["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        parts = batch if isinstance(batch, list) else [batch]
+        record = {
+            "epoch": trainer.current_epoch,
+            "batch": batch_idx,
+            "step": trainer.global_step,
+            "loss": float(outputs["loss"]).hex(),
+            "ids": [part["sample_id"].tolist() for part in parts],
+            "lr": [float(g["lr"]).hex() for o in trainer.optimizers for g in o.param_groups],
+            "python": random.random(),
+            "numpy": float(np.random.rand()),
+            "torch": float(torch.rand(())),
+        }
+        os.write(self._file, (json.dumps(record) + "\n").encode())
+        self._maybe_kill("batch_end", trainer.global_step)
+
+    def on_after_backward(self, trainer: Any, module: Any) -> None:
+        self._maybe_kill("backward", trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self._maybe_kill("before_step", trainer.global_step)
+
+    def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            self._maybe_kill("validation", trainer.global_step)
+
+
+def _callbacks(spec: dict[str, Any], out: Path) -> list[Any]:
+    made: list[Any] = []
+    for name in spec["callbacks"]:
+        if name == "early_stopping":
+            made.append(EarlyStopping("train_loss_epoch", patience=1, min_delta=0.5, check_on_train_epoch_end=True))
+        elif name == "checkpoint":
+            made.append(
+                ModelCheckpoint(out / "ckpt", monitor="train_loss_step", every_n_train_steps=2, save_top_k=2)
+            )  # fmt: skip
+        elif name == "ema":
+            made.append(EMAWeightAveraging(decay=0.9))
+        elif name == "finetuning":
+            made.append(variants.UnfreezeBlocks())
+    return made
+
+
+def _module(spec: dict[str, Any]) -> pl.LightningModule:
+    if spec["module"]:
+        return {**variants.MODULES, **compiled.MODULES}[spec["module"]](spec)
+    return (Manual if spec["manual"] else Automatic)(spec)
+
+
+def _capturing(spec: dict[str, Any], out: Path) -> list[Any]:
+    from moetion_lightning import callbacks
+
+    if not spec["capture"]:
+        return []
+    common: dict[str, Any] = {
+        "memory_dir": spec["memory_dir"],
+        "job_id": spec["job_id"],
+        "events_path": str(out / "events.jsonl"),
+    }
+    if spec["persist"]:
+        common["persist_dir"] = str(out / "persist")
+    kill = spec["kill"]
+    if kill and "event" in kill:
+        common["sinks"] = [KillAt(kill["event"], kill.get("count", 1), **kill.get("fields", {}))]
+    if spec["slow_sink"]:
+        common.setdefault("sinks", []).append(_slow(spec["slow_sink"]))
+    kinds = {
+        "sparse": callbacks.SparseExpertCheckpoint,
+        "dense": callbacks.DenseInMemoryCheckpoint,
+        "partial": callbacks.PartialExpertsCheckpoint,
+    }
+    return [kinds[spec["policy"]](**spec["policy_args"], **common)]
+
+
+def _slow(kind: str) -> Callable[[Event], None]:
+    def sink(event: Event) -> None:
+        if event.kind == kind:
+            time.sleep(0.03)
+
+    return sink
+
+
+def _trainer(spec: dict[str, Any], out: Path, record: str) -> pl.Trainer:
+    manual = spec["manual"] or spec["module"] == "toggling"
+    options: dict[str, Any] = {}
+    if not manual and spec["clip"]:
+        options = {"gradient_clip_val": spec["clip"], "gradient_clip_algorithm": spec["clip_algorithm"]}
+    if spec["precision"] == "16-mixed":  # by name, Lightning would take bfloat16 on the CPU
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+        options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
+    else:
+        options["precision"] = spec["precision"]
+    return pl.Trainer(
+        max_epochs=spec["epochs"],
+        accelerator="cpu",
+        devices=1,
+        accumulate_grad_batches=spec["accumulate"],
+        val_check_interval=spec["val_check_interval"],
+        num_sanity_val_steps=1,
+        callbacks=[*_callbacks(spec, out), Recorder(out / record, spec["kill"]), *_capturing(spec, out)],
+        default_root_dir=out,
+        logger=False,
+        enable_checkpointing="checkpoint" in spec["callbacks"],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def run(given: dict[str, Any]) -> None:
+    spec = {**DEFAULTS, **given}
+    out = Path(spec["out"])
+    if spec["break"]:
+        from tests.runs import sabotage
+
+        sabotage.apply(spec["break"])
+    pl.seed_everything(spec["seed"], verbose=False)
+    samples = Samples(spec["samples"], augment=spec["augment"])
+    loader = make_loader(spec["loader"], samples, spec["batch_size"])
+    val = torch.utils.data.DataLoader(Samples(8, augment=False), batch_size=4)
+    for _ in range(spec["fits"] - 1):  # whole fits before the one that is drilled, on the same loader
+        _trainer({**spec, "kill": None}, out, "earlier.jsonl").fit(_module(spec), loader, val)
+    module = _module(spec)
+    trainer = _trainer(spec, out, "steps.jsonl")
+    trainer.fit(module, loader, val)
+    tensors, scalars = flatten_state(module, trainer.optimizers)
+    for callback in trainer.callbacks:
+        if isinstance(callback, (EarlyStopping, ModelCheckpoint)):
+            state = {k: v for k, v in callback.state_dict().items() if k not in ("dirpath", "last_model_path")}
+            scalars[f"callback:{type(callback).__name__}"] = repr(state).replace(str(out), "")
+    scalars["requires_grad"] = repr([name for name, p in module.named_parameters() if p.requires_grad])
+    scalars["training"] = repr([name for name, m in module.named_modules() if m.training])
+    scalars["progress"] = f"{trainer.global_step} {trainer.current_epoch} {trainer.fit_loop.epoch_loop.total_batch_idx}"
+    scalars["metrics"] = repr(
+        {k: float(v).hex() for k, v in sorted(trainer.callback_metrics.items()) if "moetion" not in k}
+    )
+    write_state(out / "final.safetensors", tensors, scalars)
