@@ -277,9 +277,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             row |= _run_child(name, precision, pythons.get(name, sys.executable), args, model_argv(args))
         _print_row(row)
         results["rows"].append(row)
-    results["seconds"] = time.perf_counter() - started
-    results["load_average_end"] = machine()["load_average"]
-    results["goals"] = goals(results["rows"])
+        results["seconds"] = time.perf_counter() - started
+        results["load_average_end"] = machine()["load_average"]
+        results["goals"] = goals(results["rows"])
+        # After every row: a run that is cut short keeps what it has measured.
+        write_results("overhead", results, markdown(results), args.results)
     return results
 
 
@@ -444,7 +446,6 @@ def main() -> None:
         return
     results = measure(args)
     text = markdown(results)
-    write_results("overhead", results, text, args.results)
     print(f"\n{text}\n\nwritten to {args.results}/overhead.json and overhead.md in {results['seconds']:.0f} s")
 
 
