@@ -86,7 +86,6 @@ class Session:
         bus = EventBus((self.reporter, *([self._jsonl] if self._jsonl else []), *sinks))
         self.engine = Engine(config, policy, bus=bus, job=derive_job_id(config.job_id, trainer.default_root_dir))
         self._point: RestorePoint | None = None
-        self._state: Mapping[str, Any] | None = None
         self._begun = False
         self._loops = LoopSeam(trainer)
         self._data = DataSeam(trainer)
@@ -115,7 +114,6 @@ class Session:
         if parameters:
             self._point.check_model(parameters, dtypes=False)
         state = self._point.run_state()["adapter"]
-        self._state = state
         self._data.restore(state["data"])
         checkpoint = dict(state["checkpoint"])
         counters = checkpoint["loops"]["fit_loop"]
@@ -166,7 +164,7 @@ class Session:
         if self._point is None:
             self.engine.start()
         else:
-            self._point = self._state = None
+            self._point = None
             self.engine.restore(self.run_state)
 
     def on_train_batch_end(self, outputs: Any) -> None:

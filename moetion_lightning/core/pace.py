@@ -28,11 +28,6 @@ class Pace:
             self._bandwidth.append(nbytes / seconds)
 
     @property
-    def known_iterations(self) -> int:
-        """How many iterations the median rests on."""
-        return len(self._seconds)
-
-    @property
     def iteration_seconds(self) -> float:
         """Median iteration time, seconds; 0 before the first."""
         return statistics.median(self._seconds) if self._seconds else 0.0

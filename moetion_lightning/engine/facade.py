@@ -23,7 +23,6 @@ from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.pace import Pace
-from moetion_lightning.core.partition import OperatorSet
 from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy, Policy
 from moetion_lightning.core.reconstruct import Reconstruction
 from moetion_lightning.core.run_state import find_generators
@@ -231,7 +230,7 @@ class Engine:
     def _boundary(self, attached: _Attached, run_state: RunState) -> bool:
         if not any(attached.steps.steps):
             if attached.steps.attempts:
-                attached.steps.attempts = 0
+                attached.steps.take()
                 self.bus.emit(StepSkipped(iteration=self.iteration))
                 self.witness.take()
             return False
@@ -269,21 +268,6 @@ class Engine:
     def converting(self) -> bool:
         """Whether a replay is under way: the live state is not dense."""
         return self.recovery is not None
-
-    @property
-    def routing(self) -> TokenCounts:
-        """Token counts."""
-        return self._need().routing
-
-    @property
-    def operators(self) -> OperatorSet:
-        """The operators of the module."""
-        return self._need().planner.operators
-
-    def drain(self) -> None:
-        """Wait until every capture so far is committed or given up."""
-        if self._attached is not None:
-            self._attached.thread.drain()
 
     def close(self, *, completed: bool) -> None:
         """End: finish what is in flight; keep the windows for a restart, or remove them if training is complete."""

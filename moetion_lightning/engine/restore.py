@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from moetion_lightning.core.operators import Operator
+from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.reconstruct import CarriedSlot, SavedSlot
 from moetion_lightning.core.state import LiveState, TensorLoader
 from moetion_lightning.errors import ForeignWindowError
@@ -50,6 +51,7 @@ class RestorePoint:
         self.manifest = manifest
         self.tier = tier
         self._views: dict[str, dict[str, Tensor]] = {}
+        self._run_state: Any = None
         self._operators = tuple(Operator.from_json(op) for op in manifest.operators)
 
     @property
@@ -86,7 +88,9 @@ class RestorePoint:
     def run_state(self) -> Any:
         """The run state of the window's first iteration; parameters in it are filled in from the snapshot."""
         assert self.manifest.rest is not None  # every window has one
-        return load_tree(self._path(self.manifest.rest), resolve=self._resolve)
+        if self._run_state is None:  # adapter and engine each take their part of it
+            self._run_state = load_tree(self._path(self.manifest.rest), resolve=self._resolve)
+        return self._run_state
 
     def static(self) -> dict[str, Tensor]:
         """Parameters that never train, by name."""
@@ -128,15 +132,22 @@ class RestorePoint:
         if name in static:
             return static[name]
         result = torch.empty(shape, dtype=getattr(torch, dtype))
+        for prefix, piece, load in self._pieces.get(name, ()):
+            piece.of(result).copy_(load(f"{prefix}:{piece.key}"))
+        return result
+
+    @functools.cached_property
+    def _pieces(self) -> dict[str, list[tuple[str, Piece, TensorLoader]]]:
+        """Where the pieces of each parameter are, as of the window's first iteration."""
         first = self.slots()[0]
         groups = [("w", first.active, first.load), ("c", first.frozen, first.load)]
         groups += [("w", carried.operators, carried.load) for carried in self.carried()]
+        found: dict[str, list[tuple[str, Piece, TensorLoader]]] = {}
         for prefix, operators, load in groups:
             for op in operators:
                 for piece in op.pieces:
-                    if piece.parameter == name:
-                        piece.of(result).copy_(load(f"{prefix}:{piece.key}"))
-        return result
+                    found.setdefault(piece.parameter, []).append((prefix, piece, load))
+        return found
 
     def apply_static(self, live: LiveState) -> None:
         """Put parameters that never train back."""
