@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moetion_lightning.core.layouts import MoESpec, Tap
     from moetion_lightning.errors import MoEtionError
     from moetion_lightning.recipes import list_recipes, recipe_path
+    from moetion_lightning.strategies import MoEtionStrategy
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "DenseReconstruction",
     "MoESpec",
     "MoEtionError",
+    "MoEtionStrategy",
     "PartialExpertsCheckpoint",
     "SparseExpertCheckpoint",
     "Tap",
@@ -40,6 +42,7 @@ _HOMES = {
     "DenseReconstruction": "moetion_lightning.callbacks",
     "MoESpec": "moetion_lightning.core.layouts",
     "MoEtionError": "moetion_lightning.errors",
+    "MoEtionStrategy": "moetion_lightning.strategies",
     "PartialExpertsCheckpoint": "moetion_lightning.callbacks",
     "SparseExpertCheckpoint": "moetion_lightning.callbacks",
     "Tap": "moetion_lightning.core.layouts",

@@ -28,6 +28,10 @@ training (LightningCLI; every field of trainer, model and data can be given, e.g
       --trainer.callbacks+=CLASS            add a callback
   Fields of all classes: moetion fit --help; of one: moetion fit --model.help ByteMoE's full class path
 
+several processes
+  launch      start ranks of a script; a dead one alone is started again, the others keep running
+  rendezvous  serve the store of a job of several nodes on a host that does not train
+
 looking
   recipes     list the packaged recipes; `recipes NAME` prints one, `recipes NAME --copy DIR` copies it
   explain     table of operators of recipe:NAME, FILE.yaml or package.module:Class (bytes, tokens, slot)
@@ -41,6 +45,7 @@ examples
   moetion fit --config recipe:tiny_moe_cpu --model.init_args.num_experts 16 --print_config > mine.yaml
   moetion fit --config mine.yaml --model my_package.MyModule
   moetion explain recipe:qwen3_moe_tiny
+  moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
   moetion demo
 
 Each command has its own --help.  moetion --version shows the version.
@@ -54,6 +59,8 @@ _OWN = {
     "jobs": ("moetion_lightning.commands.state", "jobs"),
     "clean": ("moetion_lightning.commands.state", "clean"),
     "demo": ("moetion_lightning.demo", "main"),
+    "launch": ("moetion_lightning.commands.launch", "launch"),
+    "rendezvous": ("moetion_lightning.commands.launch", "rendezvous"),
 }
 
 

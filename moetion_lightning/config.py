@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from moetion_lightning.errors import ConfigurationError
 
-__all__ = ["EngineConfig", "default_memory_dir", "job_id_from_environment"]
+__all__ = [
+    "EngineConfig",
+    "LaunchedProcess",
+    "TorchrunWorker",
+    "child_environment",
+    "default_memory_dir",
+    "job_id_from_environment",
+    "job_secret_from_environment",
+    "launched_process",
+    "report_channel",
+    "torchrun_worker",
+    "update_environment",
+    "valid_job_id",
+]
 
 #: Set this to give a job an explicit identity, e.g. the id that the cluster's scheduler gave it.
 JOB_ID_VARIABLE = "MOETION_JOB_ID"
 #: Set this to keep the host-memory tier somewhere else than /dev/shm.
 MEMORY_DIR_VARIABLE = "MOETION_MEMORY_DIR"
+#: The secret by which the ranks of a job know each other when they copy windows; the same on every rank.
+SECRET_VARIABLE = "MOETION_SECRET"
+
+# Set by `moetion launch` for each process that it starts.
+STORE_VARIABLE = "MOETION_STORE"
+GENERATION_VARIABLE = "MOETION_GENERATION"
+FAILURE_DOMAIN_VARIABLE = "MOETION_FAILURE_DOMAIN"
+LOCAL_ADDRESS_VARIABLE = "MOETION_LOCAL_ADDR"
+REPORT_FD_VARIABLE = "MOETION_REPORT_FD"
+LAUNCHER_PID_VARIABLE = "MOETION_LAUNCHER_PID"
 
 
 def job_id_from_environment() -> str | None:
@@ -26,6 +50,122 @@ def default_memory_dir() -> Path | None:
     """Base directory of the host-memory tier given by the environment, if any."""
     value = os.environ.get(MEMORY_DIR_VARIABLE)
     return Path(value) if value else None
+
+
+def job_secret_from_environment() -> str | None:
+    """The secret that the ranks of this job share, if the environment gives one."""
+    return os.environ.get(SECRET_VARIABLE) or None
+
+
+def child_environment() -> dict[str, str]:
+    """A copy of this process's environment, as the base of a child's."""
+    return dict(os.environ)
+
+
+def update_environment(values: Mapping[str, str]) -> None:
+    """Set environment variables of this process: one that stood by becomes a rank."""
+    os.environ.update(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchedProcess:
+    """What ``moetion launch`` told this process.
+
+    Args:
+        rank: Global rank.
+        world_size: Ranks of the job.
+        local_rank: Rank on this node.
+        store_host: Host of the stable store.
+        store_port: Port of the stable store.
+        run_id: Prefix of this run's keys in the store.
+        generation: Generation in which this process was started; 0 at first.
+        failure_domain: Label of what fails together with this process.
+        local_address: Address of this node by which the other nodes reach it.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    store_host: str
+    store_port: int
+    run_id: str
+    generation: int
+    failure_domain: str
+    local_address: str
+
+
+def launched_process() -> LaunchedProcess | None:
+    """What ``moetion launch`` told this process; None if it was started in another way.
+
+    Raises:
+        ConfigurationError: A variable is missing or is no number.
+    """
+    if not os.environ.get(STORE_VARIABLE):
+        return None
+    host, _, port = os.environ[STORE_VARIABLE].rpartition(":")
+    try:
+        return LaunchedProcess(
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            store_host=host.strip("[]"),
+            store_port=int(port),
+            run_id=os.environ["TORCHELASTIC_RUN_ID"],
+            generation=int(os.environ[GENERATION_VARIABLE]),
+            failure_domain=os.environ.get(FAILURE_DOMAIN_VARIABLE, ""),
+            local_address=os.environ.get(LOCAL_ADDRESS_VARIABLE, "127.0.0.1"),
+        )
+    except (KeyError, ValueError) as error:
+        raise ConfigurationError(
+            f"{STORE_VARIABLE}={os.environ[STORE_VARIABLE]!r} is set, but the rest of what `moetion launch` sets is "
+            f"missing or malformed ({type(error).__name__}: {error}). Start the job with `moetion launch`, or unset it."
+        ) from error
+
+
+def report_channel() -> tuple[int, int] | None:
+    """File descriptor on which this process reports to its launcher, and the launcher's process id, if any."""
+    fd, pid = os.environ.get(REPORT_FD_VARIABLE), os.environ.get(LAUNCHER_PID_VARIABLE)
+    return (int(fd), int(pid)) if fd and pid else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchrunWorker:
+    """What ``torchrun`` told this process, where the store of its agent also serves the process groups.
+
+    Args:
+        rank: Global rank.
+        world_size: Ranks of the job.
+        store_host: Host of the agent's store.
+        store_port: Port of the agent's store.
+        run_id: Identity of the run, the same over restarts.
+    """
+
+    rank: int
+    world_size: int
+    store_host: str
+    store_port: int
+    run_id: str
+
+
+def torchrun_worker() -> TorchrunWorker | None:
+    """What ``torchrun`` told this process; None if process groups do not use the store of a torchrun agent."""
+    env = os.environ
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    if env.get(STORE_VARIABLE) or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or any(n not in env for n in names):
+        return None
+    return TorchrunWorker(
+        rank=int(env["RANK"]),
+        world_size=int(env["WORLD_SIZE"]),
+        store_host=env["MASTER_ADDR"],
+        store_port=int(env["MASTER_PORT"]),
+        run_id=env["TORCHELASTIC_RUN_ID"],
+    )
+
+
+def valid_job_id(job_id: str) -> bool:
+    """Whether it can be the name of a folder: 1 to 100 letters, digits, '.', '_' or '-', not starting with '.'."""
+    plain = 0 < len(job_id) <= 100 and all(c.isalnum() or c in "._-" for c in job_id)
+    return plain and not job_id.startswith(".")
 
 
 def _check(condition: bool, name: str, given: object, expected: str) -> None:
@@ -51,6 +191,13 @@ class EngineConfig:
         on_mismatch: What to do when a replayed iteration differs from its witness.
         stale_after_seconds: Age after which the host memory of a dead job is reclaimed.
         elementwise_optimizers: Qualified class names of further optimizers whose update is elementwise.
+        sharding: How state that several ranks hold is dealt out to them: "auto", "equal", "adaptive", or "none" (each
+            captures its own copy).
+        replicas: Copies of each rank's windows in the memory of ranks on other failure domains; "auto" is 1 where there
+            are several domains, else 0.
+        failure_domain: What fails together with this rank; None: its node.
+        interface: Address or host name on which this rank serves its windows to the others; None: loopback on one
+            node, else the address that the node's host name has.
     """
 
     window: int | Literal["auto"] = "auto"
@@ -66,6 +213,10 @@ class EngineConfig:
     on_mismatch: Literal["warn", "raise"] = "warn"
     stale_after_seconds: float = 24 * 3600.0
     elementwise_optimizers: tuple[str, ...] = ()
+    sharding: Literal["auto", "equal", "adaptive", "none"] = "auto"
+    replicas: int | Literal["auto"] = "auto"
+    failure_domain: str | None = None
+    interface: str | None = None
 
     def __post_init__(self) -> None:
         window_ok = self.window == "auto" or (
@@ -89,7 +240,12 @@ class EngineConfig:
             "an int >= 1",
         )
         _check(self.stale_after_seconds > 0, "stale_after_seconds", self.stale_after_seconds, "seconds > 0")
+        methods = ("auto", "equal", "adaptive", "none")
+        _check(self.sharding in methods, "sharding", self.sharding, '"auto", "equal", "adaptive" or "none"')
+        replicas_ok = self.replicas == "auto" or (
+            isinstance(self.replicas, int) and not isinstance(self.replicas, bool) and self.replicas >= 0
+        )
+        _check(replicas_ok, "replicas", self.replicas, 'a number of copies >= 0, or "auto"')
         if self.job_id is not None:
-            ok = 0 < len(self.job_id) <= 100 and all(c.isalnum() or c in "._-" for c in self.job_id)
-            ok = ok and not self.job_id.startswith(".")
-            _check(ok, "job_id", self.job_id, "1 to 100 letters, digits, '.', '_' or '-', not starting with '.'")
+            expected = "1 to 100 letters, digits, '.', '_' or '-', not starting with '.'"
+            _check(valid_job_id(self.job_id), "job_id", self.job_id, expected)

@@ -38,8 +38,17 @@ def loader_parts(loader: object) -> dict[str, object]:
     for role in ("collate_fn", "worker_init_fn"):
         if hasattr(getattr(loader, role, None), "__dict__"):
             parts[role] = getattr(loader, role)
+    for role in ("sampler", "inner_sampler"):
+        wrapped = _wrapped_sampler(parts.get(role))
+        if wrapped is not None:
+            parts[f"{role}.wrapped"] = wrapped
     _add_wrapped(parts, "dataset")
     return parts
+
+
+def _wrapped_sampler(sampler: object) -> object | None:
+    """The sampler that Lightning's ``DistributedSamplerWrapper`` deals out to the ranks: of its list, as a dataset."""
+    return getattr(getattr(sampler, "dataset", None), "_sampler", None)
 
 
 def _add_wrapped(parts: dict[str, object], role: str, depth: int = 4) -> None:
@@ -89,7 +98,12 @@ class LoaderPosition:
         self._in_process = getattr(loader, "num_workers", 0) == 0
         self._stateful: Any = None  # whose own state is the position: the loader, or an iterable dataset
         if _is_stateful(loader):
-            self._stateful = loader
+            # A loader that loads its state asks the sampler for its order several times. Each time a wrapped sampler
+            # draws a new one at once, and its generator is in nobody's state: then only re-iterating is exact. So it is
+            # with workers, which begin with new generators, unless an iterable dataset keeps its own position there.
+            wrapped = any(role.endswith(".wrapped") for role in loader_parts(loader))
+            if not wrapped and (self._in_process or isinstance(dataset, IterableDataset)):
+                self._stateful = loader
         elif isinstance(dataset, IterableDataset) and _is_stateful(dataset) and self._in_process:
             self._stateful = dataset
         # Workers that live on carry their generators from pass to pass: only all passes bring them back.

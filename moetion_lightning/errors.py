@@ -12,9 +12,12 @@ __all__ = [
     "ForeignWindowError",
     "HostMemoryError",
     "JobBusyError",
+    "LaunchError",
     "MoEtionError",
     "NonDeterminismError",
     "OperatorError",
+    "RankLostError",
+    "ReplicationError",
     "StoreError",
     "UnsupportedStateError",
     "VersionError",
@@ -63,3 +66,15 @@ class ForeignWindowError(MoEtionError, ValueError):
 
 class NonDeterminismError(MoEtionError, RuntimeError):
     """A replayed iteration differs from the recorded one, so the recovered state is not exact."""
+
+
+class RankLostError(MoEtionError, RuntimeError):
+    """A process of the job died, hangs or left; what was being done together cannot be finished."""
+
+
+class ReplicationError(MoEtionError, ConnectionError):
+    """A copy could not be sent to, or fetched from, another rank (refused, unauthenticated, broken off, altered)."""
+
+
+class LaunchError(MoEtionError, RuntimeError):
+    """A job cannot be started, or has failed more often than allowed."""

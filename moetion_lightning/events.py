@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 __all__ = [
     "CaptureFinished",
     "CaptureProgress",
+    "CaptureShared",
     "CaptureStarted",
     "Event",
     "EventBus",
@@ -33,6 +34,7 @@ __all__ = [
     "PartialExpertsRestored",
     "ReplayFinished",
     "ReplayIteration",
+    "ReplicationFailed",
     "RestoreApplied",
     "RestoreProgress",
     "RestoreStarted",
@@ -42,6 +44,7 @@ __all__ = [
     "StepSkipped",
     "WindowCommitted",
     "WindowPersisted",
+    "WindowReplicated",
     "WitnessMismatch",
 ]
 
@@ -78,6 +81,15 @@ class ScheduleMade(Event):
     total_bytes: int
     dense_bytes: int
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureShared(Event):
+    """State that several ranks hold was dealt out to them; bytes of state that the busiest rank captures."""
+
+    method: str
+    bottleneck_before: int
+    bottleneck_after: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +173,26 @@ class WindowPersisted(Event):
     last_iteration: int
     nbytes: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowReplicated(Event):
+    """A committed window is committed in the host memory of rank `peer` too; `nbytes` went over the wire."""
+
+    first_iteration: int
+    last_iteration: int
+    peer: int
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicationFailed(Event):
+    """A window could not be copied to rank `peer`; it is tried again, and training goes on."""
+
+    last_iteration: int
+    peer: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,18 +308,20 @@ class JsonlSink:
     Each line is written with a single ``write`` call, so lines of a process that was killed are whole.
 
     Args:
-        path: File to append to; created with mode 0600.
+        path: File to append to; created with mode 0600. Several processes may append to the same.
+        rank: Noted in every line, unless None.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, rank: int | None = None) -> None:
         self.path = Path(path)
+        self._who: dict[str, Any] = {"pid": os.getpid()} if rank is None else {"pid": os.getpid(), "rank": rank}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
         """Append one line."""
-        record: dict[str, Any] = {"time": time.time(), "pid": os.getpid(), "event": event.kind}
+        record: dict[str, Any] = {"time": time.time(), **self._who, "event": event.kind}
         record.update(dataclasses.asdict(event))
         line = (json.dumps(record) + "\n").encode()
         with self._lock:

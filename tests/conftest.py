@@ -14,9 +14,13 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from tests.runs.drill import Drill, Zygote
 
 # Set by libraries themselves when they are first used; not a test's doing.
 _LIBRARY_VARIABLES = {
@@ -109,3 +113,33 @@ def memory_dir() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="moetion-test-", dir=base))
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Starts training runs quickly: everything is imported once for the whole session."""
+    from tests.runs.drill import Zygote
+
+    process = Zygote()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def _references() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def drill(
+    zygote: Zygote,
+    tmp_path_factory: pytest.TempPathFactory,
+    _references: dict[str, Path],
+    memory_dir: Path,
+    request: pytest.FixtureRequest,
+) -> Drill:
+    """Runs to kill, start again and compare; a module's tests share the runs that never fail."""
+    from tests.runs.drill import Drill
+
+    name = "".join(c if c.isalnum() else "_" for c in request.node.name)[:60]
+    return Drill(zygote, tmp_path_factory.mktemp(name), memory_dir, _references)

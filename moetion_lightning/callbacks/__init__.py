@@ -1,5 +1,6 @@
 """Lightning callbacks: hooks handed to the engine, nothing else."""
 
+import moetion_lightning.strategies  # noqa: F401  so that Trainer(strategy="moetion") is known where a callback is
 from moetion_lightning.callbacks.dense_in_memory_checkpoint import DenseInMemoryCheckpoint
 from moetion_lightning.callbacks.dense_reconstruction import DenseReconstruction
 from moetion_lightning.callbacks.partial_experts_checkpoint import PartialExpertsCheckpoint

@@ -138,6 +138,12 @@ class DataSeam:
         """Continue there when the fit loop iterates its loaders."""
         self._pending = state
 
+    def restart(self) -> None:
+        """Training goes back while it runs: workers that live on have drawn too much."""
+        for loader in self.loaders().values():
+            if getattr(loader, "_iterator", None) is not None:
+                loader._iterator = None  # type: ignore[attr-defined]
+
     def loaders(self) -> dict[str, object]:
         """The training loaders, by name."""
         combined = self._trainer.fit_loop._combined_loader

@@ -6,8 +6,9 @@ version.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from torch import Tensor
 
+from moetion_lightning.callbacks._ranks import gathers_state
 from moetion_lightning.errors import ForeignWindowError
 
 __all__ = ["LoopSeam"]
@@ -69,18 +71,23 @@ class LoopSeam:
             injected = checkpoint()
             if injected is not None:
                 connector._loaded_checkpoint = injected
+                if gathers_state(self._trainer):  # there are no gathered weights to load; the engine loads each shard
+                    self._patch(self._trainer.strategy, "load_model_state_dict", lambda *args, **kwargs: None)
                 # The engine puts optimizers back itself: `load_state_dict` would change dtypes, and refuse groups that
                 # were added while training.
                 self._patch(connector, "restore_optimizers", lambda: None)
 
         self._patch(connector, "resume_start", resume_start)
 
-    def dump(self) -> dict[str, Any]:
+    def dump(self, *, weights: bool) -> dict[str, Any]:
         """What an ordinary checkpoint of this moment would hold, without what others keep.
 
-        Weights are in it (as live tensors), the optimizers' states and the loaders' states are not.
+        Args:
+            weights: Whether weights are in it (as live tensors), where the strategy has them at hand. The optimizers'
+                states and the loaders' states are not.
         """
-        checkpoint = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        with contextlib.nullcontext() if weights and not gathers_state(self._trainer) else self._without_weights():
+            checkpoint = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         for key in [k for k in checkpoint if "hyper_parameters" in k or k.startswith(("hparams_", "datamodule_hparams"))]:
             del checkpoint[key]
         checkpoint["optimizer_states"] = [
@@ -88,6 +95,62 @@ class LoopSeam:
         ]
         checkpoint["loops"] = {"fit_loop": self.counters()}
         return checkpoint
+
+    @contextlib.contextmanager
+    def _without_weights(self) -> Iterator[None]:
+        """The strategy gives no weights and no optimizer state, which it may have to gather from all ranks."""
+        strategy: Any = self._trainer.strategy
+        strategy.lightning_module_state_dict = dict
+        strategy.optimizer_state = lambda optimizer: {"state": {}, "param_groups": []}
+        try:
+            yield
+        finally:
+            del strategy.lightning_module_state_dict, strategy.optimizer_state
+
+    def restore_in_place(self, checkpoint: Mapping[str, Any]) -> None:
+        """Put a checkpoint's state into a trainer that is training: what a restart does before its first batch.
+
+        Args:
+            checkpoint: As for :meth:`inject_checkpoint`.
+        """
+        trainer = self._trainer
+        connector = trainer._checkpoint_connector
+        strategy: Any = trainer.strategy
+        trainer.training = True
+        trainer.fit_loop.epoch_loop._results.clear()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler._per_optimizer_states.clear()  # of the step that was not finished
+        connector._loaded_checkpoint = dict(checkpoint)
+        strategy.load_model_state_dict = lambda *args, **kwargs: None
+        connector.restore_optimizers = lambda: None  # type: ignore[method-assign]
+        try:
+            connector.restore_datamodule()
+            connector.restore_model()
+            connector.restore_callbacks()
+            connector.restore_training_state()
+        finally:
+            del strategy.load_model_state_dict
+            connector.__dict__.pop("restore_optimizers", None)
+            connector._loaded_checkpoint = {}
+
+    def run_again(self) -> None:
+        """Go on in the fit loop at the position that was restored, without its start."""
+        fit_loop = self._trainer.fit_loop
+        fetcher = fit_loop._data_fetcher
+        assert fetcher is not None
+        iter(fetcher)
+        self._patch(fit_loop, "on_run_start", lambda: None)  # training has started long ago
+        try:
+            type(fit_loop).run(fit_loop)
+        finally:
+            fit_loop.__dict__.pop("on_run_start", None)
+
+    def guard_training(self, run: Callable[[Callable[[], None]], None]) -> None:
+        """Let ``run(original)`` take the place of the fit loop's ``run()``."""
+        fit_loop = self._trainer.fit_loop
+        original = fit_loop.run
+        self._patch(fit_loop, "run", lambda: run(original))
 
     # --- counters ------------------------------------------------------------------------------------------------
 

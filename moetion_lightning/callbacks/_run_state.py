@@ -10,7 +10,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._loop_seam import LoopSeam
+from moetion_lightning.callbacks._ranks import ddp_of
+from moetion_lightning.core.local import local
 from moetion_lightning.data_position import loader_parts
+from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
 
 __all__ = ["LightningRunState"]
 
@@ -31,19 +34,35 @@ class LightningRunState:
         self._loops = loops
         self._data = data
 
-    def capture(self) -> dict[str, Any]:
-        """The state between two batches, as nested plain values and live tensors."""
-        checkpoint = self._loops.dump()
+    def capture(self, *, weights: bool) -> dict[str, Any]:
+        """The state between two batches, as nested plain values and live tensors.
+
+        Args:
+            weights: Whether an ordinary checkpoint's weights are in it.
+        """
+        checkpoint = self._loops.dump(weights=weights)
         gradients = {}
         if not self._module.automatic_optimization or is_overridden("optimizer_zero_grad", self._module):
             # Lightning sets gradients to None before it makes new ones; a user's code may keep them.
-            gradients = {n: p.grad for n, p in self._module.named_parameters() if p.grad is not None}
+            gradients = {n: local(p.grad) for n, p in self._module.named_parameters() if p.grad is not None}
+        ddp = ddp_of(self._trainer)
         return {
             "checkpoint": checkpoint,
             "extras": self._loops.extras(),
             "data": self._data.snapshot(),
             "gradients": gradients,
+            "buckets": [] if ddp is None else bucket_order(ddp),
         }
+
+    def before_restore(self, state: Mapping[str, Any]) -> None:
+        """Before the first forward and before the engine restores: what no checkpoint of Lightning brings back.
+
+        Args:
+            state: What :meth:`capture` gave.
+        """
+        ddp = ddp_of(self._trainer)
+        if ddp is not None:
+            set_bucket_order(ddp, state["buckets"])
 
     def generators(self) -> Mapping[str, object]:
         """User objects that may hold random number generators."""

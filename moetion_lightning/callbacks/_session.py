@@ -16,14 +16,17 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from moetion_lightning.callbacks._data_seam import DataSeam
+from moetion_lightning.callbacks._elastic import Elastic
 from moetion_lightning.callbacks._loop_seam import LoopSeam
+from moetion_lightning.callbacks._ranks import gathers_state, make_ranks
 from moetion_lightning.callbacks._reporting import Reporter, show_log_lines
 from moetion_lightning.callbacks._run_state import LightningRunState
 from moetion_lightning.config import EngineConfig
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.policy import Policy
-from moetion_lightning.engine import Engine, RestorePoint, derive_job_id
-from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.distributed.groups import current_groups
+from moetion_lightning.engine import Engine, LivePoint, RestorePoint, derive_job_id
+from moetion_lightning.errors import ConfigurationError, RankLostError
 from moetion_lightning.events import EventBus, JsonlSink, Sink
 
 __all__ = ["Session"]
@@ -67,11 +70,6 @@ class Session:
         events_path: str | None,
         log_metrics: bool,
     ) -> None:
-        if trainer.world_size > 1:
-            raise ConfigurationError(
-                f"Trainer has {trainer.world_size} processes (strategy {type(trainer.strategy).__name__}): this version "
-                "checkpoints single-process training. Use devices=1, num_nodes=1."
-            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for kind, remedy in _UNSUPPORTED.items():
                 if isinstance(callback, kind):
@@ -82,22 +80,37 @@ class Session:
         self._specs = tuple(specs)
         self._log_metrics = log_metrics
         self.reporter = Reporter()
-        self._jsonl = JsonlSink(events_path) if events_path is not None else None
+        rank = trainer.global_rank if trainer.world_size > 1 else None
+        self._jsonl = JsonlSink(events_path, rank=rank) if events_path is not None else None
         bus = EventBus((self.reporter, *([self._jsonl] if self._jsonl else []), *sinks))
-        self.engine = Engine(config, policy, bus=bus, job=derive_job_id(config.job_id, trainer.default_root_dir))
-        self._point: RestorePoint | None = None
-        self._begun = False
+        self.ranks = make_ranks(trainer, module)
+        job = derive_job_id(config.job_id, trainer.default_root_dir)
+        self.engine = Engine(config, policy, bus=bus, job=job, ranks=self.ranks)
+        self._point: RestorePoint | LivePoint | None = None
+        self._begun = self._trained = False
         self._loops = LoopSeam(trainer)
         self._data = DataSeam(trainer)
         self.run_state = LightningRunState(trainer, module, self._loops, self._data)
+        groups = current_groups()
+        self._elastic: Elastic | None = None
+        if groups is not None and self.ranks.elastic:
+            self._elastic = Elastic(trainer, groups, self.ranks, self._go_back)
         try:
             self._open()
         except BaseException:
             self.close(completed=False)
             raise
 
-    def _open(self) -> None:
+    def _find(self) -> None:
         self._point = self.engine.open()
+
+    def _open(self) -> None:
+        if self._elastic is None:
+            self._find()
+        else:
+            elastic = self._elastic
+            elastic.attempt(self._find)
+            self._loops.guard_training(lambda start: elastic.run(start, self._loops.run_again))
         self._loops.inject_checkpoint(self._checkpoint, self._user_checkpoint)
         self._loops.guard_checkpoints(
             lambda: self.engine.converting,
@@ -111,24 +124,38 @@ class Session:
         if self._point is None:
             return None
         parameters = dict(self._module.named_parameters())
-        if parameters:
+        if isinstance(self._point, RestorePoint) and parameters and not gathers_state(self._trainer):
             self._point.check_model(parameters, dtypes=False)
-        state = self._point.run_state()["adapter"]
+        return self._position(self._point)
+
+    def _position(self, point: RestorePoint | LivePoint) -> dict[str, Any]:
+        """Lightning's part of a restored state; data and counters follow when the loops begin."""
+        state = point.run_state()["adapter"]
         self._data.restore(state["data"])
         checkpoint = dict(state["checkpoint"])
         counters = checkpoint["loops"]["fit_loop"]
         self._loops.pin_when_loop_starts(counters, state["extras"])
-        self._loops.overwrite_undone_checkpoints(self._point.manifest.extra["first_captured_at"])
+        self._loops.overwrite_undone_checkpoints(point.captured_at)
         # Loops of validate, test and predict have nothing to restore inside fit.
         checkpoint["loops"] = {"fit_loop": counters}
         return checkpoint
 
+    def _go_back(self) -> None:
+        """A rank was replaced: with all others, back to a common state, in this process."""
+        self._point = self.engine.find_again()
+        self._begun = False
+        self._data.restart()
+        if self._point is not None:
+            self._loops.restore_in_place(self._position(self._point))
+        elif self._trained:
+            raise RankLostError(
+                "ranks were lost before all ranks had a common window, and their state has no copy: the job starts "
+                "from its beginning."
+            )
+
     def _user_checkpoint(self, path: object) -> None:
         if self._point is not None:
-            self.engine.say_once(
-                f"trainer.fit(ckpt_path={str(path)!r}) was given: it wins over the window of iterations "
-                f"{self._point.manifest.first_iteration}..{self._point.manifest.last_iteration} that was found"
-            )
+            self.engine.say_once(f"trainer.fit(ckpt_path={str(path)!r}) was given: it wins over {self._point.name}")
         self._point = None
 
     # --- hooks ---------------------------------------------------------------------------------------------------
@@ -160,10 +187,13 @@ class Session:
         if self._begun:
             self.engine.boundary(self.run_state)
             return
-        self._begun = True
+        if self._elastic is not None:
+            self._elastic.meet()
+        self._begun = self._trained = True
         if self._point is None:
-            self.engine.start()
+            self.engine.start(self.run_state)
         else:
+            self.run_state.before_restore(self._point.run_state()["adapter"])
             self._point = None
             self.engine.restore(self.run_state)
 

@@ -44,7 +44,11 @@ def jobs(args: Sequence[str]) -> int:
     Args:
         args: Arguments after ``moetion jobs``.
     """
-    parser = argparse.ArgumentParser(prog="moetion jobs", description="Jobs whose state is in this machine's memory.")
+    parser = argparse.ArgumentParser(
+        prog="moetion jobs",
+        description="Jobs whose state is in this machine's memory: a line for each rank's windows (rank-00000), and "
+        "one for each rank whose windows another one keeps copies of (replica-00003-at-00000).",
+    )
     _add_memory_dir(parser)
     base = _base(parser.parse_args(args).memory_dir)
     found = find_jobs(base)
@@ -64,8 +68,9 @@ def clean(args: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="moetion clean",
-        description="Remove the state that dead jobs left in this machine's memory. Live jobs are never touched; "
-        "a dead job younger than --older-than is left, because it may be started again.",
+        description="Remove the state that dead jobs left in this machine's memory, copies of other ranks' windows "
+        "included. Live jobs are never touched; a dead job younger than --older-than is left, because it may be "
+        "started again.",
     )
     _add_memory_dir(parser)
     parser.add_argument(

@@ -120,7 +120,7 @@ def explain(
     notes.extend(_notes(ops.unsliced, found, observed=compute_dtype is not None))
 
     full = {name: live.full_bytes(name) for name in trainable}
-    rows = {name: live.parameters[name].shape[0] if live.parameters[name].dim() else 1 for name in trainable}
+    rows = {name: live.rows(name) for name in trainable}
     ordered = order_operators(ops.operators, tokens or {})
     sizes = [_costs(op, live, full, compute_dtype or {}) for op in ordered]
     bound = fractional_bound([s[1] for s in sizes], [s[2] for s in sizes], window)

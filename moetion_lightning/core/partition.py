@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from moetion_lightning.core.layouts import MoELayer
+from moetion_lightning.core.local import local, to_local_rows
 from moetion_lightning.core.operators import Operator, OperatorKind, Piece, clean_name
 from moetion_lightning.errors import OperatorError
 
@@ -78,8 +79,12 @@ def build_operators(
     *,
     trainable: Collection[str],
     sliceable: Callable[[str], bool],
+    offsets: Mapping[str, int] | None = None,
 ) -> OperatorSet:
     """Cut the trainable parameters of a module into operators.
+
+    Of distributed parameters an operator owns this process's shard: the cut is made in global rows, so that names are
+    the same everywhere, and then brought to local rows.
 
     Args:
         module: Any module; a dense one gives shared operators only.
@@ -87,6 +92,7 @@ def build_operators(
         trainable: Names of the parameters that an optimizer updates (tied ones under any of their names).
         sliceable: Whether rows of a parameter may be cut apart, that is, whether its optimizer works element by
             element. Asked for the canonical name.
+        offsets: Global row of the first local row of each distributed parameter, by canonical name.
 
     Returns:
         The operators, in a deterministic order; they partition the trainable parameters.
@@ -137,7 +143,36 @@ def build_operators(
     operators.extend(_shared(claims))
     check_partition(operators, shapes, training)
     static = tuple(name for name in parameters if name not in training)
-    return OperatorSet(operators=tuple(operators), layers=tuple(layers), static=static, unsliced=tuple(unsliced))
+    mine = _localized(operators, parameters, offsets or {})
+    return OperatorSet(operators=mine, layers=tuple(layers), static=static, unsliced=tuple(unsliced))
+
+
+def _localized(
+    operators: Sequence[Operator], parameters: Mapping[str, nn.Parameter], offsets: Mapping[str, int]
+) -> tuple[Operator, ...]:
+    """Operators in rows of this process; those of which it holds nothing are left out."""
+    if not offsets:
+        return tuple(operators)
+    found = []
+    for op in operators:
+        pieces = []
+        for piece in op.pieces:
+            name = piece.parameter
+            if name not in offsets:
+                pieces.append(piece)
+                continue
+            shard = local(parameters[name])
+            if not shard.numel():
+                continue
+            if piece.start is None or piece.stop is None:
+                pieces.append(piece)
+                continue
+            rows = to_local_rows(piece.start, piece.stop, offsets[name], shard.shape[0])
+            if rows is not None:
+                pieces.append(Piece(parameter=name, start=rows[0], stop=rows[1]))
+        if pieces:
+            found.append(dataclasses.replace(op, pieces=tuple(pieces)))
+    return tuple(found)
 
 
 def _renamed(piece: Piece, aliases: Mapping[str, str], module: nn.Module) -> Piece:

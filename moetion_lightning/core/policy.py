@@ -6,9 +6,9 @@ exact, W = 1) and partial experts (MoC-System: lossy, all non-expert state and K
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -63,9 +63,9 @@ class Sizes:
         return cls(
             full={n: live.full_bytes(n) for n in names},
             compute={
-                n: live.parameters[n].numel() * compute_dtype.get(n, live.parameters[n].dtype).itemsize for n in names
+                n: live.weight(n).numel() * compute_dtype.get(n, live.parameters[n].dtype).itemsize for n in names
             },
-            rows={n: live.parameters[n].shape[0] if live.parameters[n].dim() else 1 for n in names},
+            rows={n: live.rows(n) for n in names},
             sliceable={n: live.is_elementwise(n) for n in names},
         )
 
@@ -100,12 +100,19 @@ class WindowPlan:
         carried: Operators of which the newest older capture is kept (lossy policies only).
         schedule: The schedule, where the policy makes one.
         changed: Why the schedule is a new one, else empty.
+        experts: ``(layer, expert)`` that all ranks together save in full; None: all.
     """
 
     slots: tuple[SlotPlan, ...]
     carried: tuple[Operator, ...] = ()
     schedule: Schedule | None = None
     changed: str = ""
+    experts: frozenset[tuple[str, int]] | None = None
+
+
+def _alone(topic: str, value: Any) -> list[Any]:
+    """The answers of a job of one rank."""
+    return [value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +121,7 @@ class PolicyContext:
 
     Args:
         iteration: Completed iterations.
-        operators: The operators that partition the trainable state.
+        operators: The operators that this rank captures.
         sizes: Their sizes.
         layers: Names of the MoE layers, the rows of ``tokens``.
         tokens: int64 ``[num_layers, num_experts]``, tokens in the rolling window.
@@ -125,6 +132,8 @@ class PolicyContext:
         capacity_bytes: Host memory that one window may take.
         lost: Lost-token counters.
         saved: Names of operators that an older restore point holds.
+        experts: Experts of each layer, on all ranks together.
+        agree: Gives every rank's value, by rank; all ranks ask in the same order.
     """
 
     iteration: int
@@ -138,6 +147,8 @@ class PolicyContext:
     capacity_bytes: int
     lost: LostTokens
     saved: frozenset[str] = field(default_factory=frozenset)
+    experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    agree: Callable[[str, Any], list[Any]] = _alone
 
 
 class Policy(Protocol):
@@ -151,8 +162,12 @@ class Policy(Protocol):
     name: str
     exact: bool
 
-    def plan(self, context: PolicyContext) -> WindowPlan | None:
-        """The window that begins now, or None if none does."""
+    def begins(self, iteration: int) -> bool:
+        """Whether a window may begin after this iteration; the same on all ranks."""
+        ...
+
+    def plan(self, context: PolicyContext) -> WindowPlan:
+        """The window that begins now."""
         ...
 
 
@@ -176,8 +191,16 @@ class SparsePolicy:
         self._known: tuple[object, ...] = ()
         self._budget = 0.0
 
+    def begins(self, iteration: int) -> bool:
+        """Always."""
+        return True
+
+    def forget(self) -> None:
+        """Make the schedule anew: a rank was replaced, and has none."""
+        self._schedule = None
+
     def plan(self, context: PolicyContext) -> WindowPlan:
-        """A window always begins; the schedule is kept until there is a reason for another."""
+        """The schedule is kept until there is a reason for another."""
         reason = self._why_new(context)
         if reason:
             self._make(context)
@@ -187,6 +210,21 @@ class SparsePolicy:
         return WindowPlan(slots=slots, schedule=schedule, changed=reason)
 
     def _why_new(self, context: PolicyContext) -> str:
+        """Why the schedule must be made anew, or "". The same on all ranks."""
+        reasons = [reason for reason in context.agree("schedule", self._what_changed_here(context)) if reason]
+        if reasons:
+            return str(reasons[0])
+        assert self._schedule is not None
+        budget = context.iteration_seconds * context.bytes_per_second
+        if self.window == "auto" and abs(budget - self._budget) > 0.1 * self._budget:
+            self._budget = budget
+            if self._choose(context) != self._schedule.window:
+                return "the iteration time or the bandwidth changed"
+        if context.frequencies_changed:
+            return "the experts' popularity changed"
+        return ""
+
+    def _what_changed_here(self, context: PolicyContext) -> str:
         known = (tuple(op.name for op in context.operators), tuple(context.sizes.compute.items()))
         if self._schedule is None:
             self._known = known
@@ -197,13 +235,6 @@ class SparsePolicy:
         full = sum(context.sizes.full.values())
         if abs(full - self._schedule.dense_bytes) > 0.1 * self._schedule.dense_bytes:
             return "the optimizer's state changed its size"
-        budget = context.iteration_seconds * context.bytes_per_second
-        if self.window == "auto" and abs(budget - self._budget) > 0.1 * self._budget:
-            self._budget = budget
-            if self._choose(context) != self._schedule.window:
-                return "the iteration time or the bandwidth changed"
-        if context.frequencies_changed:
-            return "the experts' popularity changed"
         return ""
 
     def _choose(self, context: PolicyContext) -> int:
@@ -216,12 +247,13 @@ class SparsePolicy:
         fitting = (context.capacity_bytes - sum(full)) * 2 // max(1, sum(compute)) + 1
         longest = max(1, min(self.max_window, fitting))
         heaviest = {w: int(fractional_bound(full, compute, w)) for w in range(1, longest + 1)}
-        return choose_window(
+        wanted = choose_window(
             heaviest,
             iteration_seconds=context.iteration_seconds,
             bytes_per_second=context.bytes_per_second,
             overlap_target=self.overlap_target,
         )
+        return int(max(context.agree("window", wanted)))
 
     def _make(self, context: PolicyContext) -> None:
         sizes = context.sizes
@@ -240,12 +272,17 @@ class SparsePolicy:
             ordered = split_operators(
                 ordered, full_bytes=sizes.full, rows=sizes.rows, sliceable=sizes.sliceable, max_bytes=cap
             )
-        self._schedule = make_schedule(
-            ordered,
-            window,
-            full_bytes=sizes.operator_bytes(ordered, sizes.full),
-            compute_bytes=sizes.operator_bytes(ordered, sizes.compute),
-        )
+        anything = any(context.agree("operators", len(ordered)))
+        if ordered or not anything:
+            schedule = make_schedule(
+                ordered,
+                window,
+                full_bytes=sizes.operator_bytes(ordered, sizes.full),
+                compute_bytes=sizes.operator_bytes(ordered, sizes.compute),
+            )
+        else:  # other ranks capture all that this one holds
+            schedule = Schedule(slots=((),), slot_bytes=(0,), dense_bytes=0)
+        self._schedule = schedule.padded(max(context.agree("slots", schedule.window)))
 
 
 class DensePolicy:
@@ -263,10 +300,12 @@ class DensePolicy:
             raise ConfigurationError(f"every_n_steps={every_n_steps!r}: expected an int >= 1")
         self.every_n_steps = every_n_steps
 
-    def plan(self, context: PolicyContext) -> WindowPlan | None:
-        """A snapshot every ``every_n_steps`` iterations."""
-        if context.iteration % self.every_n_steps:
-            return None
+    def begins(self, iteration: int) -> bool:
+        """Every ``every_n_steps`` iterations."""
+        return iteration % self.every_n_steps == 0
+
+    def plan(self, context: PolicyContext) -> WindowPlan:
+        """A snapshot of everything."""
         return WindowPlan(slots=(SlotPlan(active=context.operators),))
 
 
@@ -304,10 +343,12 @@ class PartialExpertsPolicy:
         self.plt_limit = plt_limit
         self.checkpoints = 0
 
-    def plan(self, context: PolicyContext) -> WindowPlan | None:
-        """A snapshot every ``every_n_steps`` iterations."""
-        if context.iteration % self.every_n_steps:
-            return None
+    def begins(self, iteration: int) -> bool:
+        """Every ``every_n_steps`` iterations."""
+        return iteration % self.every_n_steps == 0
+
+    def plan(self, context: PolicyContext) -> WindowPlan:
+        """All non-expert state, and K experts of each layer."""
         chosen = self._choose(context)
         active, carried = [], []
         for op in context.operators:
@@ -317,14 +358,16 @@ class PartialExpertsPolicy:
             else:
                 carried.append(op)
         self.checkpoints += 1
-        return WindowPlan(slots=(SlotPlan(active=tuple(active)),), carried=tuple(carried))
+        return WindowPlan(
+            slots=(SlotPlan(active=tuple(active)),),
+            carried=tuple(carried),
+            experts=frozenset(chosen) if context.saved else None,
+        )
 
-    def _choose(self, context: PolicyContext) -> set[tuple[str | None, int | None]]:
-        chosen: set[tuple[str | None, int | None]] = set()
+    def _choose(self, context: PolicyContext) -> set[tuple[str, int]]:
+        chosen: set[tuple[str, int]] = set()
         for row, layer in enumerate(context.layers):
-            experts = sorted(
-                {op.expert for op in context.operators if op.layer == layer and op.expert is not None}
-            )  # fmt: skip
+            experts = context.experts.get(layer, ())
             count = min(self.num_experts, len(experts))
             if self.selection == "sequential":
                 first = (self.checkpoints + row) * count
@@ -349,6 +392,10 @@ class RestoreOnlyPolicy:
     name = "none"
     exact = True
 
-    def plan(self, context: PolicyContext) -> None:
-        """No window ever begins."""
-        return None
+    def begins(self, iteration: int) -> bool:
+        """Never."""
+        return False
+
+    def plan(self, context: PolicyContext) -> WindowPlan:
+        """An empty window (none ever begins)."""
+        return WindowPlan(slots=())

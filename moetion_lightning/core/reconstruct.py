@@ -161,14 +161,13 @@ class Reconstruction:
             if op.kind is OperatorKind.GATE:
                 continue
             for piece in op.pieces:
-                parameter = self.live.parameters[piece.parameter]
-                start, stop = piece.start or 0, parameter.shape[0] if parameter.dim() else 1
+                start, stop = piece.start or 0, self.live.rows(piece.parameter)
                 stop = stop if piece.stop is None else piece.stop
                 rows[piece.parameter] = rows.get(piece.parameter, 0) + stop - start
         candidates = [
             name
             for name, count in rows.items()
-            if self.live.parameters[name].dim() >= 2 and count == self.live.parameters[name].shape[0]
+            if self.live.parameters[name].dim() >= 2 and count == self.live.rows(name)
         ]
         trainable = self.live.trainable()
         if len(candidates) == len(trainable):

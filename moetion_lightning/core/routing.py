@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,21 +13,43 @@ from torch import nn
 
 from moetion_lightning.core.layouts import MoELayer, Tap
 
-__all__ = ["argument_reader", "in_recomputation", "item", "leading_rows", "site_name", "tokens_per_expert"]
+__all__ = [
+    "argument_reader",
+    "in_recomputation",
+    "item",
+    "leading_rows",
+    "repeated_forward",
+    "site_name",
+    "tokens_per_expert",
+]
 
 # Private, but the only exact sign that a forward runs inside a backward (reentrant and non-reentrant checkpointing).
 # Without it, checkpointed layers count twice: all of them alike, so that the order of the experts stays right.
 _graph_task_id: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
 
 
+_repeated = 0
+
+
+@contextlib.contextmanager
+def repeated_forward() -> Iterator[None]:
+    """A forward in here repeats one whose tokens were counted."""
+    global _repeated
+    _repeated += 1
+    try:
+        yield
+    finally:
+        _repeated -= 1
+
+
 def in_recomputation() -> bool:
-    """Whether this forward is the repetition of one, by activation checkpointing, in the backward pass.
+    """Whether this forward is the repetition of one: by :func:`repeated_forward`, or by activation checkpointing.
 
     Always False while compiling: the traced graph holds one forward, and the private call would break it.
     """
     if torch.compiler.is_compiling() or _graph_task_id is None:
         return False
-    return _graph_task_id() != -1
+    return _repeated > 0 or _graph_task_id() != -1
 
 
 def site_name(layer: MoELayer, tap: Tap) -> str | None:

@@ -66,6 +66,11 @@ class Schedule:
         """Bytes of a whole window."""
         return sum(self.slot_bytes)
 
+    def padded(self, window: int) -> Schedule:
+        """This schedule with as many iterations as another rank needs: in the last ones nothing is captured."""
+        missing = window - self.window
+        return replace(self, slots=self.slots + ((),) * missing, slot_bytes=self.slot_bytes + (0,) * missing)
+
     def frozen(self, slot: int) -> tuple[Operator, ...]:
         """Operators captured as frozen in iteration ``slot`` of the window."""
         return tuple(op for later in self.slots[slot + 1 :] for op in later)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moetion_lightning.core.local import local, local_rows
 from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.errors import OperatorError, UnsupportedStateError
 
@@ -50,7 +51,7 @@ class LiveState:
     """Names for the live parameters of a module and their optimizer state.
 
     Nothing is cached that training may replace: optimizer state is looked up at each use, because
-    ``load_state_dict`` replaces its tensors.
+    ``load_state_dict`` replaces its tensors. Of distributed tensors only the local shard is ever read or written.
 
     Args:
         module: The module that trains.
@@ -116,13 +117,34 @@ class LiveState:
             if isinstance(optimizer, torch.optim.LBFGS) or any(not isinstance(key, Tensor) for key in optimizer.state)
         ]
 
+    def couples_shards(self) -> list[str]:
+        """Names of optimizer classes that update a distributed parameter and are not known to work element by element.
+
+        The shards of one parameter are then to be captured at the same iteration on all ranks.
+        """
+        found = {
+            type(self.optimizers[index]).__name__
+            for name, index in self.owner.items()
+            if hasattr(self.parameters[name], "to_local") and not self._updates_elementwise(self.optimizers[index])
+        }
+        return sorted(found)
+
     def versions(self, operators: Iterable[Operator]) -> list[tuple[int, str]]:
         """Version counters of the operators' parameters: every in-place change counts, except through ``.data``.
 
         On the CPU a few elements are looked at, too: a change of the whole tensor through ``.data`` shows there.
         """
         names = dict.fromkeys(piece.parameter for op in operators for piece in op.pieces)
-        return [(self.parameters[name]._version, _sample(self.parameters[name])) for name in names]
+        shards = [self.weight(name) for name in names]
+        return [(shard._version, _sample(shard)) for shard in shards]
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter's values in this process, detached: all of it, or its local shard."""
+        return local(self.parameters[name])
+
+    def rows(self, name: str) -> int:
+        """Size of dimension 0 in this process; 1 for 0-d parameters."""
+        return local_rows(self.parameters[name])
 
     def is_elementwise(self, name: str) -> bool:
         """Whether rows of the parameter may be captured at different iterations."""
@@ -143,7 +165,7 @@ class LiveState:
 
     def full_bytes(self, name: str) -> int:
         """Bytes of a parameter with its optimizer state (two moments are assumed before the first step)."""
-        parameter = self.parameters[name]
+        parameter = self.weight(name)
         state = self.optimizer_state(name)
         if not state:
             return parameter.numel() * (parameter.element_size() + _OPTIONAL_STATE_BYTES_PER_ELEMENT)
@@ -153,7 +175,7 @@ class LiveState:
 
 def _tensors_of(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
-        return [value]
+        return [local(value)]
     if isinstance(value, Mapping):
         return [t for item in value.values() for t in _tensors_of(item)]
     if isinstance(value, (list, tuple)):
@@ -217,7 +239,7 @@ def read_slot(
         for piece in op.pieces:
             name = piece.parameter
             if name not in entries:
-                weights[name] = live.parameters[name].detach()
+                weights[name] = live.weight(name)
                 entries[name] = []
                 scalars[name] = {
                     entry: _describe(value, entry, name, weights[name], entries[name])
@@ -232,7 +254,7 @@ def read_slot(
         for piece in op.pieces:
             name = piece.parameter
             if name not in weights:
-                weights[name] = live.parameters[name].detach()
+                weights[name] = live.weight(name)
             weight = weights[name]
             dtype = compute_dtype.get(name, weight.dtype)
             items.append(CopyItem(name=f"c:{piece.key}", source=piece.of(weight), dtype=dtype))
@@ -250,7 +272,7 @@ class _Entry(NamedTuple):
 def _describe(value: object, path: str, name: str, parameter: Tensor, found: list[_Entry]) -> Any:
     """JSON for one entry of a parameter's optimizer state; its tensors go to ``found``."""
     if isinstance(value, Tensor):
-        value = value.detach()
+        value = local(value)
         rows = value.shape == parameter.shape
         found.append(_Entry(path, value, rows))
         return {"t": path, "rows": rows, "cpu": value.device.type == "cpu"}
@@ -284,7 +306,7 @@ def write_active(
     for op in operators:
         for piece in op.pieces:
             parameter = live.parameters[piece.parameter]
-            piece.of(parameter.detach()).copy_(load(f"w:{piece.key}"))
+            piece.of(local(parameter)).copy_(load(f"w:{piece.key}"))
             optimizer = live.optimizers[live.owner[piece.parameter]]
             entries: Mapping[str, Any] = scalars[piece.parameter]
             if not entries:
@@ -302,10 +324,10 @@ def _rebuild(described: Mapping[str, Any], current: object, piece: Piece, parame
     if "t" in described:
         stored = load(f"s:{piece.key}:{described['t']}")
         device = torch.device("cpu") if described["cpu"] else parameter.device
-        shape = parameter.shape if described["rows"] else stored.shape
+        shape = local(parameter).shape if described["rows"] else stored.shape
         fits = (
             isinstance(current, Tensor)
-            and current.shape == shape
+            and local(current).shape == shape
             and current.dtype == stored.dtype
             and current.device == device
         )
@@ -317,7 +339,8 @@ def _rebuild(described: Mapping[str, Any], current: object, piece: Piece, parame
         else:
             target = torch.empty(shape, dtype=stored.dtype, device=device)
         assert isinstance(target, Tensor)
-        (piece.of(target) if described["rows"] else target).copy_(stored)
+        shard = local(target)
+        (piece.of(shard) if described["rows"] else shard).copy_(stored)
         return target
     if "v" in described:
         return described["v"]
@@ -337,7 +360,7 @@ def write_compute(live: LiveState, operators: Iterable[Operator], load: TensorLo
     prefix = "w" if active else "c"
     for op in operators:
         for piece in op.pieces:
-            piece.of(live.parameters[piece.parameter].detach()).copy_(load(f"{prefix}:{piece.key}"))
+            piece.of(live.weight(piece.parameter)).copy_(load(f"{prefix}:{piece.key}"))
 
 
 def _sample(parameter: Tensor) -> str:

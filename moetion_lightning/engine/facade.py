@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,16 +23,21 @@ from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.pace import Pace
-from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy, Policy
+from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy, Policy, SparsePolicy, WindowPlan
 from moetion_lightning.core.reconstruct import Reconstruction
 from moetion_lightning.core.run_state import find_generators
 from moetion_lightning.core.state import LiveState
+from moetion_lightning.engine.group_restore import LiveReport
 from moetion_lightning.engine.identity import note_completed
+from moetion_lightning.engine.journal import LivePoint
+from moetion_lightning.engine.model_state import exchange_model_state
 from moetion_lightning.engine.planner import WindowPlanner
 from moetion_lightning.engine.precision_watch import PrecisionWatch
+from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.engine.recovery import Recovery
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.engine.run_state import EngineState, capture_run_state
+from moetion_lightning.engine.shares import Shares
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.engine.tiers import Tiers
 from moetion_lightning.engine.token_counts import TokenCounts
@@ -43,6 +48,7 @@ from moetion_lightning.events import (
     EventBus,
     IterationFinished,
     Notice,
+    RestoreApplied,
     StepSkipped,
 )
 from moetion_lightning.store.tree import FlatTree, flatten_tree
@@ -56,8 +62,12 @@ _MEASURE_BYTES = 16 << 20
 class RunState(Protocol):
     """What an adapter adds to the training state."""
 
-    def capture(self) -> Any:
-        """Loop counters, schedulers, callbacks, data position ...: nested plain values and tensors (not copied)."""
+    def capture(self, *, weights: bool) -> Any:
+        """Loop counters, schedulers, callbacks, data position ...: nested plain values and tensors (not copied).
+
+        Args:
+            weights: Whether the model's weights may be among them.
+        """
         ...
 
     def generators(self) -> Mapping[str, object]:
@@ -72,6 +82,7 @@ class _Attached:
     live: LiveState
     routing: TokenCounts
     planner: WindowPlanner
+    shares: Shares
     steps: StepWatcher
     thread: CaptureThread
     writer: WindowWriter
@@ -87,15 +98,19 @@ class Engine:
         policy: What to capture when.
         bus: Gets the events.
         job: Identity of the job.
+        ranks: The other ranks, and how the state lies over them.
     """
 
-    def __init__(self, config: EngineConfig, policy: Policy, *, bus: EventBus, job: str) -> None:
+    def __init__(
+        self, config: EngineConfig, policy: Policy, *, bus: EventBus, job: str, ranks: Ranks | None = None
+    ) -> None:
+        self.ranks = ranks if ranks is not None else Ranks()
         self.config = config
         self.policy = policy
         self.bus = bus
         self.job = job
         self.iteration = 0
-        self.tiers = Tiers(config, job, bus)
+        self.tiers = Tiers(config, job, bus, self.ranks)
         self.pace = Pace()
         self.norms = GradNormSeam()
         self.witness = WitnessRecorder(self.norms)
@@ -106,6 +121,9 @@ class Engine:
         self._attached: _Attached | None = None
         self._window: OpenWindow | None = None
         self._given_up = 0  # windows in a row
+        #: Counts boundaries between iterations; the same on all ranks.
+        self.serial = 0
+        self._clean = False  # whether the live state is that of the last boundary
         self._synchronous = False
         self._stall = 0.0
         self._started_at = 0.0
@@ -113,16 +131,29 @@ class Engine:
 
     # --- before training -----------------------------------------------------------------------------------------
 
-    def open(self) -> RestorePoint | None:
-        """Open the tiers and look for a window of this job.
+    def open(self) -> RestorePoint | LivePoint | None:
+        """Open the tiers and look for a window of this job, together with all ranks.
 
         Returns:
-            The newest whole window, verified; None if there is none or ``resume="never"``.
+            The newest whole window, verified, or what other ranks still hold; None if there is nothing or
+            ``resume="never"``.
 
         Raises:
             StoreError, HostMemoryError, JobBusyError, CorruptSnapshotError, VersionError: See the message.
         """
-        return self.tiers.open()
+        return self.tiers.open(self._report)
+
+    def find_again(self) -> RestorePoint | LivePoint | None:
+        """Ranks were replaced: give up what is under way, and agree with all ranks where to continue.
+
+        Returns:
+            As :meth:`open`; None if no rank has trained yet.
+
+        Raises:
+            RankLostError: Nothing is left that all ranks can reach; or another rank was lost meanwhile.
+        """
+        self._abandon()
+        return self.tiers.find_together(self._report, first=self._attached is None)
 
     def attach(self, module: nn.Module, optimizers: Sequence[Optimizer], specs: Sequence[MoESpec] = ()) -> None:
         """Connect the module and its optimizers, before the first forward.
@@ -131,22 +162,37 @@ class Engine:
             OperatorError, ForeignWindowError, HostMemoryError: See the message.
         """
         live = LiveState(module, optimizers, self.config.elementwise_optimizers)
-        if self.tiers.point is not None:
+        if isinstance(self.tiers.point, RestorePoint):
             self.tiers.point.check_model(live.parameters)
         devices = list(dict.fromkeys(p.device for p in live.parameters.values())) or [torch.device("cpu")]
-        routing = TokenCounts(module, discover_layers(module, specs))
+        layout = self.ranks.layout()
+        layers = discover_layers(module, specs) if layout.layers is None else layout.layers
+        routing = TokenCounts(module, layers, counted=layout.counted)
         thread = CaptureThread(DeviceFence(devices))
         dtypes = self.precision.compute_dtype
-        planner = WindowPlanner(live, routing, self.tiers, self.pace, dtypes, self.bus, self.say_once)
+        shares = Shares(self.ranks, layout.holders, self.config.sharding, self.bus)
+        planner = WindowPlanner(
+            live, routing, self.tiers, self.pace, dtypes, self.bus, self.say_once, self.ranks, shares, layout
+        )
         self._attached = _Attached(
             live=live,
             routing=routing,
             planner=planner,
+            shares=shares,
             steps=StepWatcher(
                 live.optimizers, live.calls_closure_first(), self._before_update, self._after_update, self._after_step
             ),
             thread=thread,
-            writer=WindowWriter(self.tiers.host, thread, live, dtypes, self.bus, self.pace, self.tiers.on_commit),
+            writer=WindowWriter(
+                self.tiers.host,
+                thread,
+                live,
+                dtypes,
+                self.bus,
+                self.pace,
+                self.tiers.on_commit,
+                keeps_older=not self.ranks.alone,
+            ),
         )
         self.norms.install()
 
@@ -163,12 +209,13 @@ class Engine:
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
+    def start(self, run_state: RunState) -> None:
         """A fresh run begins now: before its first forward."""
         self._need().steps.take()
         self.tiers.forget_windows()
         self.precision.enabled = self.precision.enabled and self.policy.name == "sparse"
         self.precision.start(self._need().live)
+        self._note_boundary(run_state)
         self._started_at = time.perf_counter()
 
     def restore(self, run_state: RunState) -> None:
@@ -180,11 +227,26 @@ class Engine:
         attached, point = self._need(), self.tiers.point
         assert point is not None
         state = EngineState.of(point)
-        self.iteration = point.manifest.first_iteration
+        attached.steps.take()
+        self.witness.take()
         attached.routing.load_state(state)
+        attached.planner.restored()
+        self.serial = int(point.extra["serial"])
         if isinstance(self.policy, PartialExpertsPolicy):
             self.policy.num_experts, self.policy.checkpoints = state.policy["num_experts"], state.policy["checkpoints"]
-        slots, carried = point.slots(), point.carried()
+        if isinstance(point, LivePoint):
+            self._continue(point, state, run_state)
+        else:
+            self._replay(point, state, run_state)
+        self._started_at = time.perf_counter()
+
+    def _replay(self, point: RestorePoint, state: EngineState, run_state: RunState) -> None:
+        attached = self._need()
+        self.iteration = point.manifest.first_iteration
+        if self.tiers.journal is not None:
+            self.tiers.journal.forget()
+        known = attached.live.parameters
+        slots, carried = point.slots(known), point.carried(known)
         skip = self._skips_gradients
         reconstruction = Reconstruction(attached.live, slots, carried, skip_gradients=skip)
         self.recovery = Recovery(reconstruction, point, state, bus=self.bus, on_mismatch=self.config.on_mismatch)
@@ -192,14 +254,26 @@ class Engine:
         self.norms.give(self.recovery.norms_to_give() if skip else None)
         if point.tier is self.tiers.host:
             attached.writer.adopt(point.manifest)
+            self.tiers.offer_again(point.manifest)
         if not self.policy.exact:
             attached.routing.report_lost(self.policy, point, self.bus, self.iteration)
-        attached.steps.take()
-        self.witness.take()
         self.precision.start_replay(attached.live, state.compute_dtype)
         if self.recovery.done:
             self._end_recovery()
-        self._started_at = time.perf_counter()
+
+    def _continue(self, point: LivePoint, state: EngineState, run_state: RunState) -> None:
+        """From living state: this process has it, or gets it now from one that has."""
+        attached, started = self._need(), time.perf_counter()
+        self.iteration = point.boundary.iteration
+        state.apply_structure(attached.live)
+        exchange_model_state(attached.live, point.sources, self.ranks.control.rank)
+        state.apply(attached.live, run_state.generators())
+        self.precision.compute_dtype.update(state.compute_dtype)
+        if attached.writer.newest is None and self.tiers.host.windows():  # of the process whose place this one takes
+            attached.writer.adopt(self.tiers.host.read_manifest(self.tiers.host.windows()[0]))
+        self.tiers.release_point()
+        self.bus.emit(RestoreApplied(iteration=self.iteration, replay=0, seconds=time.perf_counter() - started))
+        self._note_boundary(run_state, advance=False)
 
     def record_loss(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch, for the witness (0-d tensor; read later, on another thread)."""
@@ -233,6 +307,7 @@ class Engine:
                 attached.steps.take()
                 self.bus.emit(StepSkipped(iteration=self.iteration))
                 self.witness.take()
+                self._note_boundary(run_state)
             return False
         steps = attached.steps.take()
         self.iteration += 1
@@ -248,12 +323,13 @@ class Engine:
             self.recovery.end_iteration(witness.read(), misread)
             self.norms.give(self.recovery.norms_to_give() if self._skips_gradients else None)
             if not self.recovery.done:
+                self.serial += 1
                 return True
             self._end_recovery()
+        self._note_boundary(run_state)
         if misread and self._window is not None:
             self._window.broken = f"{misread[0]} was read in full precision, not only cast to 16 bits"
-        self._fall_back_to_dense_if_needed(steps)
-        window = self._open_window(run_state)
+        window = self._open_window(run_state, steps)
         if window is not None:
             attached.writer.capture(window, self.iteration, witness.read)
             if self._synchronous:
@@ -312,6 +388,63 @@ class Engine:
     def _before_update(self) -> None:
         self.hold()
         self.precision.pause()
+        if self.ranks.elastic:
+            # All gradients are complete everywhere, or nobody steps: the survivors of a loss are at one iteration.
+            self.ranks.control.vote("optimizer step")
+            self._clean = False
+
+    # --- when a rank is lost -------------------------------------------------------------------------------------
+
+    def _note_boundary(self, run_state: RunState, *, advance: bool = True) -> None:
+        """The state is dense and between two iterations."""
+        self.serial += advance
+        if self.tiers.journal is None:
+            return
+        attached = self._need()
+        tree, leaf = self._tree(run_state, weights=False)
+        extra = {**attached.planner.header(self.policy, self.serial).extra, "first_captured_at": time.time()}
+        fields = {
+            "serial": self.serial,
+            "iteration": self.iteration,
+            "tree": tree,
+            "extra": extra,
+            "copies": list(attached.shares.copies()),
+        }
+        self.tiers.journal.record(self.serial, flatten_tree(fields, clone=True, leaf=leaf))
+        self._clean = True
+
+    def _report(self) -> LiveReport:
+        """What this process holds besides windows."""
+        journal = self.tiers.journal
+        if journal is None:
+            return LiveReport()
+        last = journal.last() if self._clean else None
+        if last is not None:
+            return LiveReport(live=last.serial, boundaries=(last,), copies=last.copies)
+        left = tuple(journal.left_behind())
+        newest = max(left, key=lambda boundary: boundary.serial, default=None)
+        return LiveReport(boundaries=left, copies=newest.copies if newest is not None else ())
+
+    def _abandon(self) -> None:
+        """Give up the iteration in flight, the window being captured, and a replay under way."""
+        attached = self._attached
+        if attached is None:
+            return
+        window, self._window = self._window, None
+        try:
+            attached.thread.drain()
+        except Exception:
+            _log.exception("a capture failed while ranks were lost; its window is given up")
+        if window is not None and not (window.complete and attached.writer.newest_is(window)):
+            attached.writer.abandon(window)
+        if self.recovery is not None:
+            self.recovery.release()
+            self.recovery = None
+        self.precision.stop()
+        self.norms.give(None)
+        self.tiers.release_point()
+        if isinstance(self.policy, SparsePolicy):
+            self.policy.forget()
 
     def _after_update(self) -> None:
         self.precision.resume()
@@ -330,59 +463,84 @@ class Engine:
         self.norms.give(None)
         self.tiers.release_point()
 
-    def _fall_back_to_dense_if_needed(self, steps: Sequence[int]) -> None:
+    def _why_dense(self, steps: Sequence[int]) -> str:
+        """Why sparse windows could not be replayed exactly, or ""."""
         if self.policy.name != "sparse":
-            return
+            return ""
         attached = self._need()
-        reason = ""
         coupling = attached.live.couples_parameters()
         if coupling:
-            reason = f"{', '.join(coupling)} keeps state that belongs to no single parameter"
-        elif attached.steps.closure_calls > 1:
-            reason = "an optimizer evaluates its closure several times per step"
-        elif max(steps) > 1:
-            reason = f"an optimizer stepped {max(steps)} times within one iteration"
-        elif attached.steps.self_tuning:
+            return f"{', '.join(coupling)} keeps state that belongs to no single parameter"
+        across = attached.live.couples_shards()
+        if across:
+            return f"{', '.join(across)} couples the shards that different ranks hold"
+        if attached.steps.closure_calls > 1:
+            return "an optimizer evaluates its closure several times per step"
+        if max(steps) > 1:
+            return f"an optimizer stepped {max(steps)} times within one iteration"
+        if attached.steps.self_tuning:
             names = sorted(type(attached.live.optimizers[i]).__name__ for i in attached.steps.self_tuning)
-            reason = f"{', '.join(names)} changes its own settings from the state of all parameters"
-        if reason:
-            self.policy = DensePolicy()
-            self.say_once(f"{reason}: a sparse window could not be replayed exactly, so every iteration is dense now")
-            if self._window is not None:
-                self._window.broken = reason
+            return f"{', '.join(names)} changes its own settings from the state of all parameters"
+        return ""
 
-    def _open_window(self, run_state: RunState) -> OpenWindow | None:
+    def _fall_back_to_dense(self, reason: str) -> None:
+        self.policy = DensePolicy()
+        self.say_once(f"{reason}: a sparse window could not be replayed exactly, so every iteration is dense now")
+
+    def _open_window(self, run_state: RunState, steps: Sequence[int]) -> OpenWindow | None:
         """The window that the iteration that has just ended belongs to, beginning one if it is time."""
         attached = self._need()
         window, self._window = self._window, None
         signature = attached.live.signature()
-        if window is not None and not window.complete and not window.broken and window.signature != signature:
-            window.broken = "parameters were frozen, unfrozen or added"
-        if window is not None and window.broken:
-            self._give_up(window)
-        elif window is not None and not window.complete:
+        dense = self._why_dense(steps)
+        if window is not None and not window.complete and not window.broken:
+            if dense:
+                window.broken = dense
+            elif window.signature != signature:
+                window.broken = "parameters were frozen, unfrozen or added"
+        # Where other ranks capture on, a broken window is counted to its end: all begin the next one together.
+        if window is not None and not window.complete and not (window.broken and self.ranks.alone):
             self._window = window
             return window
+        behind = False
+        if window is not None and window.broken:
+            self._give_up(window)
         elif window is not None:
             self._given_up = 0
+            if not self.ranks.alone and self.tiers.safe(attached.writer.newest) < window.last_iteration:
+                behind, self._window = True, window
+        if not self.policy.begins(self.iteration):
+            return None
+        agreed = attached.planner.agree(self.iteration, attached.writer.newest, signature, dense, behind=behind)
+        if agreed.dense:
+            self._fall_back_to_dense(agreed.dense)
+        if not self.ranks.alone:
+            attached.writer.drop_older(agreed.newest)
+            self.tiers.agreed(agreed.newest, persist=agreed.persist)
+        if agreed.behind:  # a rank still commits its last window, or copies it to its peers
+            return None
+        plan = attached.planner.plan(self.policy, self.iteration, attached.writer.newest, agreed)
+        self._window = self._begin_window(plan, run_state, signature)
+        return self._window
+
+    def _begin_window(self, plan: WindowPlan, run_state: RunState, signature: tuple[int, ...]) -> OpenWindow | None:
+        attached = self._need()
+        header = attached.planner.header(self.policy, self.serial)
+        window = OpenWindow(
+            plan=plan, first_iteration=self.iteration, header=header, rest=None, static=None, signature=signature
+        )
         try:
-            plan = attached.planner.plan(self.policy, self.iteration, attached.writer.newest, signature)
-            if plan is None:
-                return None
-            self._window = OpenWindow(
-                plan=plan,
-                first_iteration=self.iteration,
-                header=attached.planner.header(self.policy),
-                rest=self._flatten(run_state),
-                static=attached.planner.static_part(),
-                signature=signature,
-            )
-            self.precision.window_began()
+            attached.planner.check_room(plan)
+            window.rest = self._flatten(run_state)
+            window.static = attached.planner.static_part()
         except (UnsupportedStateError, HostMemoryError) as error:
             # Everything was checked before the first step; what changed since must not end training.
             attached.planner.forget_static()
             self._say(f"no window begins at iteration {self.iteration}: {error}", warning=True)
-        return self._window
+            window.broken = str(error)
+            return None if self.ranks.alone else window
+        self.precision.window_began()
+        return window
 
     def _give_up(self, window: OpenWindow) -> None:
         attached = self._need()
@@ -400,8 +558,13 @@ class Engine:
             warning=self._given_up > 1 or ":" in window.broken,
         )
 
-    def _flatten(self, run_state: RunState) -> FlatTree:
+    def _tree(self, run_state: RunState, *, weights: bool) -> tuple[dict[str, Any], Callable[[object], Any]]:
         live = self._need().live
-        tree, leaf = capture_run_state(live, run_state.capture(), find_generators(run_state.generators()))
+        adapter = run_state.capture(weights=weights)
+        tree, leaf = capture_run_state(live, adapter, find_generators(run_state.generators()))
         tree["popularity"] = self._need().routing.popularity_state()
+        return tree, leaf
+
+    def _flatten(self, run_state: RunState) -> FlatTree:
+        tree, leaf = self._tree(run_state, weights=True)
         return flatten_tree(tree, clone=True, leaf=leaf)

@@ -35,17 +35,36 @@ class Persister:
         self._target = target
         self._bus = bus
         self._every = every_n_windows
-        self._count = 0
+        self._count = every_n_windows - 1  # the first one is persisted
         self._next: Manifest | None = None
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._working = False
         self._thread: threading.Thread | None = None
 
     def offer(self, manifest: Manifest) -> None:
-        """Capture thread: a window was committed."""
+        """A window was committed; this rank decides by itself."""
+        self.count()
+        if self.is_due:
+            self.persist(manifest)
+
+    def count(self) -> None:
+        """A window was committed."""
         self._count += 1
-        if (self._count - 1) % self._every:
-            return
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a window was committed that is to be persisted."""
+        return self._count >= self._every
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being persisted, or waits to be."""
+        with self._changed:
+            return self._next is None and not self._working
+
+    def persist(self, manifest: Manifest) -> None:
+        """Persist this committed window, in the background."""
+        self._count = 0
         with self._changed:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="moetion-persist", daemon=True)
@@ -71,6 +90,7 @@ class Persister:
                 while self._next is None and not self._closing:
                     self._changed.wait()
                 manifest, self._next = self._next, None
+                self._working = manifest is not None
             if manifest is None:
                 return
             started = time.perf_counter()
@@ -94,3 +114,5 @@ class Persister:
                 )
             finally:
                 self._source.unpin(manifest.iteration)
+                with self._changed:
+                    self._working = False

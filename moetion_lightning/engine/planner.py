@@ -12,8 +12,10 @@ from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.partition import OperatorSet, build_operators
 from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, Sizes, SparsePolicy, WindowPlan
 from moetion_lightning.core.state import LiveState
+from moetion_lightning.engine.ranks import Agreed, RankLayout, Ranks
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
 from moetion_lightning.engine.run_state import static_sample
+from moetion_lightning.engine.shares import Shares
 from moetion_lightning.engine.tiers import Tiers
 from moetion_lightning.engine.token_counts import TokenCounts
 from moetion_lightning.engine.writer import WindowHeader
@@ -37,6 +39,9 @@ class WindowPlanner:
         compute_dtype: Dtype that the forward consumes, by parameter.
         bus: Gets the events.
         say_once: Tells the user something, once.
+        ranks: The other ranks.
+        shares: Which operators this rank captures.
+        layout: How the state lies over the ranks.
     """
 
     def __init__(
@@ -48,7 +53,13 @@ class WindowPlanner:
         compute_dtype: dict[str, torch.dtype],
         bus: EventBus,
         say_once: Callable[[str], None],
+        ranks: Ranks,
+        shares: Shares,
+        layout: RankLayout,
     ) -> None:
+        self._ranks = ranks
+        self._shares = shares
+        self._layout = layout
         self._live = live
         self._routing = routing
         self._tiers = tiers
@@ -62,6 +73,8 @@ class WindowPlanner:
         self._static_digest = ""
         self._run_state_bytes = 0
         self._signature = live.signature()
+        self._restored = False
+        self._sizes = Sizes.of(live, compute_dtype)
         self.operators = self._find_operators()
 
     def prepare(self, policy: Policy, device: torch.device, run_state_bytes: int) -> None:
@@ -78,41 +91,73 @@ class WindowPlanner:
         self._run_state_bytes = run_state_bytes
         self._bandwidth = measure_bandwidth(torch.empty(_MEASURE_BYTES, dtype=torch.uint8), device)
         slots = policy.window if isinstance(policy, SparsePolicy) and isinstance(policy.window, int) else 1
-        full = sum(self._live.full_bytes(n) for n in self._live.trainable())
-        compute = sum(p.numel() * p.element_size() for p in self._live.parameters.values())
+        full = compute = 0
+        for name in self._live.trainable():
+            holders = len(self._layout.holders.get(name, ())) or 1  # each captures its share of a copy
+            weight = self._live.weight(name)
+            full += self._live.full_bytes(name) // holders
+            compute += weight.numel() * weight.element_size() // holders
         self._check_memory(full + compute * (slots - 1) // 2)
 
-    def plan(
-        self, policy: Policy, iteration: int, newest: Manifest | None, signature: tuple[int, ...]
-    ) -> WindowPlan | None:
-        """The window that begins with this iteration, or None.
+    def agree(
+        self, iteration: int, newest: Manifest | None, signature: tuple[int, ...], dense: str, *, behind: bool
+    ) -> Agreed:
+        """A window may begin: exchange what all ranks plan by.
 
         Args:
-            policy: Decides.
             iteration: Completed iterations.
-            newest: The newest committed window.
+            newest: The newest window that this rank has committed.
             signature: What trains now.
+            dense: Why this rank needs dense windows, else empty.
+            behind: Whether this rank's last window is not safe yet.
         """
         if signature != self._signature:
             self._signature = signature
             self._live.refresh()
-        if self._routing.settle() or self._live.trainable() != self._trainable:
+        if self._routing.settle(self._ranks.agree) or self._restored or self._live.trainable() != self._trainable:
+            self._restored = False
             self.operators = self._find_operators()
-        sizes = Sizes.of(self._live, self._compute_dtype)
+        self._sizes = Sizes.of(self._live, self._compute_dtype)
+        agreed = self._ranks.agree_on_window(
+            {
+                "iteration": iteration,
+                "iteration_seconds": self._pace.iteration_seconds,
+                "bytes_per_second": self._pace.bytes_per_second(self._bandwidth),
+                "capacity_bytes": self._tiers.window_capacity() - self._run_state_bytes,
+                "newest": self._tiers.safe(newest),
+                "behind": behind,
+                "persist": self._tiers.wants_to_persist(),
+                "dense": dense,
+                "tokens": self._routing.pending(),
+                "digests": "" if self._ranks.alone else self._shares.digest(self.operators.operators, self._sizes),
+            }
+        )
+        self._routing.add(agreed.tokens)
+        return agreed
+
+    def plan(self, policy: Policy, iteration: int, newest: Manifest | None, agreed: Agreed) -> WindowPlan:
+        """The window that begins with this iteration.
+
+        Args:
+            policy: Decides.
+            iteration: Completed iterations.
+            newest: The newest window that this rank has committed.
+            agreed: From :meth:`agree`, at the same iteration.
+        """
+        self._shares.settle(self.operators.operators, self._sizes, agreed.digests)
         context = self._routing.context(
             iteration=iteration,
-            operators=self.operators.operators,
-            sizes=sizes,
-            iteration_seconds=self._pace.iteration_seconds,
-            bytes_per_second=self._pace.bytes_per_second(self._bandwidth),
-            capacity_bytes=self._tiers.window_capacity() - self._run_state_bytes,
+            operators=self._shares.mine,
+            sizes=self._sizes,
+            iteration_seconds=agreed.iteration_seconds,
+            bytes_per_second=agreed.bytes_per_second,
+            capacity_bytes=agreed.capacity_bytes,
             newest=newest,
+            experts=self._experts(),
+            agree=self._ranks.agree,
         )
         plan = policy.plan(context)
-        if plan is None:
-            return None
         if plan.schedule is not None and plan.changed:
-            self._check_memory(plan.schedule.total_bytes)
             self._bus.emit(
                 ScheduleMade(
                     window=plan.schedule.window,
@@ -125,8 +170,34 @@ class WindowPlanner:
         self._routing.captured(plan)
         return plan
 
-    def header(self, policy: Policy) -> WindowHeader:
-        """What the manifest says besides the slots."""
+    def _experts(self) -> dict[str, tuple[int, ...]]:
+        """Experts of each layer on all ranks together."""
+        if self._layout.layers is not None:
+            return {layer.name: tuple(range(layer.num_experts)) for layer in self._layout.layers}
+        found: dict[str, set[int]] = {}
+        for op in self.operators.operators:
+            if op.layer is not None and op.expert is not None:
+                found.setdefault(op.layer, set()).add(op.expert)
+        return {layer: tuple(sorted(experts)) for layer, experts in found.items()}
+
+    def check_room(self, plan: WindowPlan) -> None:
+        """Refuse a new schedule's windows if host memory cannot hold them. Raises ``HostMemoryError``."""
+        if plan.schedule is not None and plan.changed:
+            self._check_memory(plan.schedule.total_bytes)
+
+    def restored(self) -> None:
+        """Another state was put in place, perhaps on other processes: nothing that was planned before counts."""
+        self._restored = True
+        self._static_digest = ""
+        self._shares.reset()
+
+    def header(self, policy: Policy, serial: int) -> WindowHeader:
+        """What the manifest says besides the slots.
+
+        Args:
+            policy: The policy.
+            serial: Number of the boundary at which the window begins.
+        """
         state: dict[str, Any] = {}
         if isinstance(policy, PartialExpertsPolicy):
             state = {"num_experts": policy.num_experts, "checkpoints": policy.checkpoints}
@@ -138,6 +209,8 @@ class WindowPlanner:
                 "compute_dtype": {n: str(d).removeprefix("torch.") for n, d in self._compute_dtype.items()},
                 "policy": state,
                 "routing": self._routing.state(),
+                "serial": serial,
+                "shares": list(self._shares.ranks),
             },
         )
 
@@ -148,7 +221,7 @@ class WindowPlanner:
         if digest == self._static_digest:
             return None
         self._static_digest = digest
-        return flatten_tree({n: self._live.parameters[n].detach() for n in names}, clone=True)
+        return flatten_tree({n: self._live.weight(n) for n in names}, clone=True)
 
     def forget_static(self) -> None:
         """The window that held the parameters that never train was given up."""
@@ -161,7 +234,13 @@ class WindowPlanner:
 
     def _find_operators(self) -> OperatorSet:
         live, layers = self._live, self._routing.layers
-        found = build_operators(live.module, layers, trainable=live.trainable(), sliceable=live.is_elementwise)
+        found = build_operators(
+            live.module,
+            layers,
+            trainable=live.trainable(),
+            sliceable=live.is_elementwise,
+            offsets=self._layout.offsets,
+        )
         self._bus.emit(
             OperatorsFound(
                 num_operators=len(found.operators),

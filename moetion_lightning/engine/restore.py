@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from moetion_lightning.core.local import local
 from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.reconstruct import CarriedSlot, SavedSlot
 from moetion_lightning.core.state import LiveState, TensorLoader
@@ -27,8 +28,8 @@ PARAMETER_REFERENCE = "moetion-parameter"
 
 
 def parameter_table(named_parameters: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """Dtype and shape of every parameter, as JSON."""
-    return {n: [str(p.dtype).removeprefix("torch."), list(p.shape)] for n, p in named_parameters.items()}
+    """Dtype and shape of every parameter in this process, as JSON."""
+    return {n: [str(p.dtype).removeprefix("torch."), list(local(p).shape)] for n, p in named_parameters.items()}
 
 
 def model_fingerprint(table: Mapping[str, Sequence[Any]]) -> str:
@@ -43,46 +44,86 @@ class RestorePoint:
     """Reads what a manifest names. Files are mapped, not copied; tensors stay valid while this object lives.
 
     Args:
-        manifest: The window's manifest, verified.
+        manifest: The manifest of this rank's window, verified.
         tier: Where its files are.
+        shares: Other ranks' windows of the same iterations, which hold the rest of the state that this rank shares with
+            them, and where their files are.
     """
 
-    def __init__(self, manifest: Manifest, tier: Tier) -> None:
+    def __init__(self, manifest: Manifest, tier: Tier, shares: Sequence[tuple[Manifest, Tier]] = ()) -> None:
         self.manifest = manifest
         self.tier = tier
-        self._views: dict[str, dict[str, Tensor]] = {}
+        self._parts = ((manifest, tier), *shares)
+        self._views: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._run_state: Any = None
-        self._operators = tuple(Operator.from_json(op) for op in manifest.operators)
+        self._operators = {id(part): tuple(Operator.from_json(op) for op in part.operators) for part, _ in self._parts}
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return (
+            f"the window of iterations {self.manifest.first_iteration}..{self.manifest.last_iteration} that was found"
+        )
+
+    @property
+    def extra(self) -> Mapping[str, Any]:
+        """What the manifest keeps beside the slots."""
+        return self.manifest.extra
+
+    @property
+    def captured_at(self) -> float:
+        """When the window's first iteration was captured, seconds since the epoch."""
+        return float(self.manifest.extra["first_captured_at"])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files."""
+        return sum(part.nbytes for part, _ in self._parts)
 
     @property
     def num_slots(self) -> int:
         """Iterations of the window."""
         return len(self.manifest.slots)
 
-    def slots(self) -> tuple[SavedSlot, ...]:
-        """The window's slots, in order."""
-        return tuple(
-            SavedSlot(
-                iteration=slot["iteration"],
-                active=tuple(self._operators[i] for i in slot["active"]),
-                frozen=tuple(self._operators[i] for i in slot["frozen"]),
-                scalars=slot["scalars"],
-                witness=slot["witness"],
-                load=self._loader(slot["file"]),
-            )
-            for slot in self.manifest.slots
+    def slots(self, known: Container[str] | None = None) -> tuple[SavedSlot, ...]:
+        """The window's slots, in order.
+
+        Args:
+            known: Names of this rank's parameters: operators of others are left out (other experts of a rank that
+                shares state with this one). None keeps all.
+        """
+        return tuple(self._slot(index, known) for index in range(self.num_slots))
+
+    def _slot(self, index: int, known: Container[str] | None) -> SavedSlot:
+        active: list[Operator] = []
+        frozen: list[Operator] = []
+        scalars: dict[str, Any] = {}
+        for part, _ in self._parts:
+            operators, slot = self._operators[id(part)], part.slots[index]
+            active += _of(known, (operators[i] for i in slot["active"]))
+            frozen += _of(known, (operators[i] for i in slot["frozen"]))
+            scalars.update(slot["scalars"])
+        own = self.manifest.slots[index]
+        return SavedSlot(
+            iteration=own["iteration"],
+            active=tuple(active),
+            frozen=tuple(frozen),
+            scalars=scalars,
+            witness=own["witness"],
+            load=self._loader([(part.slots[index]["file"], part, tier) for part, tier in self._parts]),
         )
 
-    def carried(self) -> tuple[CarriedSlot, ...]:
-        """Older captures that belong to the restore point (lossy policies)."""
+    def carried(self, known: Container[str] | None = None) -> tuple[CarriedSlot, ...]:
+        """Older captures that belong to the restore point (lossy policies); ``known`` as in :meth:`slots`."""
         return tuple(
             CarriedSlot(
                 iteration=entry["iteration"],
-                operators=tuple(self._operators[i] for i in entry["operators"]),
+                operators=tuple(_of(known, (self._operators[id(part)][i] for i in entry["operators"]))),
                 scalars=entry["scalars"],
-                load=self._loader(entry["file"]),
+                load=self._loader([(entry["file"], part, tier)]),
             )
-            for entry in self.manifest.extra.get("carried", [])
+            for part, tier in self._parts
+            for entry in part.extra.get("carried", [])
         )
 
     def run_state(self) -> Any:
@@ -153,12 +194,12 @@ class RestorePoint:
         """Put parameters that never train back."""
         with torch.no_grad():
             for name, value in self.static().items():
-                live.parameters[name].detach().copy_(value)
+                live.weight(name).copy_(value)
 
     def _static_cache(self) -> dict[str, Tensor]:
-        if "static" not in self._views:
-            self._views["static"] = self.static()
-        return self._views["static"]
+        if ("static",) not in self._views:
+            self._views["static",] = self.static()
+        return self._views["static",]
 
     def _resolve(self, reference: Any) -> Any:
         kind, name = reference
@@ -168,13 +209,22 @@ class RestorePoint:
     def _path(self, file: str) -> Path:
         return self.tier.local_path(self.manifest.file(file))
 
-    def _loader(self, file: str) -> TensorLoader:
+    def _loader(self, files: Sequence[tuple[str, Manifest, Tier]]) -> TensorLoader:
+        key = tuple(f"{part.rank}/{file}" for file, part, _ in files)
+
         def load(name: str) -> Tensor:
-            if file not in self._views:
-                self._views[file] = _map_file(self._path(file))
-            return self._views[file][name]
+            if key not in self._views:
+                views: dict[str, Tensor] = {}
+                for file, part, tier in files:
+                    views |= _map_file(tier.local_path(part.file(file)))
+                self._views[key] = views
+            return self._views[key][name]
 
         return load
+
+
+def _of(known: Container[str] | None, operators: Iterable[Operator]) -> list[Operator]:
+    return [op for op in operators if known is None or all(piece.parameter in known for piece in op.pieces)]
 
 
 def _map_file(path: Path) -> dict[str, Tensor]:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from moetion_lightning.core.local import local
 from moetion_lightning.core.run_state import find_generators, get_rng, read_buffers, set_rng, write_buffers
 from moetion_lightning.core.state import LiveState
+from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.restore import PARAMETER_REFERENCE, RestorePoint
 from moetion_lightning.errors import ForeignWindowError
 
@@ -33,12 +35,13 @@ def capture_run_state(
         generators: Random number generators of user objects.
     """
     names = {id(p): n for n, p in live.parameters.items()}
-    by_storage = {(p.data_ptr(), tuple(p.shape), p.dtype): n for n, p in live.parameters.items() if p.numel()}
+    weights = {n: live.weight(n) for n in live.parameters}
+    by_storage = {(w.data_ptr(), tuple(w.shape), w.dtype): n for n, w in weights.items() if w.numel()}
 
     def leaf(value: object) -> Any:
         if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
             name = by_storage.get((value.data_ptr(), tuple(value.shape), value.dtype))
-            if name is not None and value.is_contiguous() == live.parameters[name].is_contiguous():
+            if name is not None and value.is_contiguous() == weights[name].is_contiguous():
                 return [PARAMETER_REFERENCE, name]
         return NotImplemented
 
@@ -86,9 +89,9 @@ class EngineState:
     policy: Mapping[str, Any]
 
     @classmethod
-    def of(cls, point: RestorePoint) -> EngineState:
+    def of(cls, point: RestorePoint | LivePoint) -> EngineState:
         """Read it."""
-        extra = point.manifest.extra
+        extra = point.extra
         return cls(
             tree=point.run_state(),
             compute_dtype={n: getattr(torch, d) for n, d in extra["compute_dtype"].items()},
@@ -140,7 +143,10 @@ class EngineState:
         gradients = self.tree["adapter"].get("gradients") if isinstance(self.tree["adapter"], Mapping) else None
         for name, parameter in live.parameters.items():
             saved_gradient = gradients.get(name) if gradients else None
-            parameter.grad = None if saved_gradient is None else saved_gradient.to(parameter.device)
+            parameter.grad = None
+            if saved_gradient is not None:
+                parameter.grad = torch.zeros_like(parameter)
+                local(parameter.grad).copy_(saved_gradient)
         set_rng(self.tree["rng"], find_generators(roots))
 
 
@@ -175,7 +181,7 @@ def static_sample(live: LiveState, names: Sequence[str]) -> str:
     """
     digest = xxhash.xxh3_64()
     for name in names:
-        flat = live.parameters[name].detach().reshape(-1)
+        flat = live.weight(name).reshape(-1)
         step = max(1, flat.numel() // _SAMPLE_ELEMENTS)
         digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from moetion_lightning.config import EngineConfig, default_memory_dir
+from moetion_lightning.distributed.restore_choice import Live
+from moetion_lightning.engine.group_restore import GroupRestore, LiveReport
+from moetion_lightning.engine.journal import Journal, LivePoint
+from moetion_lightning.engine.peers import Peers
 from moetion_lightning.engine.persist import Persister
+from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.errors import HostMemoryError
 from moetion_lightning.events import EventBus, Notice, RestoreStarted
@@ -19,6 +26,7 @@ from moetion_lightning.store.tier import Tier, choose_window
 __all__ = ["Tiers"]
 
 _log = logging.getLogger(__name__)
+_Point = TypeVar("_Point", RestorePoint, LivePoint, RestorePoint | None)
 
 
 class Tiers:
@@ -28,69 +36,138 @@ class Tiers:
         config: Settings.
         job: Identity of the job.
         bus: Gets the events.
+        ranks: The other ranks.
     """
 
-    def __init__(self, config: EngineConfig, job: str, bus: EventBus) -> None:
+    def __init__(self, config: EngineConfig, job: str, bus: EventBus, ranks: Ranks) -> None:
+        self._ranks = ranks
+        rank, world_size = ranks.control.rank, ranks.control.world_size
         self._config = config
         self._bus = bus
         base = Path(config.memory_dir) if config.memory_dir is not None else default_memory_dir()
-        self.host = HostMemoryTier(base, job, rank=0, world_size=1)
+        self.host = HostMemoryTier(base, job, rank=rank, world_size=world_size)
         self.disk: DirectoryTier | None = None
         if config.persist_dir is not None:
-            self.disk = DirectoryTier(config.persist_dir, job, rank=0, world_size=1, keep=config.keep_persisted)
-        self.point: RestorePoint | None = None
+            self.disk = DirectoryTier(
+                config.persist_dir,
+                job,
+                rank=rank,
+                world_size=world_size,
+                keep=max(config.keep_persisted, 1 if ranks.alone else 2),
+            )
+        self.point: RestorePoint | LivePoint | None = None
+        #: Run states between iterations, where a replaced rank needs them.
+        self.journal: Journal | None = None
+        #: Where the restore point came from.
+        self.origin = ""
+        self.peers: Peers | None = None
         self._persister: Persister | None = None
         self._opened = False
 
-    def open(self) -> RestorePoint | None:
-        """Open the tiers; find and verify the newest window of this job."""
+    def open(self, report: Callable[[], LiveReport]) -> RestorePoint | LivePoint | None:
+        """Open the tiers; find and verify the newest window of this job.
+
+        Args:
+            report: Says what this process holds besides windows.
+        """
         self.host.open()
         self._opened = True
         try:
-            return self._find()
+            return self._find(report)
         except BaseException:
             self.host.close()
             raise
 
-    def _find(self) -> RestorePoint | None:
+    def _find(self, report: Callable[[], LiveReport]) -> RestorePoint | LivePoint | None:
         for stale in clean_stale(
             self.host.base_dir, older_than_seconds=self._config.stale_after_seconds, keep=(self.host.job,)
         ):
             _log.info("reclaimed the host memory of dead job %s (%d bytes)", stale.name, stale.nbytes)
-        tiers: list[Tier] = [self.host]
         if self.disk is not None:
             self.disk.open()
             self._persister = Persister(self.host, self.disk, self._bus, self._config.persist_every_n_windows)
-            if self.disk.completed:
-                _log.info("%s holds the last window of a run that completed: starting afresh", self.disk.url)
-            else:
-                tiers.append(self.disk)
+        if not self._ranks.alone:
+            self.peers = Peers(self._config, self._ranks, self.host, self._bus)
+            return self.find_together(report, first=True)
         if self._config.resume == "never":
             return None
-        choice = choose_window(tiers, job=self.host.job)
+        return self._announce(self._choose_alone())
+
+    def find_together(self, report: Callable[[], LiveReport], *, first: bool) -> RestorePoint | LivePoint | None:
+        """All ranks: agree where to continue, at the start and whenever ranks were replaced.
+
+        Args:
+            report: Says what this process holds besides windows.
+            first: Whether this process starts now.
+        """
+        assert self.peers is not None
+        self.peers.open()
+        if self.journal is None and self._ranks.elastic:
+            self.journal = Journal(self.peers.service.keep_note, self.peers.service.own_note)
+        if first and self._config.resume == "never" and not self._ranks.replaced:
+            return None
+        restore = GroupRestore(self._ranks, self.peers, self.host, self._usable_disk())
+        mine = report()
+        found = restore.find(mine)
+        if isinstance(found, Live):
+            boundary = next(b for b in mine.boundaries if b.serial == found.iteration)
+            self.origin = "live state" if found.sources[self.host.rank] is None else "live state of a replica"
+            return self._announce(LivePoint(boundary=boundary, sources=found.sources))
+        if found is None:
+            return None
+        own, *others = found
+        self.origin = own.origin
+        return self._announce(RestorePoint(own.manifest, own.tier, [(part.manifest, part.tier) for part in others]))
+
+    def _usable_disk(self) -> DirectoryTier | None:
+        if self.disk is not None and self.disk.completed:
+            _log.info("%s holds the last window of a run that completed: starting afresh", self.disk.url)
+            return None
+        return self.disk
+
+    def _choose_alone(self) -> RestorePoint | None:
+        disk = self._usable_disk()
+        choice = choose_window([self.host, *([disk] if disk else [])], job=self.host.job)
         if choice is None:
             return None
-        manifest, tier = choice.manifest, choice.tier
         for problem in choice.problems:
             _log.warning("passed over: %s", problem)
             self._bus.emit(Notice(message=f"passed over: {problem}"))
-        self.point = RestorePoint(manifest, tier)
+        self.origin = choice.tier.name
+        return RestorePoint(choice.manifest, choice.tier)
+
+    def _announce(self, point: _Point) -> _Point:
+        self.point = point
+        if isinstance(point, LivePoint):
+            _log.info("rank %d continues after iteration %d: %s", self.host.rank, point.boundary.iteration, self.origin)
+            self._bus.emit(
+                RestoreStarted(
+                    first_iteration=point.boundary.iteration,
+                    last_iteration=point.boundary.iteration,
+                    tier=self.origin,
+                    nbytes=0,
+                )
+            )
+        if not isinstance(point, RestorePoint):
+            return point
+        manifest = point.manifest
         age = max(0.0, time.time() - manifest.created_at)
-        _log.info(
+        _log.log(
+            logging.INFO if manifest.rank == 0 else logging.DEBUG,
             "found the window of iterations %d..%d of job %s in %s (%.1f MB, %.0f s old, checksums verified): "
             "restoring iteration %d, then replaying %d iterations to rebuild the dense state",
-            manifest.first_iteration, manifest.last_iteration, manifest.job, tier.name, manifest.nbytes / 1e6, age,
+            manifest.first_iteration, manifest.last_iteration, manifest.job, self.origin, point.nbytes / 1e6, age,
             manifest.first_iteration, len(manifest.slots) - 1,
         )  # fmt: skip
         self._bus.emit(
             RestoreStarted(
                 first_iteration=manifest.first_iteration,
                 last_iteration=manifest.last_iteration,
-                tier=tier.name,
-                nbytes=manifest.nbytes,
+                tier=self.origin,
+                nbytes=point.nbytes,
             )
         )
-        return self.point
+        return point
 
     def release_point(self) -> None:
         """The restore point has been used."""
@@ -100,6 +177,10 @@ class Tiers:
         """A fresh run begins: windows of an earlier run of the same job must never be restored into it."""
         self.point = None
         tiers: list[Tier] = [self.host, *([self.disk] if self.disk is not None else [])]
+        if self.peers is not None:
+            self.peers.service.forget_windows()
+        if self.journal is not None:
+            self.journal.forget()
         for tier in tiers:
             for iteration in tier.windows():
                 _log.info("dropping window %d of an earlier run from %s", iteration, tier.name)
@@ -109,8 +190,47 @@ class Tiers:
 
     def on_commit(self, manifest: Manifest) -> None:
         """A window was committed in host memory (capture thread)."""
-        if self._persister is not None:
+        if self.peers is not None:
+            self.peers.offer(manifest)
+            if self._persister is not None:
+                self._persister.count()
+        elif self._persister is not None:
             self._persister.offer(manifest)
+
+    def offer_again(self, manifest: Manifest) -> None:
+        """A predecessor's window was restored: make sure that the peers have it."""
+        if self.peers is not None:
+            self.peers.offer(manifest)
+
+    def safe(self, newest: Manifest | None) -> int:
+        """Last iteration of the newest window that is committed here and copied to the peers; -1 if there is none.
+
+        Args:
+            newest: The newest window that was committed here.
+        """
+        if newest is None:
+            return -1
+        if self.peers is not None and not self.peers.holding(newest.last_iteration):
+            return newest.first_iteration - 1  # older windows are kept until this one is safe
+        return newest.last_iteration
+
+    def wants_to_persist(self) -> bool | None:
+        """Whether the next window that all ranks have is to be persisted; None while one is on its way."""
+        if self._persister is None or not self._persister.idle:
+            return None
+        return self._persister.is_due
+
+    def agreed(self, newest: int, *, persist: bool) -> None:
+        """All ranks have a window, and persist it or not: the windows on storage are of the same iterations.
+
+        Args:
+            newest: Last iteration of the newest window that all ranks have.
+            persist: Whether it is time to persist it.
+        """
+        if self.peers is not None:
+            self.peers.drop_others()
+        if persist and self._persister is not None and newest in self.host.windows():
+            self._persister.persist(self.host.read_manifest(newest))
 
     def window_capacity(self) -> int:
         """Bytes that one window may take, with as many windows as exist at the same time."""
@@ -133,13 +253,15 @@ class Tiers:
     @property
     def _num_windows(self) -> int:
         """The committed one, the one being captured and, with a storage tier, those being or to be persisted."""
+        held = 3 * len(self.peers.holds) if self.peers is not None else 0
         if self.disk is None:
-            return 2
-        return 3 if self._config.persist_every_n_windows == 1 else 4
+            return 2 + held
+        return held + (3 if self._config.persist_every_n_windows == 1 else 4)
 
     def _room(self) -> int:
         # Free buffers of this process count as free there and as used here.
-        return self.host.free_bytes() + self.host.used_bytes() - self.host.pooled_bytes()
+        free = self.host.free_bytes() // self._ranks.local_size
+        return free + self.host.used_bytes() - self.host.pooled_bytes()
 
     def close(self, *, completed: bool) -> None:
         """Finish persisting, then let go: keep the windows, or remove them if training is complete."""
@@ -150,6 +272,12 @@ class Tiers:
                 if completed and self.disk is not None:
                     self.disk.mark_completed()
         finally:
+            if self.journal is not None:
+                self.journal.close()
+                self.journal = None
+            if self.peers is not None:
+                self.peers.close(completed=completed)
+                self.peers = None
             if completed and self._opened:
                 self.host.destroy()
             self.host.close()

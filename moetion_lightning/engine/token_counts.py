@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import logging
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from moetion_lightning.core.layouts import MoELayer
 from moetion_lightning.core.lost_tokens import LostTokens
-from moetion_lightning.core.operators import Operator, OperatorKind
+from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, PolicyContext, Sizes, WindowPlan
 from moetion_lightning.core.popularity import Popularity
 from moetion_lightning.core.token_counter import TokenCounter
@@ -31,10 +34,12 @@ class TokenCounts:
     Args:
         module: The module that trains.
         layers: Its MoE layers, candidates included.
+        counted: Whether the tokens of this rank count (not, where another rank sees the same ones).
     """
 
-    def __init__(self, module: nn.Module, layers: Sequence[MoELayer]) -> None:
+    def __init__(self, module: nn.Module, layers: Sequence[MoELayer], *, counted: bool = True) -> None:
         self.layers: tuple[MoELayer, ...] = tuple(layers)
+        self._counted = counted
         self._counter = TokenCounter(module, layers)
         self._settled = not layers
         self._pending: list[Tensor] = []
@@ -53,15 +58,21 @@ class TokenCounts:
         if self.layers:
             self._pending.append(self._counter.drain())
 
-    def settle(self) -> bool:
-        """After the first iteration the layers are confirmed by what ran. Returns whether that changed them."""
+    def settle(self, agree: Callable[[str, Any], list[Any]]) -> bool:
+        """After the first iteration the layers are confirmed by what ran. Returns whether that changed them.
+
+        Args:
+            agree: Gives every rank's value: a layer is one if all ranks found it.
+        """
         if self._settled:
             return False
         self._settled = True
         self._counter.settle()
         for layer, reason in self._counter.rejected:
             _log.info("%s is not taken for an MoE layer: %s", layer.name, reason)
-        confirmed = tuple(self._counter.layers)
+        found = self._counter.layers
+        everywhere = [set(names) for names in agree("layers", [layer.name for layer in found])]
+        confirmed = tuple(layer for layer in found if all(layer.name in names for names in everywhere))
         if [layer.name for layer in confirmed] == [layer.name for layer in self.layers]:
             return False
         self.layers = confirmed
@@ -69,13 +80,35 @@ class TokenCounts:
         self.popularity = self._new_popularity()
         return True
 
-    def _flush(self) -> None:
+    def pending(self) -> str:
+        """This rank's counts of the iterations since the last window, as text for the other ranks."""
         shape = self.lost.unsaved.shape
-        for counts in self._pending:
-            on_host = counts.to("cpu", torch.int64)[: shape[0], : shape[1]]
-            self.popularity.update(on_host)
-            self.lost.count(on_host)
+        counts = [self._on_host(c) if self._counted else torch.zeros(shape, dtype=torch.int64) for c in self._pending]
         self._pending = []
+        stacked = torch.stack(counts) if counts else torch.zeros(0, *shape, dtype=torch.int64)
+        return base64.b64encode(zlib.compress(stacked.numpy().tobytes(), 1)).decode()
+
+    def add(self, ranks: Sequence[str]) -> None:
+        """Sum what :meth:`pending` gave on every rank, iteration by iteration."""
+        shape = self.lost.unsaved.shape
+        if not shape.numel():
+            return
+        total = sum(
+            np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.int64).reshape(-1, *shape) for text in ranks
+        )
+        for counts in torch.from_numpy(np.array(total)):
+            self.popularity.update(counts)
+            self.lost.count(counts)
+
+    def _on_host(self, counts: Tensor) -> Tensor:
+        shape = self.lost.unsaved.shape
+        rows = {layer.name: row for layer, row in zip(self._counter.layers, counts.to("cpu", torch.int64))}
+        result = torch.zeros(shape, dtype=torch.int64)
+        for index, layer in enumerate(self.layers):
+            if layer.name in rows:
+                width = min(shape[1], rows[layer.name].numel())
+                result[index, :width] = rows[layer.name][:width]
+        return result
 
     def context(
         self,
@@ -87,9 +120,10 @@ class TokenCounts:
         bytes_per_second: float,
         capacity_bytes: int,
         newest: Manifest | None,
+        experts: Mapping[str, tuple[int, ...]],
+        agree: Callable[[str, Any], list[Any]],
     ) -> PolicyContext:
         """What a policy may look at now."""
-        self._flush()
         counts = [
             [self.popularity.tokens(row, expert) for expert in range(self.lost.unsaved.shape[1])]
             for row in range(len(self.layers))
@@ -112,17 +146,19 @@ class TokenCounts:
             capacity_bytes=capacity_bytes,
             lost=self.lost,
             saved=_saved(newest, operators),
+            experts=experts,
+            agree=agree,
         )
 
     def captured(self, plan: WindowPlan) -> None:
-        """A window begins: its active experts are saved as of now."""
+        """A window begins: its experts (on all ranks together) are saved as of now."""
+        if plan.experts is None:
+            self.lost.unsaved.zero_()
+            return
         rows = {layer.name: row for row, layer in enumerate(self.layers)}
-        for slot in plan.slots:
-            for op in slot.active:
-                if op.kind is OperatorKind.EXPERT and op.layer in rows:
-                    experts = [op.expert] if op.expert is not None else range(self.lost.unsaved.shape[1])
-                    for expert in experts:
-                        self.lost.saved(rows[op.layer], expert)
+        for layer, expert in plan.experts:
+            if layer in rows:
+                self.lost.saved(rows[layer], expert)
 
     def state(self) -> dict[str, Any]:
         """JSON, for a manifest."""
@@ -138,6 +174,8 @@ class TokenCounts:
     def load_state(self, state: EngineState) -> None:
         """Continue the counts of an earlier process."""
         names = state.routing["layers"]
+        self._pending = []
+        self._counter.reset()
         if names != [layer.name for layer in self.layers]:
             kept = [layer for layer in self.layers if layer.name in names]
             if [layer.name for layer in kept] != names:
@@ -145,6 +183,7 @@ class TokenCounts:
             self.layers = tuple(kept)
             self.lost = self._new_lost()
             self.popularity = self._new_popularity()
+        self._settled = True  # the earlier process has confirmed them
         self.lost.load_state_dict(state.routing["lost"])
         self.popularity.load_state_dict(state.tree["popularity"])
 

@@ -60,7 +60,7 @@ class OpenWindow:
     plan: WindowPlan
     first_iteration: int
     header: WindowHeader
-    rest: FlatTree
+    rest: FlatTree | None
     static: FlatTree | None
     signature: tuple[int, ...]
     started: float = field(default_factory=time.perf_counter)
@@ -71,6 +71,11 @@ class OpenWindow:
     slots: list[dict[str, Any]] = field(default_factory=list)
     rest_record: FileRecord | None = None
     static_record: FileRecord | None = None
+
+    @property
+    def last_iteration(self) -> int:
+        """The iteration with which it ends."""
+        return self.first_iteration + len(self.plan.slots) - 1
 
     @property
     def complete(self) -> bool:
@@ -91,6 +96,7 @@ class WindowWriter:
         bus: Gets the events.
         pace: Learns the bandwidth.
         on_commit: Called with each committed manifest, on the capture thread.
+        keeps_older: Whether older windows stay until :meth:`drop_older`: other ranks may still need theirs.
     """
 
     def __init__(
@@ -102,7 +108,10 @@ class WindowWriter:
         bus: EventBus,
         pace: Pace,
         on_commit: Callable[[Manifest], None],
+        *,
+        keeps_older: bool = False,
     ) -> None:
+        self._keeps_older = keeps_older
         self._tier = tier
         self._thread = thread
         self._live = live
@@ -119,9 +128,18 @@ class WindowWriter:
         """The newest window that this writer or its predecessor committed."""
         return self._newest
 
+    def newest_is(self, window: OpenWindow) -> bool:
+        """Whether this window was committed."""
+        return self._newest is not None and self._newest.first_iteration == window.first_iteration
+
     def adopt(self, manifest: Manifest) -> None:
         """A predecessor's window on this tier is the newest one; it is dropped after the next commit."""
         self._newest = manifest
+
+    def drop_older(self, iteration: int) -> None:
+        """All ranks have committed the window of this iteration: older ones have served."""
+        for older in [it for it in self._tier.windows() if it < iteration]:
+            self._tier.drop(older)
 
     def capture(self, window: OpenWindow, iteration: int, witness: Callable[[], dict[str, Any]]) -> None:
         """Training thread: hand the window's next slot to the capture thread.
@@ -170,6 +188,7 @@ class WindowWriter:
 
     def write_run_state(self, window: OpenWindow) -> None:
         """Write what is no operator."""
+        assert window.rest is not None
         uid = self.uid(window.first_iteration, "rest")
         window.rest_record = self._tier.write(uid, window.rest.to_bytes())
         if window.static is not None:
@@ -218,8 +237,9 @@ class WindowWriter:
             on_stage=lambda stage: self._bus.emit(ManifestWritten(iteration=iteration, committed=stage == "committed")),
         )
         self._newest = manifest
-        for older in previous:
-            self._tier.drop(older)
+        if not self._keeps_older:
+            for older in previous:
+                self._tier.drop(older)
         self._bus.emit(
             WindowCommitted(
                 first_iteration=window.first_iteration,

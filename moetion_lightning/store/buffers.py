@@ -192,6 +192,11 @@ class BufferPool:
         self._buffers[buffer.name] = buffer
         return buffer
 
+    def delete(self, buffer: HostBuffer) -> None:
+        """Delete a free buffer and its file."""
+        self._buffers.pop(buffer.name, None)
+        buffer.delete()
+
     def put_back(self, buffer: HostBuffer) -> None:
         """Mark a buffer free."""
         buffer.state = BufferState.FREE
@@ -202,7 +207,7 @@ class BufferPool:
         for buffer in self._free():
             buffer.idle_commits += 1
             if buffer.idle_commits > _MAX_IDLE_COMMITS:
-                self._delete(buffer)
+                self.delete(buffer)
 
     def free_bytes(self) -> int:
         """Bytes in free buffers."""
@@ -234,7 +239,7 @@ class BufferPool:
                 return True
         except HostMemoryError:
             pass  # its own pages are given up below; a new file may fit then
-        self._delete(buffer)
+        self.delete(buffer)
         return False
 
     def _create(self, path: Path, nbytes: int) -> HostBuffer:
@@ -247,11 +252,7 @@ class BufferPool:
                 free = self._free()
                 if not free:
                     raise
-                self._delete(max(free, key=lambda b: b.nbytes))
-
-    def _delete(self, buffer: HostBuffer) -> None:
-        self._buffers.pop(buffer.name, None)
-        buffer.delete()
+                self.delete(max(free, key=lambda b: b.nbytes))
 
 
 def _as_tensor(memory: mmap.mmap) -> torch.Tensor:

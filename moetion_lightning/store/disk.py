@@ -62,6 +62,7 @@ class DirectoryTier:
         url = os.fspath(url)
         self.url = url
         self.job, self.rank, self.world_size, self.keep = job, rank, world_size, keep
+        self._storage_options = storage_options
         self._root: Root
         if is_local_url(url):
             self.name = "disk"
@@ -72,6 +73,12 @@ class DirectoryTier:
         self._set = WindowSet(self._root, job=job, rank=rank)
         self._known: set[FileRecord] = set()  # written or read whole by this process
         self._is_created = False
+
+    def of_rank(self, rank: int) -> DirectoryTier:
+        """The tier of another rank of the same job, to read from."""
+        return DirectoryTier(
+            self.url, self.job, rank, self.world_size, keep=self.keep, storage_options=self._storage_options
+        )
 
     @property
     def location(self) -> str:

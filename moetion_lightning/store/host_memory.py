@@ -32,7 +32,7 @@ from moetion_lightning.store.jobs import (
 from moetion_lightning.store.local import LocalRoot
 from moetion_lightning.store.manifest import FILE_NAME, FileRecord, Manifest, bytes_checksum
 from moetion_lightning.store.retention import files_to_drop
-from moetion_lightning.store.windows import WindowSet, rank_dir
+from moetion_lightning.store.windows import WindowSet, rank_dir, replica_dir
 
 __all__ = ["HostBuffer", "HostMemoryTier", "JobInfo", "clean_stale", "find_jobs"]
 
@@ -49,15 +49,24 @@ class HostMemoryTier:
         job: name of the job: letters, digits and ``._-``.
         rank: global rank.
         world_size: number of ranks of the job.
+        holder: the rank that keeps the windows, when they are copies of another rank's (``rank`` is the owner).
     """
 
     name = "host memory"
 
-    def __init__(self, base_dir: Path | str | None, job: str, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        base_dir: Path | str | None,
+        job: str,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        holder: int | None = None,
+    ) -> None:
         default, is_default_fallback = default_base_dir()
         self.base_dir = default if base_dir is None else Path(base_dir)
         self.is_fallback = base_dir is None and is_default_fallback
-        self.path = self.base_dir / rank_dir(job, rank)
+        self.path = self.base_dir / (rank_dir(job, rank) if holder is None else replica_dir(job, rank, holder))
         self.job, self.rank, self.world_size = job, rank, world_size
         self._root = LocalRoot(self.path)
         self._set = WindowSet(self._root, job=job, rank=rank)
@@ -130,6 +139,34 @@ class HostMemoryTier:
         with self._mutex:
             self._require_open()
             return self._pool.acquire(self._free_path(uid), nbytes)
+
+    def acquire_copy(self, record: FileRecord) -> HostBuffer:
+        """A buffer for the copy of a file that exists elsewhere, under the name that it has there.
+
+        Args:
+            record: the file.
+
+        Returns:
+            The buffer. Its content is arbitrary.
+
+        Raises:
+            HostMemoryError: there is no room.
+            StoreError: a file of that name is in use here, or the tier is not open.
+        """
+        with self._mutex:
+            self._require_open()
+            path = self._root.files_dir / record.name
+            old = self._pool.get(record.name)
+            if record.name in self._in_use() or (old is not None and old.state is not BufferState.FREE):
+                raise StoreError(
+                    f"{path}: the file is in use, a copy cannot take its name. Wait for the other copy to end, or drop "
+                    "the window that needs the file."
+                )
+            if old is not None:
+                self._pool.delete(old)
+            else:
+                self._root.remove_file(record.name)  # of no committed window
+            return self._pool.acquire(path, record.nbytes)
 
     def seal(self, buffer: HostBuffer, layout: SnapshotLayout | None = None) -> FileRecord:
         """Make a captured file immutable: write its header and compute its checksum.

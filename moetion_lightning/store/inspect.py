@@ -42,12 +42,12 @@ class WindowReport:
 
 @dataclass(frozen=True, kw_only=True)
 class RootReport:
-    """What one rank of one job has on one tier.
+    """What one rank of one job has on one tier: its own windows, or its copies of another rank's.
 
     Args:
         path: the rank directory.
         job: name of the job (the directory's, when no manifest is readable).
-        rank_name: ``rank-00000``.
+        rank_name: ``rank-00000``, or ``replica-00003-at-00000`` for rank 0's copies of rank 3's windows.
         pid: process that owned it last, if known.
         alive: whether a live process holds its lock.
         completed: whether training ended as planned.
@@ -75,7 +75,7 @@ class StoreReport:
 
     Args:
         path: what was inspected.
-        roots: one entry a rank.
+        roots: one entry a rank and one a replica.
     """
 
     path: str

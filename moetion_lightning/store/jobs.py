@@ -186,11 +186,11 @@ def read_job_note(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class JobInfo:
-    """What one rank of one job has in host memory.
+    """What one rank of one job has in host memory: its own windows, or its copies of another rank's.
 
     Args:
         name: job.
-        rank_name: ``rank-00000``.
+        rank_name: ``rank-00000``, or ``replica-00003-at-00000`` for rank 0's copies of rank 3's windows.
         path: the rank directory.
         pid: process that owned it last, if known.
         alive: whether a live process holds its lock.
@@ -210,7 +210,7 @@ class JobInfo:
 
 
 def find_jobs(base_dir: Path | None = None) -> list[JobInfo]:
-    """All jobs of this user in host memory, live and dead, one entry a rank.
+    """All jobs of this user in host memory, live and dead, one entry a rank and one a replica.
 
     Args:
         base_dir: None for the default one.
@@ -289,7 +289,8 @@ def _rank_dirs(base: Path) -> Iterator[Path]:
     with explain_os_errors("list", base):
         for job in sorted(base.iterdir()):
             if job.is_dir() and not job.is_symlink():
-                yield from sorted(p for p in job.glob("rank-*") if p.is_dir() and not p.is_symlink())
+                found = (p for pattern in ("rank-*", "replica-*") for p in job.glob(pattern))
+                yield from sorted(p for p in found if p.is_dir() and not p.is_symlink())
 
 
 def _describe(path: Path) -> JobInfo:

@@ -182,7 +182,7 @@ class LocalRoot:
     """The tier root of one rank in a local directory. See :class:`~moetion_lightning.store.windows.Root`.
 
     Args:
-        path: ``<base>/<job>/rank-00000``.
+        path: ``<base>/<job>/rank-00000`` or ``<base>/<job>/replica-00003-at-00000``.
     """
 
     def __init__(self, path: Path) -> None:

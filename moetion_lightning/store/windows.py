@@ -15,7 +15,7 @@ from moetion_lightning.errors import (
 )
 from moetion_lightning.store.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest
 
-__all__ = ["Root", "WindowSet", "rank_dir"]
+__all__ = ["Root", "WindowSet", "rank_dir", "replica_dir"]
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
@@ -33,6 +33,22 @@ def rank_dir(job: str, rank: int) -> str:
     if rank < 0:
         raise ConfigurationError(f"rank={rank}: ranks count from 0.")
     return f"{job}/rank-{rank:05d}"
+
+
+def replica_dir(job: str, owner: int, holder: int) -> str:
+    """``<job>/replica-00003-at-00000``, where rank ``holder`` keeps copies of rank ``owner``'s windows.
+
+    The holder is in the name because ranks of several hosts may share one base directory.
+
+    Raises:
+        ConfigurationError: as :func:`rank_dir`, or both are the same rank.
+    """
+    if owner == holder:
+        raise ConfigurationError(
+            f"rank {holder} keeps no replicas of its own windows. Choose another rank to hold them."
+        )
+    rank_dir(job, holder)
+    return f"{rank_dir(job, owner).replace('/rank-', '/replica-')}-at-{holder:05d}"
 
 
 class Root(Protocol):

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moetion_lightning.core.local import local
+
 __all__ = [
     "Comparison",
     "compare_losses",
@@ -49,6 +51,9 @@ class Comparison:
 def flatten_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All parameters, buffers and optimizer state of a run, by name.
 
+    Of distributed tensors it takes this rank's shard, so that each rank's state is written and compared by itself.
+    FSDP2 modules are resharded for that: after a forward without backward (validation) they show gathered weights.
+
     Args:
         module: The module that trained.
         optimizers: Its optimizers (raw ``torch.optim`` objects).
@@ -57,9 +62,13 @@ def flatten_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> tu
         Tensors (``parameter:NAME``, ``buffer:NAME``, ``optimizer:I:NAME:ENTRY``; views of the live state) and the
         values that are not tensors, floats as hexadecimal text.
     """
+    for part in module.modules():
+        reshard = getattr(part, "reshard", None)
+        if callable(reshard):
+            reshard()
     names = {id(p): name for name, p in module.named_parameters()}
-    tensors: dict[str, Tensor] = {f"parameter:{name}": p.detach() for name, p in module.named_parameters()}
-    tensors.update({f"buffer:{name}": b.detach() for name, b in module.named_buffers()})
+    tensors: dict[str, Tensor] = {f"parameter:{name}": local(p) for name, p in module.named_parameters()}
+    tensors.update({f"buffer:{name}": local(b) for name, b in module.named_buffers()})
     scalars: dict[str, Any] = {}
     for index, optimizer in enumerate(optimizers):
         for number, group in enumerate(optimizer.param_groups):
@@ -75,7 +84,7 @@ def flatten_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> tu
 
 def _put(name: str, value: Any, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
     if isinstance(value, Tensor):
-        tensors[name] = value.detach()
+        tensors[name] = local(value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             _put(f"{name}.{key}", item, tensors, scalars)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moetion_lightning.testing.compare import compare_states
+from tests.runs.ranks import TIMEOUT_SECONDS, Ended, environments, suffix
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,17 +31,37 @@ class Zygote:
         )
         assert self._answer() == "ready"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def _answer(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
     def run(self, spec: dict[str, Any], log: Path) -> int:
-        """Exit code of one run; negative for a signal."""
+        """Exit code of one run of one rank; negative for a signal."""
+        return self.run_group([spec], [log], [{}]).codes[0]
+
+    def run_group(
+        self,
+        specs: list[dict[str, Any]],
+        logs: list[Path],
+        envs: list[dict[str, str]],
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> Ended:
+        """Start one process for each item, and wait until all have ended."""
+        self.send(specs, logs, envs, timeout_seconds)
+        return Ended(**json.loads(self._answer()))
+
+    def send(
+        self, specs: list[dict[str, Any]], logs: list[Path], envs: list[dict[str, str]], timeout_seconds: float
+    ) -> None:
+        """Start one process for each item; the answer comes when all have ended."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"spec": spec, "log": str(log)}) + "\n")
+        request = {"specs": specs, "logs": [str(p) for p in logs], "envs": envs, "timeout_seconds": timeout_seconds}
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        code: int = json.loads(self._answer())["code"]
-        return code
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -70,54 +91,108 @@ class Drill:
         path.mkdir(parents=True)
         return path
 
+    def start(self, spec: dict[str, Any], out: Path, timeout_seconds: float = TIMEOUT_SECONDS) -> Ended:
+        """All ranks of a run, once, from start to end; they write below ``out``."""
+        ranks = spec.get("ranks", 1)
+        return self.zygote.run_group(
+            [{**spec, "out": str(out)}] * ranks,
+            [out / f"log{suffix(rank, ranks)}" for rank in range(ranks)],
+            environments(ranks, spec.get("job_id", "job")),
+            timeout_seconds,
+        )
+
     def reference(self, spec: dict[str, Any]) -> Path:
         """The run that never failed, without any of our callbacks."""
         bare = {k: v for k, v in spec.items() if k not in ("policy", "policy_args", "persist", "break", "kill")}
         key = json.dumps(bare, sort_keys=True)
         if key not in self._references:
             out = self._directory("reference")
-            code = self.zygote.run({**bare, "out": str(out), "capture": False}, out / "log")
-            assert code == 0, (out / "log").read_text()
+            ended = self.start({**bare, "capture": False}, out)
+            assert ended.good, f"{ended}\n{read_logs(out)}"
             self._references[key] = out
         return self._references[key]
 
     def killed(self, spec: dict[str, Any], kills: list[dict[str, Any]], **last: Any) -> Path:
-        """A run that is killed at each of ``kills`` in turn, then completes."""
+        """A run that is killed at each of ``kills`` in turn, then completes.
+
+        In a run of several ranks one of them kills itself (``rank`` of the kill; 0 without it), its group is ended, and
+        a new group is started.
+        """
         out = self._directory("killed")
         memory = self.memory_dir / out.name
         memory.mkdir(mode=0o700)
-        common = {**spec, "out": str(out), "memory_dir": str(memory)}
+        common = {**spec, "memory_dir": str(memory)}
         for kill in kills:
-            code = self.zygote.run({**common, "kill": kill}, out / "log")
-            assert code == -signal.SIGKILL, f"{kill}: exit code {code}\n{(out / 'log').read_text()}"
-        code = self.zygote.run({**common, **last}, out / "log")
-        assert code == 0, (out / "log").read_text()
+            ended = self.start({**common, "kill": kill}, out)
+            rank = kill.get("rank", 0)
+            died = ended.codes[rank] == -signal.SIGKILL and rank in ended.failed
+            assert died, f"{kill}: {ended}\n{read_logs(out)}"
+        ended = self.start({**common, **last}, out)
+        assert ended.good, f"{ended}\n{read_logs(out)}"
         return out
 
 
-def read_steps(out: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    """What was recorded for each micro-batch ``(epoch, batch)``, every time that it ran."""
+def read_logs(out: Path) -> str:
+    """The logs of all ranks of a run."""
+    return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(out.glob("log*")))
+
+
+def read_steps(out: Path, rank: int | None = None) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """What was recorded for each micro-batch ``(epoch, batch)``, every time that it ran.
+
+    Args:
+        out: Directory of the run.
+        rank: Which rank's records, in a run of several ranks.
+    """
+    name = "steps.jsonl" if rank is None else f"steps-{rank}.jsonl"
     steps: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for line in (out / "steps.jsonl").read_text().splitlines():
+    for line in (out / name).read_text().splitlines():
         record = json.loads(line)
         steps.setdefault((record.pop("epoch"), record.pop("batch")), []).append(record)
     return steps
 
 
-def read_events(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The events of all processes of a run."""
-    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+def read_events(out: Path, kind: str | None = None, rank: int | None = None) -> list[dict[str, Any]]:
+    """The events of all processes of a run, or of one rank's: by rank, then by time."""
+    paths = sorted(out.glob("events*.jsonl" if rank is None else f"events-{rank}.jsonl"))
+    events = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     return [event for event in events if kind is None or event["event"] == kind]
 
 
+def ranks_of(out: Path) -> list[int | None]:
+    """The ranks that recorded steps; ``[None]`` for a run of one rank."""
+    if (out / "steps.jsonl").exists():
+        return [None]
+    return list(range(len(list(out.glob("steps-*.jsonl")))))
+
+
 def differences(first: Path, second: Path) -> list[str]:
-    """Everything in which two runs differ: final state, and each micro-batch (also those that ran again)."""
-    found = list(compare_states(first / "final.safetensors", second / "final.safetensors").differences)
-    a, b = read_steps(first), read_steps(second)
+    """Everything in which two runs differ, by rank: final state, and each micro-batch (also those that ran again)."""
+    ranks = ranks_of(first)
+    assert ranks, f"{first} holds no run"
+    if ranks != ranks_of(second):
+        return [f"ranks {ranks} and {ranks_of(second)}"]
+    return [found for rank in ranks for found in _rank_differences(first, second, rank)]
+
+
+def _rank_differences(first: Path, second: Path, rank: int | None) -> list[str]:
+    name, where = ("final.safetensors", "") if rank is None else (f"final-{rank}.safetensors", f"rank {rank}: ")
+    found = list(compare_states(first / name, second / name).differences)
+    a, b = read_steps(first, rank), read_steps(second, rank)
     for key in sorted({*a, *b}):
         records = [json.dumps(r, sort_keys=True) for r in [*a.get(key, []), *b.get(key, [])]]
         if key not in a or key not in b:
             found.append(f"micro-batch {key}: only in the {'first' if key in a else 'second'} run")
         elif len(set(records)) > 1:
             found.append(f"micro-batch {key}: {sorted(set(records))[:2]}")
-    return found
+    return [where + sentence for sentence in found]
+
+
+def replica_differences(out: Path) -> list[str]:
+    """Where the ranks of one data-parallel run ended with different parameters or optimizer state."""
+    paths = sorted(out.glob("final-*.safetensors"))
+    return [
+        f"{path.name}: {sentence}"
+        for path in paths[1:]
+        for sentence in compare_states(paths[0], path, ("parameter:", "optimizer:")).differences
+    ]

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 
 class ListMoE(nn.Module):
@@ -205,3 +206,21 @@ class Manual(Automatic):
         first = make_optimizer(self.spec["optimizer"], self.body.parameters(), self.spec["lr"])
         second = torch.optim.SGD(self.critic.parameters(), lr=0.01, momentum=0.9)
         return [first, second], [torch.optim.lr_scheduler.ExponentialLR(first, 0.95)]
+
+
+class Sharded(pl.LightningModule):
+    """Mixed into a module: every rank holds a shard of every parameter (FSDP2).
+
+    Sharded by block, not by expert: all ranks gather a block together, whichever experts their tokens go to.
+    """
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for child in self.children():
+            if not any(True for _ in child.parameters()):
+                continue
+            for block in getattr(child, "blocks", ()):
+                fully_shard(block, mesh=mesh)
+            fully_shard(child, mesh=mesh)
+            # An expert without tokens on this rank may have some on another one: both must reduce its gradient.
+            child.set_reduce_scatter_unused_params(True)

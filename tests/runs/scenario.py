@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from moetion_lightning.events import Event
 from moetion_lightning.testing.compare import flatten_state, write_state
 from moetion_lightning.testing.faults import KillAt
 from tests.runs import compiled, variants
 from tests.runs.data import Samples, make_loader
-from tests.runs.models import Automatic, Manual
+from tests.runs.models import Automatic, Manual, Sharded
+from tests.runs.ranks import suffix
 
 DEFAULTS: dict[str, Any] = {
     "block": "list",
@@ -57,15 +60,27 @@ DEFAULTS: dict[str, Any] = {
     "kill": None,
     "seed": 1,
     "job_id": "job",
+    "ranks": 1,
+    "strategy": "",
+    "strategy_args": {},
+    "expert_parallel": 1,
 }
 
 
 class Recorder(pl.Callback):
     """Writes every micro-batch's step, epoch, loss and sample ids; may draw from generators; may kill the process."""
 
-    def __init__(self, path: Path, kill: dict[str, Any] | None) -> None:
+    def __init__(self, path: Path, kill: dict[str, Any] | None, seed: int | None) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._kill = dict(kill) if kill and "hook" in kill else None
+        self._seed = seed
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        """Lightning seeds all ranks alike; then a rank restored with another one's generators would go unnoticed."""
+        if self._seed is not None:
+            random.seed(self._seed)
+            np.random.seed(self._seed)
+            torch.manual_seed(self._seed)
 
     def _maybe_kill(self, hook: str, step: int) -> None:
         if self._kill and self._kill["hook"] == hook and self._kill["step"] == step:
@@ -116,8 +131,30 @@ def _callbacks(spec: dict[str, Any], out: Path) -> list[Any]:
 
 def _module(spec: dict[str, Any]) -> pl.LightningModule:
     if spec["module"]:
-        return {**variants.MODULES, **compiled.MODULES}[spec["module"]](spec)
-    return (Manual if spec["manual"] else Automatic)(spec)
+        kind = {**variants.MODULES, **compiled.MODULES}[spec["module"]]
+    else:
+        kind = Manual if spec["manual"] else Automatic
+    if spec["strategy"] == "fsdp2":
+        kind = type(f"Sharded{kind.__name__}", (Sharded, kind), {})
+    return kind(spec)
+
+
+def _strategy(spec: dict[str, Any]) -> Any:
+    given = spec["strategy_args"]
+    common: dict[str, Any] = {"process_group_backend": "gloo", "timeout": timedelta(seconds=30)}
+    if not spec["strategy"]:
+        return "auto"
+    if spec["strategy"] == "ddp":
+        # An expert without tokens has no gradient; two optimizers run one backward pass for each.
+        unused = spec["block"] == "list" or spec["manual"]
+        return DDPStrategy(**{"find_unused_parameters": unused, **common, **given})
+    if spec["strategy"] == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=spec["ranks"], tensor_parallel_size=1, **common, **given)
+    if spec["strategy"] == "moetion":
+        from moetion_lightning.strategies import MoEtionStrategy
+
+        return MoEtionStrategy(expert_parallel=spec["expert_parallel"], **common, **given)
+    raise ValueError(f"strategy {spec['strategy']!r}: expected 'ddp', 'fsdp2' or 'moetion'")
 
 
 def _capturing(spec: dict[str, Any], out: Path) -> list[Any]:
@@ -128,7 +165,7 @@ def _capturing(spec: dict[str, Any], out: Path) -> list[Any]:
     common: dict[str, Any] = {
         "memory_dir": spec["memory_dir"],
         "job_id": spec["job_id"],
-        "events_path": str(out / "events.jsonl"),
+        "events_path": str(out / f"events{spec['suffix']}.jsonl"),
     }
     if spec["persist"]:
         common["persist_dir"] = str(out / "persist")
@@ -155,6 +192,7 @@ def _slow(kind: str) -> Callable[[Event], None]:
 
 def _trainer(spec: dict[str, Any], out: Path, record: str) -> pl.Trainer:
     manual = spec["manual"] or spec["module"] == "toggling"
+    seed = spec["seed"] + 1000 * spec["rank"] if spec["ranks"] > 1 else None
     options: dict[str, Any] = {}
     if not manual and spec["clip"]:
         options = {"gradient_clip_val": spec["clip"], "gradient_clip_algorithm": spec["clip_algorithm"]}
@@ -166,11 +204,13 @@ def _trainer(spec: dict[str, Any], out: Path, record: str) -> pl.Trainer:
     return pl.Trainer(
         max_epochs=spec["epochs"],
         accelerator="cpu",
-        devices=1,
+        devices=spec["ranks"],
+        num_nodes=1,
+        strategy=_strategy(spec),
         accumulate_grad_batches=spec["accumulate"],
         val_check_interval=spec["val_check_interval"],
         num_sanity_val_steps=1,
-        callbacks=[*_callbacks(spec, out), Recorder(out / record, spec["kill"]), *_capturing(spec, out)],
+        callbacks=[*_callbacks(spec, out), Recorder(out / record, spec["kill"], seed), *_capturing(spec, out)],
         default_root_dir=out,
         logger=False,
         enable_checkpointing="checkpoint" in spec["callbacks"],
@@ -183,6 +223,11 @@ def _trainer(spec: dict[str, Any], out: Path, record: str) -> pl.Trainer:
 def run(given: dict[str, Any]) -> None:
     spec = {**DEFAULTS, **given}
     out = Path(spec["out"])
+    rank = int(os.environ.get("RANK", "0"))
+    end = suffix(rank, spec["ranks"])
+    spec |= {"rank": rank, "suffix": end, "strategy": spec["strategy"] or ("ddp" if spec["ranks"] > 1 else "")}
+    if spec["kill"] and spec["kill"].get("rank", 0) != rank:
+        spec["kill"] = None
     if spec["break"]:
         from tests.runs import sabotage
 
@@ -192,9 +237,9 @@ def run(given: dict[str, Any]) -> None:
     loader = make_loader(spec["loader"], samples, spec["batch_size"])
     val = torch.utils.data.DataLoader(Samples(8, augment=False), batch_size=4)
     for _ in range(spec["fits"] - 1):  # whole fits before the one that is drilled, on the same loader
-        _trainer({**spec, "kill": None}, out, "earlier.jsonl").fit(_module(spec), loader, val)
+        _trainer({**spec, "kill": None}, out, f"earlier{end}.jsonl").fit(_module(spec), loader, val)
     module = _module(spec)
-    trainer = _trainer(spec, out, "steps.jsonl")
+    trainer = _trainer(spec, out, f"steps{end}.jsonl")
     trainer.fit(module, loader, val)
     tensors, scalars = flatten_state(module, trainer.optimizers)
     for callback in trainer.callbacks:
@@ -207,4 +252,7 @@ def run(given: dict[str, Any]) -> None:
     scalars["metrics"] = repr(
         {k: float(v).hex() for k, v in sorted(trainer.callback_metrics.items()) if "moetion" not in k}
     )
-    write_state(out / "final.safetensors", tensors, scalars)
+    write_state(out / f"final{end}.safetensors", tensors, scalars)
+    if spec["ranks"] > 1:
+        torch.distributed.barrier()  # rank 0 serves the store: it is the last one to need it
+        torch.distributed.destroy_process_group()

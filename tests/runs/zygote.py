@@ -1,45 +1,65 @@
-"""A process that has imported everything once and forks a child for each run.
+"""A process that has imported everything once and forks the ranks of each run.
 
-Protocol: one JSON line in (``{"spec": ..., "log": path}``), one JSON line out (the child's exit status; negative:
-killed by that signal). A child is a process of its own with its own pid; killing it is a real SIGKILL.
+Protocol: one JSON line in (``{"specs": [...], "logs": [...], "envs": [...], "timeout_seconds": s}``, an item for each
+rank), one JSON line out when all have ended (the fields of :class:`tests.runs.ranks.Ended`). A rank is a process of
+its own with its own pid; killing it is a real SIGKILL.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
+from dataclasses import asdict
+from typing import Any
+
+from tests.runs.ranks import Group
+
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
+    libc = ctypes.CDLL(None)
     import lightning.pytorch  # noqa: F401
     import torch
+    import torch.distributed.fsdp
 
     import moetion_lightning.callbacks  # noqa: F401
     from tests.runs import scenario
 
     torch.set_num_threads(1)
+
+    def fork(spec: dict[str, Any], log: str, environment: dict[str, str]) -> int:
+        pid = os.fork()
+        if pid:
+            os.setpgid(pid, pid)
+            return pid
+        try:
+            os.setpgid(0, 0)
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives this process
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            os.environ.update(environment)
+            scenario.run(spec)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            try:
-                scenario.run(request["spec"])
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), file=answers, flush=True)
+        pids = [fork(*rank) for rank in zip(request["specs"], request["logs"], request["envs"], strict=True)]
+        ended = Group(pids, sys.stdin.fileno()).wait(request["timeout_seconds"])
+        print(json.dumps(asdict(ended)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

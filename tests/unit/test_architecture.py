@@ -16,13 +16,15 @@ import moetion_lightning
 PACKAGE = Path(moetion_lightning.__file__).resolve().parent
 ROOT = PACKAGE.parent
 
-BELOW_ADAPTERS = ("errors", "config", "events", "core", "store", "distributed", "pipeline", "data_position", "engine")
+BELOW_ADAPTERS = (
+    "errors", "config", "events", "core", "store", "distributed", "pipeline", "data_position", "data_sampler", "engine",
+)  # fmt: skip
 # The rooms that each room may import, apart from itself and the root's `__version__`.
 TABLE: dict[str, set[str]] = {
     **{room: set(BELOW_ADAPTERS[:index]) for index, room in enumerate(BELOW_ADAPTERS)},
     "config": {"errors"},
     "events": {"errors"},
-    "callbacks": set(BELOW_ADAPTERS),
+    "callbacks": {*BELOW_ADAPTERS, "strategies"},
     "strategies": set(BELOW_ADAPTERS),
     "integrations": set(BELOW_ADAPTERS),
     "metrics": {"errors", "config", "events"},

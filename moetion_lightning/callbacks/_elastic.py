@@ -1,0 +1,97 @@
+"""Training that goes on in this process when another rank is lost and replaced."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from lightning.pytorch import Trainer
+
+from moetion_lightning.callbacks._ranks import unwrap, wrap_again
+from moetion_lightning.distributed.groups import Groups
+from moetion_lightning.engine import Ranks
+from moetion_lightning.errors import RankLostError
+
+__all__ = ["Elastic"]
+
+_log = logging.getLogger(__name__)
+_NOTICE_SECONDS = 5.0
+
+
+class Elastic:
+    """Guards the fit loop of one trainer.
+
+    Args:
+        trainer: The trainer.
+        groups: Its process groups.
+        ranks: The ranks as the engine sees them.
+        restore: All ranks: agree where to continue, and put the adapter's part of that state in place.
+    """
+
+    def __init__(self, trainer: Trainer, groups: Groups, ranks: Ranks, restore: Callable[[], None]) -> None:
+        self._trainer = trainer
+        self._groups = groups
+        self._ranks = ranks
+        self._restore = restore
+
+    def run(self, start: Callable[[], None], again: Callable[[], None]) -> None:
+        """Train; when a rank is lost, go back with the others to a common state and go on.
+
+        Args:
+            start: The fit loop.
+            again: The fit loop, from a restored position.
+        """
+        work = start
+        while True:
+            try:
+                work()
+                self._ranks.control.all_gather("end", None)  # nobody leaves while another may still need it
+                return
+            except Exception as error:
+                if not self._is_loss(error):
+                    raise
+                _log.warning("rank %d: %s", self._ranks.control.rank, _first_line(error))
+                # Frames of the failed iteration hold references to the broken groups.
+                error.__traceback__ = error.__context__ = error.__cause__ = None
+            self._go_back()
+            work = again
+
+    def meet(self) -> None:
+        """Before the first batch after a loss: all ranks of the new membership build their groups together."""
+        if self._groups.alone:
+            self._groups.join()
+            wrap_again(self._trainer)
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Do what all ranks do together after a loss; begin anew as long as more are lost meanwhile."""
+        while True:
+            try:
+                work()
+                return
+            except RankLostError:
+                if not self._newer():
+                    raise
+                self._advance()
+
+    def _go_back(self) -> None:
+        unwrap(self._trainer)
+        self._groups.leave()
+        self._advance()
+        self.attempt(self._restore)
+
+    def _advance(self) -> None:
+        generation = self._groups.membership.advance()
+        self._ranks.control = self._groups.control()
+        _log.info("rank %d takes part in generation %d of the job", self._ranks.control.rank, generation)
+
+    def _newer(self) -> bool:
+        return self._groups.membership.wait_for_loss(_NOTICE_SECONDS)
+
+    def _is_loss(self, error: Exception) -> bool:
+        """Whether this is how the loss of a rank shows here; the launcher's word may take a moment."""
+        lost = self._newer() if isinstance(error, RuntimeError) else self._groups.membership.lost() is not None
+        return lost
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

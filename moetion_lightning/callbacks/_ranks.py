@@ -1,0 +1,118 @@
+"""The ranks of a Lightning job, and how its strategy lays the training state out over them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+from moetion_lightning.config import launched_process
+from moetion_lightning.core.layouts import MoELayer
+from moetion_lightning.distributed.default_store import default_control
+from moetion_lightning.distributed.groups import current_groups
+from moetion_lightning.distributed.layout import holders, row_offset
+from moetion_lightning.engine import RankLayout, Ranks
+from moetion_lightning.errors import ConfigurationError
+
+__all__ = ["ddp_of", "gathers_state", "make_ranks", "unwrap", "wrap_again"]
+
+
+def make_ranks(trainer: Trainer, module: LightningModule) -> Ranks:
+    """The ranks as the engine sees them.
+
+    Raises:
+        ConfigurationError: The strategy lays state out in a way that is not known.
+    """
+    strategy = trainer.strategy
+    if trainer.world_size == 1:
+        return Ranks()
+    if not isinstance(strategy, (DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy)):
+        raise ConfigurationError(
+            f"Trainer(strategy=...) is {type(strategy).__name__} with {trainer.world_size} processes: expected "
+            'DDPStrategy ("ddp"), ModelParallelStrategy (FSDP2 and tensor parallel) or MoEtionStrategy ("moetion": data '
+            "and expert parallel)."
+        )
+    groups = current_groups()
+    launched = launched_process()
+    return Ranks(
+        default_control() if groups is None else groups.control(),
+        lambda: _layout(strategy, module, trainer.world_size),
+        local_size=max(1, trainer.world_size // max(1, trainer.num_nodes)),
+        domain="" if launched is None else launched.failure_domain,
+        address="" if launched is None else launched.local_address,
+        elastic=groups is not None and isinstance(strategy, DDPStrategy),
+        replaced=groups is not None and groups.membership.is_replacement,
+    )
+
+
+def _layout(strategy: Any, module: LightningModule, world_size: int) -> RankLayout:
+    parameters = dict(module.named_parameters())
+    offsets = {name: row_offset(p) for name, p in parameters.items()}
+    replica_ranks = getattr(strategy, "replica_ranks", None)
+    mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+    return RankLayout(
+        holders={
+            name: tuple(replica_ranks(name)) if replica_ranks is not None else holders(p, world_size)
+            for name, p in parameters.items()
+        },
+        offsets={name: offset for name, offset in offsets.items() if offset is not None},
+        counted=mesh is None or mesh["tensor_parallel"].get_local_rank() == 0,
+        layers=_local_layers(strategy, parameters),
+    )
+
+
+def _local_layers(strategy: Any, parameters: Mapping[str, Any]) -> tuple[MoELayer, ...] | None:
+    """The MoE layers with global expert numbers, in rows of this rank's parameters; None where nothing was spread."""
+    if getattr(strategy, "expert_parallel", 1) == 1:
+        return None
+    found = []
+    for shard in strategy.expert_layers:
+        experts = []
+        for expert, pieces in enumerate(shard.layer.experts):
+            if expert not in shard.owned:
+                experts.append(())
+            elif shard.kind == "list":
+                experts.append(tuple(piece for piece in pieces if piece.parameter in parameters))
+            else:
+                row = expert - shard.owned.start
+                experts.append(tuple(dataclasses.replace(p, start=row, stop=row + 1) for p in pieces))
+        found.append(dataclasses.replace(shard.layer, experts=tuple(experts)))
+    return tuple(found)
+
+
+def gathers_state(trainer: Trainer) -> bool:
+    """Whether the strategy gathers state from all ranks for an ordinary checkpoint."""
+    strategy = trainer.strategy
+    return isinstance(strategy, ModelParallelStrategy) or getattr(strategy, "expert_parallel", 1) > 1
+
+
+def wrap_again(trainer: Trainer) -> None:
+    """After the process groups were made anew: rebuild what refers to them. All ranks call it together."""
+    strategy: Any = trainer.strategy
+    if hasattr(strategy, "rebuild_groups"):
+        strategy.rebuild_groups()
+        return
+    strategy.model = strategy.lightning_module
+    given = dict(strategy._ddp_kwargs)
+    strategy._ddp_kwargs = {**given, "init_sync": False}  # rank 0 may be the new one
+    try:
+        strategy.configure_ddp()
+    finally:
+        strategy._ddp_kwargs = given
+
+
+def unwrap(trainer: Trainer) -> None:
+    """Drop what refers to broken process groups."""
+    strategy: Any = trainer.strategy
+    if isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = strategy.lightning_module
+
+
+def ddp_of(trainer: Trainer) -> DistributedDataParallel | None:
+    """The wrapper that sums gradients, if there is one."""
+    model = trainer.strategy.model
+    return model if isinstance(model, DistributedDataParallel) else None

@@ -1,0 +1,51 @@
+"""Gradient buckets of ``DistributedDataParallel``, made the same after a restart.
+
+An all-reduce adds up the ranks' gradients in an order that depends on where a value lies in its bucket, so with three
+or more ranks the last bits of a sum depend on the layout of the buckets. DDP lays them out twice: by the order of the
+parameters before the first iteration, and by the order in which gradients arrived in it from the second iteration on.
+A restarted process would use the first layout again for one iteration. So the layout is saved with the training state,
+and a new reducer is taken through a backward of zeros in that order before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["bucket_order", "set_bucket_order"]
+
+
+def bucket_order(ddp: DistributedDataParallel) -> list[int]:
+    """Indices of the parameters in the order in which the buckets hold them; empty while the first layout is used.
+
+    A layout that the next forward would make is made now: all ranks must call this at the same place.
+    """
+    ddp.reducer._rebuild_buckets()
+    data = ddp._get_ddp_logging_data()
+    if not data.get("has_rebuilt_buckets"):
+        return []
+    buckets = str(data.get("rebuilt_per_bucket_param_indices", ""))
+    return [int(index) for bucket in buckets.split(",") for index in bucket.split()]
+
+
+def set_bucket_order(ddp: DistributedDataParallel, order: Sequence[int]) -> None:
+    """Lay the buckets of a new reducer out as :func:`bucket_order` said; gradients go. All ranks must call this.
+
+    Args:
+        ddp: A wrapper that has not run yet.
+        order: From :func:`bucket_order`; empty keeps the first layout.
+    """
+    if not order or ddp._get_ddp_logging_data().get("has_rebuilt_buckets"):
+        return
+    parameters, sparse = ddp._build_params_for_reducer()
+    if any(sparse):  # their gradients are not in the buckets' memory
+        return
+    ddp.reducer.prepare_for_backward([])
+    with torch.enable_grad():
+        for index in order:
+            (parameters[index].sum() * 0).backward()
+    for parameter in parameters:
+        parameter.grad = None
+    ddp.reducer._rebuild_buckets()

@@ -1,0 +1,102 @@
+"""Generations: each loss of ranks gets a number and a record in the stable store, in one order for all.
+
+Keys (all below the run's prefix):
+
+- ``moetion/generation/{g}``: the record of generation ``g >= 1``, JSON;
+- ``moetion/generation``: the newest generation, a decimal number; 0 at first. Every process watches it.
+
+Writing the record *is* taking the number (compare-and-set on an absent key), so there is never a number without a
+record, whenever a launcher dies. The newest number only grows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch.distributed.distributed_c10d import Store
+
+__all__ = [
+    "FINISHED_KEY",
+    "GENERATION_KEY",
+    "GenerationRecord",
+    "announce_loss",
+    "merge_records",
+    "newest_generation",
+    "read_records",
+]
+
+GENERATION_KEY = "moetion/generation"
+#: Number of ranks that ended with exit code 0.
+FINISHED_KEY = "moetion/finished"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRecord:
+    """Which ranks were lost, and why.
+
+    Args:
+        generation: Number of the generation that began with this loss; the newest one of merged records.
+        lost: Global ranks whose processes are gone and are started anew.
+        reason: What happened, for people.
+        at: Unix time.
+    """
+
+    generation: int
+    lost: tuple[int, ...]
+    reason: str
+    at: float
+
+
+def announce_loss(store: Store, lost: Sequence[int], reason: str) -> int:
+    """Begin the next generation.
+
+    Args:
+        store: The run's store.
+        lost: Ranks that are gone.
+        reason: What happened.
+
+    Returns:
+        The number of the generation: the replacements are started with it.
+    """
+    generation = newest_generation(store)
+    while True:
+        generation += 1
+        record = GenerationRecord(generation=generation, lost=tuple(sorted(lost)), reason=reason, at=time.time())
+        text = json.dumps(asdict(record))
+        if store.compare_set(f"{GENERATION_KEY}/{generation}", "", text).decode() == text:
+            break
+    _raise_newest(store, generation)
+    return generation
+
+
+def _raise_newest(store: Store, generation: int) -> None:
+    newest = newest_generation(store)
+    while newest < generation:
+        newest = int(store.compare_set(GENERATION_KEY, str(newest), str(generation)))
+
+
+def newest_generation(store: Store) -> int:
+    """The newest generation; creates the key with 0 if there is none."""
+    return int(store.compare_set(GENERATION_KEY, "", "0"))
+
+
+def read_records(store: Store, after: int, newest: int) -> list[GenerationRecord]:
+    """The records of the generations ``after + 1 .. newest``, in order."""
+    keys = [f"{GENERATION_KEY}/{g}" for g in range(after + 1, newest + 1)]
+    found = [json.loads(bytes(value)) for value in store.multi_get(keys)] if keys else []
+    return [GenerationRecord(**{**record, "lost": tuple(record["lost"])}) for record in found]
+
+
+def merge_records(records: Sequence[GenerationRecord]) -> GenerationRecord | None:
+    """Several losses as one: newest number and time, all ranks, all reasons; None for no records."""
+    if not records:
+        return None
+    return GenerationRecord(
+        generation=records[-1].generation,
+        lost=tuple(sorted({rank for record in records for rank in record.lost})),
+        reason="; ".join(record.reason for record in records),
+        at=records[-1].at,
+    )

@@ -1,0 +1,134 @@
+"""Gradients of experts that no rank shares with all others: their mean over the replicas, and the global norm."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad, get_total_norm
+
+from moetion_lightning.strategies.expert_layout import ExpertGroups
+
+__all__ = ["ExpertGradients"]
+
+_BUCKET_BYTES = 64 * 2**20
+
+
+def _scaler(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient * factor
+
+
+class ExpertGradients:
+    """Makes the gradient of each expert that of the mean loss of all ranks, as it is for all other parameters.
+
+    A rank's backward pass leaves in an expert the sum over its expert-parallel group, whose tokens it has seen. A hook
+    divides it by the group's size, and :meth:`average` takes the mean over the replicas. Averaging twice changes
+    nothing, so that gradients may be kept and added to, as with data parallelism.
+
+    Args:
+        parameters: This rank's expert parameters, by name.
+        groups: The groups of this rank.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], groups: ExpertGroups) -> None:
+        self._parameters = list(parameters.values())
+        self._groups = groups
+        self._handles: list[Any] = []
+        self._active = False
+        factor = 1.0 / groups.layout.expert_parallel
+        for parameter in self._parameters if factor != 1.0 else ():
+            # A hook needs `requires_grad` to be registered only; a parameter may be unfrozen later.
+            wanted = parameter.requires_grad
+            parameter.requires_grad_(True)
+            self._handles.append(parameter.register_hook(_scaler(factor)))
+            parameter.requires_grad_(wanted)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Average the gradients over the replicas; an expert that no replica has used keeps none.
+
+        Ranks:
+            All ranks of the job, together.
+        """
+        replicas = len(self._groups.layout.replica_ranks(self._groups.global_rank))
+        if replicas == 1:
+            return
+        for bucket in _buckets(self._parameters):
+            like = bucket[0]
+            used = torch.tensor([p.grad is not None for p in bucket], dtype=like.dtype, device=like.device)
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = torch.cat([*(grad.reshape(-1) for grad in grads), used])
+            dist.all_reduce(flat, group=self._groups.replica)
+            numbers = flat[-len(bucket) :].tolist()
+            start = 0
+            for parameter, grad, number in zip(bucket, grads, numbers):
+                if number:
+                    grad.copy_((flat[start : start + grad.numel()] / replicas).view_as(grad))
+                    parameter.grad = grad
+                start += grad.numel()
+
+    @contextlib.contextmanager
+    def global_norm(self) -> Iterator[None]:
+        """While this is open, ``torch.nn.utils.clip_grad_norm_`` sees the norm over the experts of all ranks.
+
+        Whoever else listens for the norm at that place (the recorder of a checkpoint engine) is told the global one.
+
+        Ranks:
+            All ranks of the job must make the same calls.
+        """
+        if self._active or self._groups.layout.expert_parallel == 1 or not self._parameters:
+            yield
+            return
+        outer = clip_grad._get_total_norm
+
+        def total_norm(
+            tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+        ) -> Tensor:
+            gradients = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+            norm = self._norm(gradients, float(norm_type), foreach)
+            return outer([norm], norm_type, error_if_nonfinite, foreach)
+
+        self._active, clip_grad._get_total_norm = True, total_norm
+        try:
+            yield
+        finally:
+            self._active, clip_grad._get_total_norm = False, outer
+
+    def _norm(self, gradients: Sequence[Tensor], norm_type: float, foreach: bool | None) -> Tensor:
+        experts = {id(parameter.grad) for parameter in self._parameters}
+        own = [g for g in gradients if id(g) in experts]
+        shared = [g for g in gradients if id(g) not in experts]
+        device = self._parameters[0].device
+        part = get_total_norm(own, norm_type, foreach=foreach).to(device, torch.float64)
+        # Gathered and not reduced: every rank adds in one order, so that all clip by the same bits.
+        parts = [torch.empty_like(part) for _ in range(self._groups.layout.expert_parallel)]
+        dist.all_gather(parts, part, group=self._groups.expert)
+        rest = get_total_norm(shared, norm_type, foreach=foreach).to(device, torch.float64)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([rest, *parts]), norm_type)
+        return norm.to(gradients[0].dtype if gradients else torch.float32)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one dtype in pieces of a bounded size; the same on all replicas."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for kind in kinds.values():
+        bucket: list[nn.Parameter] = []
+        for parameter in kind:
+            bucket.append(parameter)
+            if sum(p.numel() * p.element_size() for p in bucket) >= _BUCKET_BYTES:
+                yield bucket
+                bucket = []
+        if bucket:
+            yield bucket

@@ -1,0 +1,122 @@
+"""Which rank holds which experts, computed without asking anybody, and the process groups that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from moetion_lightning.errors import ConfigurationError, RankLostError
+
+__all__ = ["ExpertGroups", "ExpertLayout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLayout:
+    """World = data x expert: global rank ``position + expert_parallel * replica_index``.
+
+    Args:
+        world_size: Number of ranks.
+        expert_parallel: Ranks that share the experts of each layer among them.
+
+    Raises:
+        ConfigurationError: ``expert_parallel`` does not divide ``world_size``.
+
+    Example:
+        >>> layout = ExpertLayout(world_size=4, expert_parallel=2)
+        >>> layout.expert_ranks(3), layout.replica_ranks(3)
+        ((2, 3), (1, 3))
+        >>> layout.experts_at(1, num_experts=5)
+        range(3, 5)
+    """
+
+    world_size: int
+    expert_parallel: int
+
+    def __post_init__(self) -> None:
+        if self.expert_parallel < 1 or self.world_size % self.expert_parallel:
+            raise ConfigurationError(
+                f"MoEtionStrategy(expert_parallel={self.expert_parallel}): it must divide the number of ranks, which "
+                f"is {self.world_size} (devices x num_nodes). Change one of them"
+            )
+
+    def position(self, global_rank: int) -> int:
+        """Place of a rank in its expert-parallel group."""
+        return global_rank % self.expert_parallel
+
+    def expert_ranks(self, global_rank: int) -> tuple[int, ...]:
+        """The ranks that, between them, hold each expert once: the expert-parallel group of a rank."""
+        first = global_rank - self.position(global_rank)
+        return tuple(range(first, first + self.expert_parallel))
+
+    def replica_ranks(self, global_rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same experts as this one: its expert-data group."""
+        return tuple(range(self.position(global_rank), self.world_size, self.expert_parallel))
+
+    def experts_at(self, position: int, num_experts: int) -> range:
+        """The experts of a layer at a place of the group: one contiguous block, sizes differ by one at most."""
+        size, larger = divmod(num_experts, self.expert_parallel)
+        start = position * size + min(position, larger)
+        return range(start, start + size + (position < larger))
+
+
+class ExpertGroups:
+    """The two process groups of this rank, and the only place that refers to them.
+
+    Args:
+        layout: Who is where.
+        global_rank: This rank.
+        timeout: Of the collectives; None for torch's default.
+    """
+
+    def __init__(self, layout: ExpertLayout, global_rank: int, timeout: timedelta | None) -> None:
+        self.layout = layout
+        self.global_rank = global_rank
+        self._timeout = timeout
+        self._expert: dist.ProcessGroup | None = None
+        self._replica: dist.ProcessGroup | None = None
+
+    def build(self) -> None:
+        """Make the groups.
+
+        Ranks:
+            All ranks of the job, together; the order of the groups is the same on each.
+        """
+        for first in range(0, self.layout.world_size, self.layout.expert_parallel):
+            ranks = self.layout.expert_ranks(first)
+            group = dist.new_group(list(ranks), timeout=self._timeout)
+            if self.global_rank in ranks:
+                self._expert = group
+        for position in range(self.layout.expert_parallel):
+            ranks = self.layout.replica_ranks(position)
+            group = dist.new_group(list(ranks), timeout=self._timeout)
+            if self.global_rank in ranks:
+                self._replica = group
+
+    def drop(self) -> None:
+        """Forget the groups, so that their sockets can close. Harmless without any."""
+        self._expert = self._replica = None
+
+    @property
+    def expert(self) -> dist.ProcessGroup:
+        """The group that exchanges tokens."""
+        return self._existing(self._expert)
+
+    @property
+    def replica(self) -> dist.ProcessGroup:
+        """The group that averages gradients of experts."""
+        return self._existing(self._replica)
+
+    @property
+    def position(self) -> int:
+        """Place of this rank in the expert-parallel group."""
+        return self.layout.position(self.global_rank)
+
+    def _existing(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+        if group is None:
+            raise RankLostError(
+                f"rank {self.global_rank}: the expert-parallel groups do not exist (never built, or dropped after a "
+                "rank was lost); call MoEtionStrategy.rebuild_groups() on all ranks first"
+            )
+        return group

@@ -1,0 +1,376 @@
+"""Data x expert parallel training of unchanged LightningModules."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from moetion_lightning.core.layouts import MoESpec
+from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.strategies.expert_gradients import ExpertGradients
+from moetion_lightning.strategies.expert_layout import ExpertGroups, ExpertLayout
+from moetion_lightning.strategies.expert_parallel import ExpertShards, ShardedLayer, plan_layers
+from moetion_lightning.strategies.expert_state import (
+    OptimizerOrder,
+    gather_module_state,
+    gather_optimizer_state,
+    local_module_state,
+)
+
+__all__ = ["MoEtionStrategy"]
+
+_logger = logging.getLogger(__name__)
+_MARK = "_moetion_expert_parallel"
+
+
+class MoEtionStrategy(DDPStrategy):
+    """Data x expert parallel training: each rank reads its own batches and holds a part of the experts.
+
+    The world is ``data x expert``: groups of ``expert_parallel`` neighbouring ranks share the experts of every MoE
+    layer among them, in contiguous blocks, and exchange tokens in each forward and backward pass; every other
+    parameter is replicated and averaged over all ranks as by DDPStrategy. The module is written as for one process.
+    Checkpoints are ordinary full ones, which any other strategy, or another ``expert_parallel``, can load.
+
+    With ``expert_parallel=1`` no tokens travel. Experts that are modules are still averaged apart from DDP, so that an
+    expert without tokens needs no ``find_unused_parameters``.
+
+    What it asks of a run with ``expert_parallel > 1``:
+
+    - Every rank runs the same number of forward passes of the module, in validation too.
+    - Experts act on rows ``[..., width]`` one by one. The forward of a block that calls expert modules runs twice, and
+      must route alike both times; its other parts (shared experts) are computed twice. A container that is called as
+      ``experts(hidden_states, ids, weights)``, as in transformers, runs once.
+    - If a rank may have no token at all for a layer, its router has no gradient there: as for DDPStrategy, give
+      ``find_unused_parameters=True``.
+    - From setup on the module holds this rank's experts only; a checkpoint has all of them.
+
+    Source:
+        GShard, Lepikhin et al. 2020, section 3 (experts sharded over the data-parallel ranks, all-to-all dispatch).
+
+    Args:
+        expert_parallel: Ranks that share the experts; must divide the number of ranks.
+        specs: Descriptions of MoE layers that are not found by themselves.
+        accelerator: As for DDPStrategy.
+        parallel_devices: As for DDPStrategy.
+        cluster_environment: As for DDPStrategy.
+        checkpoint_io: As for DDPStrategy.
+        precision_plugin: As for DDPStrategy.
+        process_group_backend: As for DDPStrategy.
+        timeout: Of all collectives, as for DDPStrategy.
+        **kwargs: Further arguments of DDPStrategy and DistributedDataParallel.
+
+    Raises:
+        ConfigurationError: ``expert_parallel`` is not a positive integer.
+
+    Attributes:
+        joins_running_job: Set on the rank that replaces a lost one, before ``Trainer.fit``: its setup then sends and
+            receives no weights (those of the other ranks have moved on) while they call :meth:`rebuild_groups`.
+    """
+
+    strategy_name = "moetion"
+
+    def __init__(
+        self,
+        expert_parallel: int = 1,
+        specs: Sequence[MoESpec] = (),
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(expert_parallel, int) or isinstance(expert_parallel, bool) or expert_parallel < 1:
+            raise ConfigurationError(
+                f"MoEtionStrategy(expert_parallel={expert_parallel!r}): expected a number of ranks >= 1"
+            )
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            **kwargs,
+        )
+        self.expert_parallel = expert_parallel
+        self.joins_running_job = False
+        self._specs = tuple(specs)
+        self._groups: ExpertGroups | None = None
+        self._shards: ExpertShards | None = None
+        self._gradients: ExpertGradients | None = None
+        self._orders: dict[int, OptimizerOrder] = {}
+        self._local_state = False
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Make the strategy known to Trainer as ``"moetion"``."""
+        strategy_registry.register(cls.strategy_name, cls, description="Data x expert parallel training of MoE models")
+
+    # --- what others may ask ---------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """Which rank is where; computed, so that it may be asked without process groups."""
+        return ExpertLayout(world_size=self.world_size, expert_parallel=self.expert_parallel)
+
+    @property
+    def expert_layers(self) -> tuple[ShardedLayer, ...]:
+        """The MoE layers that this strategy handles, whole and with this rank's share; empty before setup."""
+        return () if self._shards is None else self._shards.layers
+
+    def replica_ranks(self, parameter_name: str) -> tuple[int, ...]:
+        """The global ranks that hold an identical copy of a parameter of this rank, this rank among them.
+
+        Args:
+            parameter_name: Its name in the LightningModule.
+        """
+        if self._shards is not None and parameter_name in self._shards.expert_parameters():
+            return self.layout.replica_ranks(self.global_rank)
+        return tuple(range(self.world_size))
+
+    @contextlib.contextmanager
+    def local_state(self) -> Iterator[None]:
+        """While this is open, state dicts are of this rank only, and nothing is gathered.
+
+        For a checkpoint engine in which every rank keeps its own part.
+        """
+        before, self._local_state = self._local_state, True
+        try:
+            yield
+        finally:
+            self._local_state = before
+
+    def rebuild_groups(self) -> None:
+        """Make the process groups and the DDP wrapper anew; all tensors stay as they are.
+
+        For use after torch.distributed was destroyed and initialised again, because a rank was replaced.
+
+        Ranks:
+            All ranks of the job, together; a replacing rank runs its setup (see ``joins_running_job``) meanwhile.
+        """
+        if self._groups is not None:
+            self._groups.drop()
+            self._groups.build()
+        self.model = self.lightning_module
+        gc.collect()  # the old wrapper's reducer takes its hooks off the parameters when it is destroyed
+        self.model = self._wrapped(self.lightning_module, init_sync=False)
+        self._register_ddp_hooks()
+
+    # --- setup -----------------------------------------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Checkpoints are cut apart when they are loaded, which needs the layers."""
+        return True
+
+    def setup(self, trainer: Trainer) -> None:
+        """Spread the experts, then set up as DDPStrategy does.
+
+        Args:
+            trainer: The trainer.
+
+        Raises:
+            ConfigurationError: The module cannot be trained like this; see :func:`plan_layers`.
+        """
+        module = self.lightning_module
+        assert module is not None
+        if self._shards is None or self._shards.module is not module:
+            self._spread(module)
+        super().setup(trainer)
+
+    def _spread(self, module: LightningModule) -> None:
+        if getattr(module, _MARK, False):
+            raise ConfigurationError(
+                f"{type(module).__name__} holds the experts of one rank only, after training with another "
+                "MoEtionStrategy. Make a new module, and load a checkpoint into it"
+            )
+        if self.expert_parallel > 1 and getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ConfigurationError(
+                'precision="16-mixed" with expert_parallel > 1: an overflow in an expert is seen by its own ranks '
+                'only, and the others would step. Use precision="bf16-mixed"'
+            )
+        layout = self.layout
+        layers = plan_layers(module, layout, self.global_rank, self._specs)
+        if not layers:
+            return
+        self._groups = ExpertGroups(layout, self.global_rank, self._timeout)
+        self._groups.build()
+        self._shards = ExpertShards(module, layers, self._groups)
+        if not self.joins_running_job:
+            self._shards.broadcast(self.root_device)
+        self._shards.take()
+        self._gradients = ExpertGradients(self._shards.expert_parameters(), self._groups)
+        object.__setattr__(module, _MARK, self.expert_parallel > 1)
+        _logger.info(
+            "%d MoE layers; rank %d holds the experts %s",
+            len(layers),
+            self.global_rank,
+            [layer.owned for layer in layers],
+        )
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Let ``configure_optimizers`` see the parameters of the whole module, then keep this rank's.
+
+        Args:
+            trainer: The trainer.
+        """
+        shards = self._shards
+        if shards is None:
+            super().setup_optimizers(trainer)
+            return
+        shards.show_placeholders(True)
+        try:
+            super().setup_optimizers(trainer)
+        finally:
+            shards.show_placeholders(False)
+        self._orders = {
+            id(_plain(optimizer)): OptimizerOrder(_plain(optimizer), shards) for optimizer in self.optimizers
+        }
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        return self._wrapped(model, init_sync=not self.joins_running_job)
+
+    def _wrapped(self, model: nn.Module | None, *, init_sync: bool) -> DistributedDataParallel:
+        assert model is not None
+        if self._shards is not None:
+            ignored = [*self._shards.expert_parameters(), *self._shards.expert_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        given = self._ddp_kwargs
+        self._ddp_kwargs = {**given, "init_sync": init_sync and given.get("init_sync", True)}
+        try:
+            return super()._setup_model(model)
+        finally:
+            self._ddp_kwargs = given
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's training step; a manual one may clip gradients, by their global norm."""
+        with self._global_norm():
+            return super().training_step(*args, **kwargs)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Average the experts' gradients at once if the module steps its optimizers itself.
+
+        Args:
+            closure_loss: The loss.
+        """
+        super().post_backward(closure_loss)
+        module = self.lightning_module
+        if self._gradients is not None and module is not None and not module.automatic_optimization:
+            self._gradients.average()
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the last backward pass, average the experts' gradients, clip by the global norm, step.
+
+        Args:
+            optimizer: The optimizer.
+            closure: Runs the last forward and backward pass.
+            model: The module.
+            **kwargs: Further arguments of the step.
+        """
+        gradients, module = self._gradients, self.lightning_module
+
+        def closure_and_average() -> Any:
+            result = closure()
+            if gradients is not None and module is not None and module.automatic_optimization:
+                gradients.average()
+            return result
+
+        with self._global_norm():
+            return super().optimizer_step(optimizer, closure_and_average, model, **kwargs)
+
+    def _global_norm(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._gradients is None else self._gradients.global_norm()
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _spread_state(self) -> tuple[ExpertShards, ExpertGroups] | None:
+        if self._shards is None or self._groups is None or not self._shards.taken:
+            return None
+        return self._shards, self._groups
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The state dict of the whole module on rank 0, of its own part on any other rank.
+
+        Ranks:
+            All ranks of the job, together, unless :meth:`local_state` is open.
+        """
+        state: dict[str, Any] = super().lightning_module_state_dict()
+        spread = self._spread_state()
+        if spread is None or self._local_state:
+            return state
+        result: dict[str, Any] = gather_module_state(spread[0], state, spread[1], self.root_device)
+        return result
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state for the whole module on rank 0, for its own part on any other rank.
+
+        Args:
+            optimizer: One of this strategy's optimizers.
+
+        Ranks:
+            All ranks of the job, together, unless :meth:`local_state` is open.
+        """
+        state: dict[str, Any] = super().optimizer_state(optimizer)
+        spread = self._spread_state()
+        if spread is None or self._local_state:
+            return state
+        order = self._orders[id(_plain(optimizer))]
+        return gather_optimizer_state(spread[0], order, state, spread[1], self.root_device)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load this rank's part of a checkpoint of the whole module.
+
+        Args:
+            checkpoint: An ordinary checkpoint, or one made under :meth:`local_state`.
+            strict: Whether names must match.
+        """
+        if self._spread_state() is not None and self._shards is not None:
+            checkpoint = {**checkpoint, "state_dict": local_module_state(self._shards, checkpoint["state_dict"])}
+        super().load_model_state_dict(checkpoint, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load this rank's part of the optimizers' states.
+
+        Args:
+            checkpoint: An ordinary checkpoint, or one made under :meth:`local_state`.
+        """
+        if self._spread_state() is not None and self._shards is not None:
+            states = [
+                self._orders[id(_plain(optimizer))].cut(state, self._shards)
+                for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"])
+            ]
+            checkpoint = {**checkpoint, "optimizer_states": states}
+        super().load_optimizer_state_dict(checkpoint)
+
+
+def _plain(optimizer: Optimizer) -> Optimizer:
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

@@ -1,0 +1,351 @@
+"""`moetion launch`: real processes of plain torch scripts, killed and stopped from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = ROOT / "tests" / "distributed" / "workers" / "steps.py"
+ENDING = ROOT / "tests" / "distributed" / "workers" / "ending.py"
+LIMIT_SECONDS = 60.0
+
+pytestmark = pytest.mark.slow
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait until a condition holds, and return its value."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {LIMIT_SECONDS} s: {what}")
+
+
+class Command:
+    """A running `moetion` command."""
+
+    def __init__(self, log: Path, *args: object, **env: str) -> None:
+        self.log = log
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "moetion_lightning", *map(str, args)],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **env},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=LIMIT_SECONDS)
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def pids_of(self, module: str) -> set[int]:
+        found = set()
+        for child in self.children():
+            try:
+                if f"moetion_lightning.distributed.{module}" in child.cmdline():
+                    found.add(child.pid)
+            except psutil.Error:  # it ended meanwhile
+                pass
+        return found
+
+
+class Job:
+    """Commands of one test and the folder in which their ranks write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "ranks"
+        self.folder.mkdir()
+        self.commands: list[Command] = []
+
+    def start(self, *args: object, **env: str) -> Command:
+        command = Command(self.folder.parent / f"{len(self.commands)}.log", *args, **env)
+        self.commands.append(command)
+        return command
+
+    def launch(self, *options: object, steps: int = 40, seconds: float = 0.1, **env: str) -> Command:
+        return self.start("launch", *options, STEPS, self.folder, steps, seconds, **env)
+
+    def starts(self, rank: int) -> list[dict[str, Any]]:
+        path = self.folder / f"{rank}.pids"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def pids(self, world_size: int) -> list[list[int]]:
+        return [[start["pid"] for start in self.starts(rank)] for rank in range(world_size)]
+
+    def step(self, rank: int) -> tuple[int, int]:
+        path = self.folder / f"{rank}.step"
+        step, pid = path.read_text().split() if path.exists() else (0, 0)
+        return int(step), int(pid)
+
+    def wait_for_step(self, world_size: int, least: int = 2) -> list[int]:
+        ranks = range(world_size)
+        until(lambda: all(self.step(r)[0] >= least for r in ranks), f"step {least} of all ranks; {self.logs()}")
+        return [self.step(rank)[1] for rank in ranks]
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {command.log.name}\n{command.text}" for command in self.commands)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    job = Job(tmp_path)
+    yield job
+    for command in job.commands:
+        if command.process.poll() is None:
+            left = command.children()
+            for process in [psutil.Process(command.process.pid), *left]:
+                if process.is_running():
+                    process.kill()
+            command.process.wait()
+
+
+def test_killed_rank_alone_is_started_again(job: Job) -> None:
+    launcher = job.launch("--nproc-per-node", 4)
+    before = job.wait_for_step(4)
+    os.kill(before[2], signal.SIGKILL)
+    assert launcher.wait() == 0, job.logs()
+    pids = job.pids(4)
+    assert [len(p) for p in pids] == [1, 1, 2, 1]
+    assert [p[0] for p in pids] == before
+    assert [job.step(rank) for rank in range(4)] == [(40, p[-1]) for p in pids]
+    assert [start["started_in"] for start in job.starts(2)] == [0, 1]
+    assert "rank 2: killed by SIGKILL" in launcher.text
+
+
+def test_environment_of_a_rank(job: Job) -> None:
+    launcher = job.launch("--nproc-per-node", 2, "--failure-domain", "rack7", "--job-id", "mine", steps=2)
+    assert launcher.wait() == 0, job.logs()
+    seen = job.starts(0)[0]["env"]
+    assert seen["MOETION_STORE"] == f"{seen['MASTER_ADDR']}:{seen['MASTER_PORT']}"
+    assert seen["MASTER_ADDR"] == seen["MOETION_LOCAL_ADDR"] == "127.0.0.1"
+    assert len(bytes.fromhex(seen["MOETION_SECRET"])) == 32
+    assert seen["MOETION_SECRET"] == job.starts(1)[0]["env"]["MOETION_SECRET"]
+    assert (seen["MOETION_JOB_ID"], seen["MOETION_FAILURE_DOMAIN"]) == ("mine", "rack7")
+    assert (seen["TORCHELASTIC_RESTART_COUNT"], seen["TORCHELASTIC_USE_AGENT_STORE"]) == ("0", "True")
+    assert job.starts(0)[0]["argv"] == [str(STEPS), str(job.folder), "2", "0.1"]
+
+
+def test_two_ranks_killed_at_once(job: Job) -> None:
+    launcher = job.launch("--nproc-per-node", 4)
+    before = job.wait_for_step(4)
+    os.kill(before[1], signal.SIGKILL)
+    os.kill(before[3], signal.SIGKILL)
+    assert launcher.wait() == 0, job.logs()
+    assert [len(p) for p in job.pids(4)] == [1, 2, 1, 2]
+    assert {job.step(rank)[0] for rank in range(4)} == {40}
+
+
+def test_replacement_killed_while_it_starts(job: Job) -> None:
+    launcher = job.launch("--nproc-per-node", 3)
+    before = job.wait_for_step(3)
+    os.kill(before[0], signal.SIGKILL)
+    replacement = until(lambda: launcher.pids_of("worker") - set(before), "a replacement").pop()
+    os.kill(replacement, signal.SIGKILL)
+    assert launcher.wait() == 0, job.logs()
+    assert [p[0] for p in job.pids(3)] == before
+    assert job.starts(0)[-1]["started_in"] == 2
+    assert job.starts(0)[-1]["pid"] != replacement
+    assert {job.step(rank)[0] for rank in range(3)} == {40}
+
+
+def test_stopped_rank_is_killed_and_replaced(job: Job) -> None:
+    launcher = job.launch("--nproc-per-node", 2, "--hang-timeout", 3)
+    before = job.wait_for_step(2)
+    os.kill(before[1], signal.SIGSTOP)
+    assert launcher.wait() == 0, job.logs()
+    assert [len(p) for p in job.pids(2)] == [1, 2]
+    assert not psutil.pid_exists(before[1])
+    assert "rank 1: hung: no heartbeat for 3 s" in launcher.text
+
+
+def test_standby_takes_over(job: Job) -> None:
+    launcher = job.launch("--nproc-per-node", 2, "--standby", 1, steps=150)
+    before = job.wait_for_step(2)
+    match = until(lambda: re.search(r"process (\d+) stands by", launcher.text), f"a standby; {job.logs()}")
+    os.kill(before[1], signal.SIGKILL)
+    until(lambda: len(job.starts(1)) == 2, "the standby to run")
+    first, second = job.starts(1)
+    assert second["pid"] == int(match[1])
+    assert second["started_in"] == 1
+    same = ("rng_untouched", "cuda", "threads", "argv")
+    assert {k: second[k] for k in same} == {k: first[k] for k in same}
+    assert second["rng_untouched"]
+    assert second["lightning_rank"] == 1
+    assert not second["cuda"]
+    assert second["stdin"] == ""
+    os.kill(second["pid"], signal.SIGKILL)  # it is looked after like any other rank
+    until(lambda: len(job.starts(1)) == 3, "the next one")
+    launcher.process.terminate()
+    assert launcher.wait() == 128 + signal.SIGTERM
+
+
+def test_module_runs_as_python_would_run_it(job: Job) -> None:
+    launcher = job.start("launch", "--max-restarts", 0, "-m", "json.tool", "--no-such-option")
+    assert launcher.wait() == 1
+    assert "unrecognized arguments: --no-such-option" in launcher.text
+    assert "rank 0: exit code 2" in launcher.text
+
+
+def test_restart_limit_names_rank_status_and_count(job: Job) -> None:
+    launcher = job.start("launch", "--nproc-per-node", 1, "--max-restarts", 2, ENDING, "exit", 7)
+    assert launcher.wait() == 1
+    assert "rank 0: exit code 7: more than 2 restarts on this node (--max-restarts)" in launcher.text
+    assert "Deaths by rank: rank 0: 3" in launcher.text
+
+
+def test_crash_loop_shows_the_cause(job: Job) -> None:
+    launcher = job.start("launch", "--nproc-per-node", 2, "--max-restarts", 1, ENDING, "raise")
+    assert launcher.wait() == 1
+    summary = launcher.text[launcher.text.rindex("last lines of rank") :]
+    assert re.search(r"ValueError: the learning rate of rank [01] is negative", summary)
+    assert "in raise_error" in summary
+    assert "runpy" not in launcher.text
+    assert "distributed/worker.py" not in launcher.text
+
+
+def test_script_runs_as_python_would_run_it(job: Job) -> None:
+    launcher = job.start("launch", ENDING, "print", "--nproc-per-node", "x y")
+    assert launcher.wait() == 0
+    argv = [str(ENDING), "print", "--nproc-per-node", "x y"]
+    assert f"{argv} __main__ {ENDING.parent} ending.py" in launcher.text
+
+
+def test_death_after_others_finished_ends_the_job(job: Job) -> None:
+    launcher = job.start("launch", "--nproc-per-node", 2, ENDING, "finish-then-die")
+    assert launcher.wait() == 1
+    assert "rank 1: exit code 3, after 1 ranks had already finished" in launcher.text
+
+
+def test_processes_of_a_dead_rank_end_with_it(job: Job) -> None:
+    launcher = job.start("launch", "--max-restarts", 0, ENDING, "leave-child", job.folder)
+    assert launcher.wait() == 1
+    child = int((job.folder / "child").read_text())
+    until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE, "its end")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_end_of_the_launcher_ends_all_processes(job: Job, number: signal.Signals) -> None:
+    launcher = job.start("launch", "--nproc-per-node", 2, "--standby", 1, ENDING, "wait", job.folder)
+    until(lambda: len(list(job.folder.iterdir())) == 2, f"both ranks; {job.logs()}")
+    children = launcher.children()
+    assert len(children) == 3
+    launcher.process.send_signal(number)
+    assert launcher.wait() == (-number if number == signal.SIGKILL else 128 + number)
+    _, alive = psutil.wait_procs(children, timeout=5.0)
+    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def serve(job: Job) -> str:
+    server = job.start("rendezvous", "--port", 0)
+    match = until(lambda: re.search(r"serving at (\S+)\n", server.text), "the rendezvous")
+    return str(match[1])
+
+
+def node(job: Job, endpoint: str, *options: object, **kwargs: Any) -> Command:
+    common = ("--rdzv-endpoint", endpoint, "--nproc-per-node", 1, "--node-timeout", 3)
+    return job.launch(*common, *options, **kwargs)
+
+
+def wait_for_spare(spare: Command) -> None:
+    until(lambda: "waiting as a spare" in spare.text, f"the spare; {spare.text}")
+
+
+def test_spare_takes_the_place_of_a_lost_node(job: Job) -> None:
+    endpoint = serve(job)
+    nodes = [node(job, endpoint, "--nnodes", "2:3", "--node-rank", k, "--failure-domain", f"n{k}") for k in range(2)]
+    before = job.wait_for_step(2)
+    spare = node(job, endpoint, "--nnodes", "2:3", "--failure-domain", "spare")
+    wait_for_spare(spare)
+    nodes[0].process.kill()  # its rank ends with it
+    assert nodes[1].wait() == 0, job.logs()
+    assert spare.wait() == 0, job.logs()
+    assert [len(p) for p in job.pids(2)] == [2, 1]
+    assert [p[0] for p in job.pids(2)] == before
+    replaced = job.starts(0)[1]
+    assert (replaced["started_in"], replaced["losses"]) == (1, None)
+    assert (replaced["env"]["GROUP_RANK"], replaced["env"]["MOETION_FAILURE_DOMAIN"]) == ("0", "spare")
+    assert replaced["env"]["MOETION_SECRET"] == job.starts(1)[0]["env"]["MOETION_SECRET"]
+    assert {job.step(rank)[0] for rank in range(2)} == {40}
+
+
+def test_launcher_whose_place_was_taken_ends_its_ranks(job: Job) -> None:
+    endpoint = serve(job)
+    nodes = [node(job, endpoint, "--nnodes", "2:3", "--node-rank", k, steps=100) for k in range(2)]
+    before = job.wait_for_step(2)
+    spare = node(job, endpoint, "--nnodes", "2:3", steps=100)
+    wait_for_spare(spare)
+    cut_off = nodes[0].process
+    cut_off.send_signal(signal.SIGSTOP)
+    until(lambda: len(job.starts(0)) == 2, f"the spare's rank; {job.logs()}")
+    cut_off.send_signal(signal.SIGCONT)
+    assert nodes[0].wait() == 1
+    assert "did not renew its lease in time" in nodes[0].text
+    assert not psutil.pid_exists(before[0])
+    assert nodes[1].wait() == 0, job.logs()
+    assert spare.wait() == 0, job.logs()
+    assert len(job.starts(1)) == 1
+
+
+def test_first_launcher_serves_the_store_if_nobody_does(job: Job) -> None:
+    endpoint = free_endpoint()
+    nodes = [node(job, endpoint, "--nnodes", 2, steps=3) for _ in range(2)]
+    assert [n.wait() for n in nodes] == [0, 0], job.logs()
+    assert {job.step(rank)[0] for rank in range(2)} == {3}
+
+
+def test_store_that_outlives_a_run_serves_the_next(job: Job) -> None:
+    endpoint = serve(job)
+    for run in (1, 2):
+        launcher = node(job, endpoint, "--job-id", "again", steps=2)
+        assert launcher.wait() == 0, job.logs()
+        assert job.starts(0)[-1]["env"]["TORCHELASTIC_RUN_ID"] == f"again.{run}"
+        assert job.starts(0)[-1]["started_in"] == 0
+
+
+def test_failed_node_ends_the_others(job: Job) -> None:
+    endpoint = serve(job)
+    options = ("--rdzv-endpoint", endpoint, "--nnodes", 2, "--max-restarts", 0)
+    failing = job.start("launch", *options, "--node-rank", 0, "--job-id", "j", ENDING, "exit", 5)
+    waiting = job.start("launch", *options, "--node-rank", 1, "--job-id", "j", ENDING, "wait", job.folder)
+    assert failing.wait() == 1
+    assert waiting.wait() == 1
+    assert "the job failed: on node 0: rank 0: exit code 5" in waiting.text
+
+
+def test_end_of_the_rendezvous_ends_the_job(job: Job) -> None:
+    endpoint = serve(job)
+    nodes = [node(job, endpoint, "--nnodes", 2, steps=1000) for _ in range(2)]
+    workers = job.wait_for_step(2)
+    job.commands[0].process.kill()
+    assert [n.wait() for n in nodes] == [1, 1], job.logs()
+    assert all("the rendezvous" in n.text and "does not answer any more" in n.text for n in nodes), job.logs()
+    assert not [pid for pid in workers if psutil.pid_exists(pid)]
+
+
+def free_endpoint() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"

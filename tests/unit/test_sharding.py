@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moetion_lightning.distributed.sharding import ALL_HOLDERS, Assignment, Item, assign, loads
+from moetion_lightning.errors import ConfigurationError
+
+WORLD = 6
+
+items_of_many_sets = st.dictionaries(
+    st.tuples(
+        st.sampled_from([f"layers.{i}" for i in range(12)]), st.frozensets(st.integers(0, WORLD - 1), min_size=1)
+    ),
+    st.integers(0, 100),
+    max_size=25,
+).map(lambda sizes: [Item(name=n, nbytes=b, holders=tuple(sorted(h))) for (n, h), b in sizes.items()])
+
+sizes_of_one_set = st.lists(st.integers(0, 1000), min_size=1, max_size=30)
+
+
+def one_set(sizes: list[int], holders: tuple[int, ...]) -> list[Item]:
+    return [Item(name=f"layers.{i}", nbytes=nbytes, holders=holders) for i, nbytes in enumerate(sizes)]
+
+
+def owner_by_item(items: list[Item], assignment: Assignment) -> dict[Item, int]:
+    return dict(zip(items, assignment.owners))
+
+
+@given(items_of_many_sets, st.sampled_from(["equal", "adaptive", "auto"]))
+@settings(max_examples=300, deadline=None)
+def test_each_item_has_one_owner_that_holds_it(items: list[Item], method: Literal["equal", "adaptive", "auto"]) -> None:
+    result = assign(items, WORLD, method=method)
+    assert len(result.owners) == len(items)
+    assert all(owner in item.holders for item, owner in zip(items, result.owners))
+    expected = [sum(i.nbytes for i, o in zip(items, result.owners) if o == rank) for rank in range(WORLD)]
+    assert list(result.loads) == loads(items, result.owners, WORLD) == expected
+    assert sum(result.loads) == sum(item.nbytes for item in items)
+    assert result.bottleneck_after == max(expected) <= result.bottleneck_before
+
+
+@given(items_of_many_sets, st.randoms(use_true_random=False), st.sampled_from(["equal", "adaptive", "auto"]))
+@settings(max_examples=300, deadline=None)
+def test_choice_does_not_depend_on_the_order_of_items(
+    items: list[Item], shuffler: random.Random, method: Literal["equal", "adaptive", "auto"]
+) -> None:
+    shuffled = items[:]
+    shuffler.shuffle(shuffled)
+    first, second = assign(items, WORLD, method=method), assign(shuffled, WORLD, method=method)
+    assert owner_by_item(items, first) == owner_by_item(shuffled, second)
+    assert first.loads == second.loads
+
+
+@given(items_of_many_sets)
+@settings(max_examples=200, deadline=None)
+def test_adaptive_is_the_plain_greedy_choice(items: list[Item]) -> None:
+    """Against a direct transcription, without heaps."""
+
+    def key(item: Item) -> tuple[bool, int, tuple[int, ...], int]:
+        return len(item.holders) > 1, -item.nbytes, item.holders, int(item.name.removeprefix("layers."))
+
+    load = [0] * WORLD
+    expected: dict[Item, int] = {}
+    for item in sorted(items, key=key):
+        rank = min(item.holders, key=lambda r: (load[r], r))
+        expected[item] = rank
+        load[rank] += item.nbytes
+    assert owner_by_item(items, assign(items, WORLD, method="adaptive")) == expected
+
+
+@given(sizes_of_one_set, st.integers(1, 8))
+@settings(max_examples=300, deadline=None)
+def test_adaptive_bottleneck_is_at_most_the_mean_and_one_item(sizes: list[int], ranks: int) -> None:
+    result = assign(one_set(sizes, tuple(range(ranks))), ranks, method="adaptive")
+    assert result.bottleneck_after <= sum(sizes) / ranks + max(sizes)
+    assert result.bottleneck_before == sum(sizes)
+
+
+@given(sizes_of_one_set, st.integers(1, 8))
+@settings(max_examples=300, deadline=None)
+def test_equal_deals_runs_of_equal_count(sizes: list[int], ranks: int) -> None:
+    owners = assign(one_set(sizes, tuple(range(ranks))), ranks, method="equal").owners
+    assert list(owners) == sorted(owners), "runs are contiguous, also past layer 9"
+    counts = [owners.count(rank) for rank in range(ranks)]
+    assert max(counts) - min(counts) <= 1
+
+
+@given(items_of_many_sets)
+@settings(max_examples=200, deadline=None)
+def test_auto_is_the_lighter_one_and_equal_on_a_tie(items: list[Item]) -> None:
+    equal, adaptive = assign(items, WORLD, method="equal"), assign(items, WORLD, method="adaptive")
+    lighter = adaptive if adaptive.bottleneck_after < equal.bottleneck_after else equal
+    assert assign(items, WORLD) == lighter
+
+
+def test_none_lets_every_holder_capture() -> None:
+    items = [Item(name="a", nbytes=3, holders=(0, 1)), Item(name="b", nbytes=5, holders=(1, 2))]
+    result = assign(items, 4, method="none")
+    assert result == Assignment(
+        owners=(ALL_HOLDERS, ALL_HOLDERS), method="none", loads=(3, 8, 5, 0), bottleneck_before=8, bottleneck_after=8
+    )
+
+
+def test_shards_of_one_name_are_different_state() -> None:
+    items = [Item(name="x", nbytes=4, holders=(0, 2)), Item(name="x", nbytes=4, holders=(1, 3))]
+    assert assign(items, 4).owners == (0, 1)
+
+
+def test_partial_experts_of_a_mixture_model_adaptive_beats_equal_beats_none() -> None:
+    """GPT-MoE under PEC: 8 data-parallel ranks, expert-parallel size 4, one expert of each of 6 MoE layers saved."""
+    world = 8
+    items = []
+    for layer, size in itertools.product(range(12), [("attention", 24), ("norms", 1)]):
+        items.append(Item(name=f"layers.{layer}.{size[0]}", nbytes=size[1] * 2**20, holders=tuple(range(world))))
+    items.append(Item(name="embedding", nbytes=400 * 2**20, holders=tuple(range(world))))
+    for layer in range(0, 12, 2):
+        expert_rank = layer // 2 % 4
+        items.append(Item(name=f"layers.{layer}.expert", nbytes=48 * 2**20, holders=(expert_rank, expert_rank + 4)))
+    none, equal, adaptive = (assign(items, world, method=m) for m in ("none", "equal", "adaptive"))
+    assert adaptive.bottleneck_after < equal.bottleneck_after < none.bottleneck_after
+    assert none.bottleneck_after == equal.bottleneck_before == adaptive.bottleneck_before
+    assert adaptive.bottleneck_after == 400 * 2**20, "the embedding alone is the heaviest"
+    assert assign(items, world).method == "adaptive"
+
+
+def test_auto_keeps_whole_layers_together_where_that_costs_nothing() -> None:
+    items = [Item(name=f"layers.{i}", nbytes=10, holders=(0, 1, 2, 3)) for i in range(12)]
+    result = assign(items, 4)
+    assert result.method == "equal"
+    assert result.owners == (0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3)
+
+
+def test_nothing_to_capture() -> None:
+    assert assign([], 2) == Assignment(owners=(), method="equal", loads=(0, 0), bottleneck_before=0, bottleneck_after=0)
+
+
+@pytest.mark.parametrize(
+    ("items", "method", "message"),
+    [
+        ([Item(name="a", nbytes=1, holders=())], "auto", "item 'a' has holders=.*from 0 to 3"),
+        ([Item(name="a", nbytes=1, holders=(2, 1))], "auto", "ascending"),
+        ([Item(name="a", nbytes=1, holders=(1, 1))], "auto", "different ranks"),
+        ([Item(name="a", nbytes=1, holders=(3, 4))], "auto", r"holders=\(3, 4\)"),
+        ([Item(name="a", nbytes=-1, holders=(0,))], "auto", "nbytes=-1"),
+        ([Item(name="a", nbytes=1, holders=(0, 1)), Item(name="a", nbytes=2, holders=(0, 1))], "auto", "'a'.*twice"),
+        ([], "best", "method='best'"),
+    ],
+)
+def test_wrong_input_is_named(items: list[Item], method: Literal["auto"], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        assign(items, 4, method=method)
+
+
+def test_thousands_of_ranks_are_quick() -> None:
+    world = 4096
+    everybody = tuple(range(world))
+    pairs = [tuple(sorted((rank, (rank + 2048) % world))) for rank in range(2048)]
+    items = [Item(name=f"layers.{i}", nbytes=1000 + i % 7, holders=everybody) for i in range(4000)]
+    items += [Item(name=f"expert.{e}", nbytes=500, holders=pair) for pair in pairs for e in range(2)]
+    start = time.process_time()
+    result = assign(items, world)
+    assert time.process_time() - start < 1.0
+    assert result.bottleneck_before == 2 * 500 + sum(1000 + i % 7 for i in range(4000))
+    assert result.bottleneck_after < 2000
