@@ -71,7 +71,7 @@ class LoopSeam:
             injected = checkpoint()
             if injected is not None:
                 connector._loaded_checkpoint = injected
-                if gathers_state(self._trainer):  # there are no gathered weights to load; the engine loads each shard
+                if not injected["state_dict"]:  # the engine brings the weights
                     self._patch(self._trainer.strategy, "load_model_state_dict", lambda *args, **kwargs: None)
                 # The engine puts optimizers back itself: `load_state_dict` would change dtypes, and refuse groups that
                 # were added while training.

@@ -63,6 +63,18 @@ class Zygote:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
 
+    def run_elastic(
+        self, spec: dict[str, Any], logs: list[Path], restarts: int, timeout_seconds: float
+    ) -> tuple[Ended, list[list[int]]]:
+        """One job whose lost ranks are replaced while the others live on; also the pids of each rank."""
+        assert self._process.stdin is not None
+        request = {"elastic": spec, "logs": [str(p) for p in logs], "restarts": restarts}
+        self._process.stdin.write(json.dumps({**request, "timeout_seconds": timeout_seconds}) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._answer())
+        pids = answer.pop("pids")
+        return Ended(**answer), pids
+
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -130,6 +142,19 @@ class Drill:
         ended = self.start({**common, **last}, out)
         assert ended.good, f"{ended}\n{read_logs(out)}"
         return out
+
+
+    def elastic(
+        self, spec: dict[str, Any], kills: list[dict[str, Any]], timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> tuple[Path, Ended, list[list[int]]]:
+        """A job in which ranks die (``generation``: of the process, 0 the first one) and are replaced, to its end."""
+        out = self._directory("elastic")
+        memory = self.memory_dir / out.name
+        memory.mkdir(mode=0o700)
+        logs = [out / f"log{suffix(rank, spec['ranks'])}" for rank in range(spec["ranks"])]
+        given = {**spec, "out": str(out), "memory_dir": str(memory), "kills": [{"generation": 0, **k} for k in kills]}
+        ended, pids = self.zygote.run_elastic(given, logs, len(kills), timeout_seconds)
+        return out, ended, pids
 
 
 def read_logs(out: Path) -> str:

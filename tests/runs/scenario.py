@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "wipe_memory": False,
     "break": "",
     "kill": None,
+    "kills": [],  # of an elastic job: each in the process of its rank that was started in its generation
     "seed": 1,
     "job_id": "job",
     "ranks": 1,
@@ -226,7 +227,12 @@ def run(given: dict[str, Any]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     end = suffix(rank, spec["ranks"])
     spec |= {"rank": rank, "suffix": end, "strategy": spec["strategy"] or ("ddp" if spec["ranks"] > 1 else "")}
-    if spec["kill"] and spec["kill"].get("rank", 0) != rank:
+    generation = int(os.environ.get("MOETION_GENERATION", "0"))
+    for kill in [spec["kill"], *spec["kills"]]:
+        if kill and kill.get("rank", 0) == rank and kill.get("generation", generation) == generation:
+            spec["kill"] = kill
+            break
+    else:
         spec["kill"] = None
     if spec["break"]:
         from tests.runs import sabotage

@@ -29,6 +29,7 @@ def main() -> None:
     import torch.distributed.fsdp
 
     import moetion_lightning.callbacks  # noqa: F401
+    from moetion_lightning.distributed import groups
     from tests.runs import scenario
 
     torch.set_num_threads(1)
@@ -45,6 +46,7 @@ def main() -> None:
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             os.environ.update(environment)
+            groups.install()
             scenario.run(spec)
             code = 0
         except BaseException:
@@ -57,6 +59,15 @@ def main() -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        if "elastic" in request:
+            from tests.runs.elastic import run_elastic
+
+            ended, history = run_elastic(
+                fork, request["elastic"], request["logs"], restarts=request["restarts"],
+                timeout_seconds=request["timeout_seconds"], control=sys.stdin.fileno(),
+            )  # fmt: skip
+            print(json.dumps({**asdict(ended), "pids": history}), file=answers, flush=True)
+            continue
         pids = [fork(*rank) for rank in zip(request["specs"], request["logs"], request["envs"], strict=True)]
         ended = Group(pids, sys.stdin.fileno()).wait(request["timeout_seconds"])
         print(json.dumps(asdict(ended)), file=answers, flush=True)
