@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-__all__ = ["add_model_arguments", "model_argv", "sizes"]
+__all__ = ["add_model_arguments", "fill_medium", "model_argv", "sizes"]
 
 _SIZES = {"d_model": 512, "d_expert": 1600, "num_layers": 4, "num_experts": 8, "top_k": 2, "seq_len": 64, "batch": 8}
+_MEDIUM = {"d_model": 256, "d_expert": 800}
 _SMALL = {"d_model": 128, "d_expert": 256, "num_layers": 2, "num_experts": 8, "top_k": 2, "seq_len": 32, "batch": 4}
 
 
@@ -22,6 +23,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threads", type=int, default=1, help="torch's intra-op threads (1 leaves the other cores to the background)"
     )
+
+
+def fill_medium(args: argparse.Namespace) -> argparse.Namespace:
+    """For benchmarks with several ranks on one machine: about 14 M parameters where nothing else was asked for."""
+    for name, value in _MEDIUM.items():
+        if not args.small and getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 def model_argv(args: argparse.Namespace) -> list[str]:

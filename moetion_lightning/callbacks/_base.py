@@ -13,6 +13,7 @@ from moetion_lightning.callbacks._session import Session
 from moetion_lightning.config import EngineConfig
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.policy import Policy
+from moetion_lightning.distributed.torchrun import separate_restarts
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.events import Sink
 
@@ -44,6 +45,7 @@ class EngineCallback(Callback):
         self._sinks = tuple(sinks)
         self._events_path = events_path
         self._log_metrics = log_metrics
+        separate_restarts()
         self._session: Session | None = None
 
     def _policy(self) -> Policy:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lightning.pytorch import Trainer
 
-from moetion_lightning.callbacks._ranks import unwrap, wrap_again
+from moetion_lightning.callbacks._ranks import leave_groups, wrap_again
 from moetion_lightning.distributed.groups import Groups
 from moetion_lightning.engine import Ranks
 from moetion_lightning.errors import RankLostError
@@ -74,8 +74,7 @@ class Elastic:
                 self._advance()
 
     def _go_back(self) -> None:
-        unwrap(self._trainer)
-        self._groups.leave()
+        leave_groups(self._trainer, self._groups)
         self._advance()
         self.attempt(self._restore)
 

@@ -13,12 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from moetion_lightning.config import launched_process
 from moetion_lightning.core.layouts import MoELayer
 from moetion_lightning.distributed.default_store import default_control
-from moetion_lightning.distributed.groups import current_groups
+from moetion_lightning.distributed.groups import Groups, current_groups
 from moetion_lightning.distributed.layout import holders, row_offset
+from moetion_lightning.distributed.meshes import can_outlive_groups, drop_groups, rebind
 from moetion_lightning.engine import RankLayout, Ranks
 from moetion_lightning.errors import ConfigurationError
 
-__all__ = ["ddp_of", "gathers_state", "make_ranks", "unwrap", "wrap_again"]
+__all__ = ["ddp_of", "gathers_state", "leave_groups", "make_ranks", "wrap_again"]
 
 
 def make_ranks(trainer: Trainer, module: LightningModule) -> Ranks:
@@ -44,7 +45,7 @@ def make_ranks(trainer: Trainer, module: LightningModule) -> Ranks:
         local_size=max(1, trainer.world_size // max(1, trainer.num_nodes)),
         domain="" if launched is None else launched.failure_domain,
         address="" if launched is None else launched.local_address,
-        elastic=groups is not None and isinstance(strategy, DDPStrategy),
+        elastic=groups is not None and (isinstance(strategy, DDPStrategy) or can_outlive_groups()),
         replaced=groups is not None and groups.membership.is_replacement,
     )
 
@@ -93,6 +94,9 @@ def gathers_state(trainer: Trainer) -> bool:
 def wrap_again(trainer: Trainer) -> None:
     """After the process groups were made anew: rebuild what refers to them. All ranks call it together."""
     strategy: Any = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        rebind(strategy.device_mesh, trainer.lightning_module)
+        return
     if hasattr(strategy, "rebuild_groups"):
         strategy.rebuild_groups()
         return
@@ -105,11 +109,17 @@ def wrap_again(trainer: Trainer) -> None:
         strategy._ddp_kwargs = given
 
 
-def unwrap(trainer: Trainer) -> None:
-    """Drop what refers to broken process groups."""
+def leave_groups(trainer: Trainer, groups: Groups) -> None:
+    """Give up all process groups, and everything that refers to them, so that nobody waits for this rank."""
     strategy: Any = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        drop_groups(trainer.lightning_module)
+        groups.leave()
+        rebind(strategy.device_mesh, trainer.lightning_module)  # to groups in which this rank is alone
+        return
     if isinstance(strategy.model, DistributedDataParallel):
         strategy.model = strategy.lightning_module
+    groups.leave()
 
 
 def ddp_of(trainer: Trainer) -> DistributedDataParallel | None:

@@ -150,10 +150,14 @@ def build_operators(
 def _localized(
     operators: Sequence[Operator], parameters: Mapping[str, nn.Parameter], offsets: Mapping[str, int]
 ) -> tuple[Operator, ...]:
-    """Operators in rows of this process; those of which it holds nothing are left out."""
+    """Operators in rows of this process; those of which it holds nothing are left out.
+
+    An empty shard goes, whole, to the first operator that would have rows of it: its optimizer state has a step count.
+    """
     if not offsets:
         return tuple(operators)
     found = []
+    empty: set[str] = set()
     for op in operators:
         pieces = []
         for piece in op.pieces:
@@ -163,6 +167,9 @@ def _localized(
                 continue
             shard = local(parameters[name])
             if not shard.numel():
+                if name not in empty:
+                    empty.add(name)
+                    pieces.append(Piece(parameter=name))
                 continue
             if piece.start is None or piece.stop is None:
                 pieces.append(piece)

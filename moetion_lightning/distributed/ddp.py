@@ -10,11 +10,16 @@ and a new reducer is taken through a backward of zeros in that order before it i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["bucket_order", "set_bucket_order"]
+
+#: The second layout of a wrapper is its last one.
+_known: WeakKeyDictionary[DistributedDataParallel, list[int]] = WeakKeyDictionary()
+_SAMPLE_RATE = 100  # torch's own
 
 
 def bucket_order(ddp: DistributedDataParallel) -> list[int]:
@@ -22,12 +27,15 @@ def bucket_order(ddp: DistributedDataParallel) -> list[int]:
 
     A layout that the next forward would make is made now: all ranks must call this at the same place.
     """
-    ddp.reducer._rebuild_buckets()
-    data = ddp._get_ddp_logging_data()
-    if not data.get("has_rebuilt_buckets"):
+    if ddp.find_unused_parameters and not ddp.static_graph:  # the first layout is the only one
         return []
-    buckets = str(data.get("rebuilt_per_bucket_param_indices", ""))
-    return [int(index) for bucket in buckets.split(",") for index in bucket.split()]
+    if ddp not in _known:
+        ddp.reducer._rebuild_buckets()
+        order = _read_order(ddp)
+        if not order:
+            return []
+        _known[ddp] = order
+    return list(_known[ddp])
 
 
 def set_bucket_order(ddp: DistributedDataParallel, order: Sequence[int]) -> None:
@@ -37,7 +45,7 @@ def set_bucket_order(ddp: DistributedDataParallel, order: Sequence[int]) -> None
         ddp: A wrapper that has not run yet.
         order: From :func:`bucket_order`; empty keeps the first layout.
     """
-    if not order or ddp._get_ddp_logging_data().get("has_rebuilt_buckets"):
+    if not order or ddp in _known:
         return
     parameters, sparse = ddp._build_params_for_reducer()
     if any(sparse):  # their gradients are not in the buckets' memory
@@ -49,3 +57,14 @@ def set_bucket_order(ddp: DistributedDataParallel, order: Sequence[int]) -> None
     for parameter in parameters:
         parameter.grad = None
     ddp.reducer._rebuild_buckets()
+    _known[ddp] = list(order)
+
+
+def _read_order(ddp: DistributedDataParallel) -> list[int]:
+    # DDP notes its layout in the next forward, of the first ten and then of every hundredth one.
+    ddp.reducer._set_ddp_runtime_logging_sample_rate(1)
+    assert ddp.logger is not None  # made with the wrapper
+    ddp.logger.set_runtime_stats_and_log()
+    ddp.reducer._set_ddp_runtime_logging_sample_rate(_SAMPLE_RATE)
+    buckets = str(ddp._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices", ""))
+    return [int(index) for bucket in buckets.split(",") for index in bucket.split()]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,24 @@ class Drill:
             self._references[key] = out
         return self._references[key]
 
-    def killed(self, spec: dict[str, Any], kills: list[dict[str, Any]], **last: Any) -> Path:
+    def killed(
+        self,
+        spec: dict[str, Any],
+        kills: list[dict[str, Any]],
+        *,
+        between: Callable[[Path], None] = lambda memory: None,
+        **last: Any,
+    ) -> Path:
         """A run that is killed at each of ``kills`` in turn, then completes.
 
         In a run of several ranks one of them kills itself (``rank`` of the kill; 0 without it), its group is ended, and
         a new group is started.
+
+        Args:
+            spec: The run.
+            kills: Where it dies, start by start.
+            between: Called with the host memory of the whole group after each death.
+            **last: What differs in the last start.
         """
         out = self._directory("killed")
         memory = self.memory_dir / out.name
@@ -139,6 +153,7 @@ class Drill:
             rank = kill.get("rank", 0)
             died = ended.codes[rank] == -signal.SIGKILL and rank in ended.failed
             assert died, f"{kill}: {ended}\n{read_logs(out)}"
+            between(memory)
         ended = self.start({**common, **last}, out)
         assert ended.good, f"{ended}\n{read_logs(out)}"
         return out

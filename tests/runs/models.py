@@ -146,7 +146,7 @@ class Automatic(pl.LightningModule):
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
         self.spec = spec
-        self.body = Body(spec["block"])
+        self.body = Body(spec["block"], width=spec["width"], num_experts=spec["num_experts"])
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         logits = self.body(batch["tokens"])

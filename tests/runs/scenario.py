@@ -65,6 +65,8 @@ DEFAULTS: dict[str, Any] = {
     "strategy": "",
     "strategy_args": {},
     "expert_parallel": 1,
+    "width": 16,
+    "num_experts": 4,
 }
 
 
@@ -180,7 +182,8 @@ def _capturing(spec: dict[str, Any], out: Path) -> list[Any]:
         "dense": callbacks.DenseInMemoryCheckpoint,
         "partial": callbacks.PartialExpertsCheckpoint,
     }
-    return [kinds[spec["policy"]](**spec["policy_args"], **common)]
+    given = {k: v.format(**spec) if isinstance(v, str) else v for k, v in spec["policy_args"].items()}
+    return [kinds[spec["policy"]](**given, **common)]
 
 
 def _slow(kind: str) -> Callable[[Event], None]:

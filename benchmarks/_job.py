@@ -1,0 +1,93 @@
+"""The training script of failover.py and ettr.py: an ordinary Lightning script for ``torchrun`` or ``moetion launch``.
+
+Each rank appends one JSON line to a file when it starts and after every batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from _sizes import add_model_arguments
+
+CHECKPOINTS = ("none", "model-checkpoint", "ours")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, required=True)
+    parser.add_argument("--every", type=int, default=1, help="steps between the saves of model-checkpoint")
+    parser.add_argument("--window", type=int, default=4)
+    parser.add_argument("--work", type=Path, required=True, help="folder for progress.jsonl and checkpoints")
+    parser.add_argument("--memory", type=Path, required=True, help="folder in host memory")
+    add_model_arguments(parser)
+    return parser.parse_args()
+
+
+class Progress:
+    """One JSON line for each thing that happened, written with one system call."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._who = {"rank": int(os.environ["RANK"]), "pid": os.getpid()}
+
+    def __call__(self, what: str, **fields: Any) -> None:
+        record = {"what": what, **self._who, "time": time.time(), **fields}
+        os.write(self._descriptor, (json.dumps(record) + "\n").encode())
+
+
+def checkpoint_callbacks(args: argparse.Namespace) -> tuple[list[Any], Path | None]:
+    """The callbacks, and what to resume from where the user must say it."""
+    if args.checkpoint == "none":
+        return [], None
+    if args.checkpoint == "ours":
+        from moetion_lightning import SparseExpertCheckpoint
+
+        return [SparseExpertCheckpoint(window=args.window, memory_dir=str(args.memory), log_metrics=False)], None
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    folder = args.work / "checkpoints"
+    # monitor="step" keeps the newest one only; save_last would write each file twice.
+    saver = ModelCheckpoint(
+        dirpath=folder, every_n_train_steps=args.every, save_top_k=1, monitor="step", mode="max", filename="{step}"
+    )
+    steps = {int(path.stem.removeprefix("step=").split("-")[0]): path for path in folder.glob("step=*.ckpt")}
+    return [saver], steps[max(steps)] if steps else None
+
+
+def main() -> None:
+    args = parse()
+    progress = Progress(args.work / "progress.jsonl")
+    progress("start")
+    import inspect
+
+    import torch
+    from _model import make_loader, make_model
+    from lightning.pytorch import Trainer
+
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    torch.set_num_threads(args.threads)
+    callbacks, resume_from = checkpoint_callbacks(args)
+    module = make_model(args)
+    trainer = Trainer(
+        accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="ddp", max_steps=1_000_000, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=args.checkpoint == "model-checkpoint",
+        callbacks=callbacks, default_root_dir=args.work,
+    )  # fmt: skip
+    module.clock = lambda: progress("step", step=trainer.global_step)
+    options: dict[str, Any] = {"ckpt_path": resume_from}
+    if resume_from is not None and "weights_only" in inspect.signature(Trainer.fit).parameters:
+        options["weights_only"] = False
+    trainer.fit(module, make_loader(args), **options)
+
+
+if __name__ == "__main__":
+    main()
