@@ -79,8 +79,8 @@ def main() -> None:
     module = make_model(args)
     trainer = Trainer(
         accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="ddp", max_steps=1_000_000, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=args.checkpoint == "model-checkpoint",
-        callbacks=callbacks, default_root_dir=args.work,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, default_root_dir=args.work,
+        enable_checkpointing=args.checkpoint == "model-checkpoint",
     )  # fmt: skip
     module.clock = lambda: progress("step", step=trainer.global_step)
     options: dict[str, Any] = {"ckpt_path": resume_from}

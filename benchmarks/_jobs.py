@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from _report import child_environment
 
-__all__ = ["MODES", "Job", "JobError", "Mode", "steps_of"]
+__all__ = ["MODES", "Job", "JobError", "Mode", "end_on_sigterm", "steps_of"]
 
 _SCRIPT = Path(__file__).parent / "_job.py"
 _POLL_SECONDS = 0.02
@@ -161,6 +161,14 @@ class Job:
                 raise JobError(f"not in {seconds:.0f} s: {what} (all ranks are at {self.reached()}): {self.tail()}")
             time.sleep(_POLL_SECONDS)
 
+    def until_step(self, step: int, seconds: float) -> None:
+        """Wait until all ranks have finished a step.
+
+        Raises:
+            JobError: See :meth:`until`.
+        """
+        self.until(lambda: self.reached() >= step, seconds, f"step {step}")
+
     def until_ready(self, seconds: float) -> None:
         """Wait until the processes that stand by have imported everything and are idle."""
         seen: dict[int, float] = {}
@@ -234,6 +242,15 @@ def _lives(process: psutil.Process) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
+
+
+def end_on_sigterm() -> None:
+    """End this program by an exception when it is told to, so that it ends its jobs first."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def steps_of(records: Sequence[dict[str, Any]], rank: int) -> list[dict[str, Any]]:

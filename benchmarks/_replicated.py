@@ -15,12 +15,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from _checkpointers import _EveryStep
+from _checkpointers import Places, _EveryStep
 from _model import dense_bytes, make_loader, make_model
 from _timing import HookClock, cpu_seconds
 from _trees import tensors_of
@@ -97,10 +96,8 @@ class _Copy(_EveryStep):
     Two buffers in turn, so that one is always whole.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.every = 1
-        self.saved = 0
-        self._folder = folder
+    def __init__(self, places: Places) -> None:
+        super().__init__(places, every=1)
         self._buffers: list[torch.Tensor] = []
 
     def save(self, trainer: Trainer, module: LightningModule, step: int) -> None:
@@ -109,7 +106,10 @@ class _Copy(_EveryStep):
             size = sum(t.numel() * t.element_size() for t in tensors)
             self._buffers = [
                 torch.from_file(
-                    str(self._folder / f"copy-{os.environ['RANK']}-{i}"), shared=True, size=size, dtype=torch.uint8
+                    str(self.places.memory / f"copy-{os.environ['RANK']}-{i}"),
+                    shared=True,
+                    size=size,
+                    dtype=torch.uint8,
                 )
                 for i in range(2)
             ]
@@ -123,22 +123,15 @@ class _Copy(_EveryStep):
 class _NVRx(_EveryStep):
     """NVRx's local checkpoints in /dev/shm, synchronous, each replicated to the other rank (a clique of two)."""
 
-    def __init__(self, folder: Path, job: str, replicas: int) -> None:
-        self.every = 1
-        self.saved = 0
-        self._folder, self._job, self._replicas = folder, job, replicas
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from _nvrx_state import CPUStateDict
         from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import LocalCheckpointManager
         from nvidia_resiliency_ext.checkpointing.local.replication.strategies import CliqueReplicationStrategy
 
-        strategy = None
-        if self._replicas:
-            strategy = CliqueReplicationStrategy.from_replication_params(
-                replication_jump=1, replication_factor=1 + self._replicas
-            )
-        self._manager = LocalCheckpointManager(str(self._folder), session_id=self._job, repl_strategy=strategy)
+        clique = CliqueReplicationStrategy.from_replication_params(replication_jump=1, replication_factor=2)
+        self._manager = LocalCheckpointManager(
+            str(self.places.memory), session_id=self.places.job, repl_strategy=clique
+        )
         self._state_class = CPUStateDict
 
     def save(self, trainer: Trainer, module: LightningModule, step: int) -> None:
@@ -149,14 +142,13 @@ class _DLRover(_EveryStep):
     """DLRover's flash checkpoint to shared memory. Its saver process is a child here, as under plain ``torchrun``.
 
     Args:
-        folder: Folder on disk that it wants to know.
+        places: It wants to know a folder on disk.
         shards: Ranks that copy their state: 1 (its default for DDP) or all.
     """
 
-    def __init__(self, folder: Path, shards: int) -> None:
-        self.every = 1
-        self.saved = 0
-        self._folder, self._shards = folder, shards
+    def __init__(self, places: Places, shards: int) -> None:
+        super().__init__(places, every=1)
+        self._shards = shards
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from dlrover.trainer.torch.flash_checkpoint.checkpointer import StorageType
@@ -164,7 +156,7 @@ class _DLRover(_EveryStep):
 
         self._storage = StorageType.MEMORY
         self._checkpointer = DdpCheckpointer(
-            str(self._folder), local_shard_num=self._shards, global_shard_num=self._shards
+            str(self.places.disk), local_shard_num=self._shards, global_shard_num=self._shards
         )
 
     def save(self, trainer: Trainer, module: LightningModule, step: int) -> None:
@@ -176,12 +168,13 @@ def _make(name: str, args: argparse.Namespace) -> _Copies:
         return _Copies()
     if name.startswith("ours-"):
         return _ours(int(name.removeprefix("ours-r")), args)
+    places = Places(disk=args.disk, memory=args.memory, job=args.job)
     if name == "copy":
-        return _Copies([_Copy(args.memory)])
+        return _Copies([_Copy(places)])
     if name == "nvrx-clique":
-        return _Copies([_NVRx(args.memory, args.job, 1)], wire_bytes=lambda: None)
+        return _Copies([_NVRx(places, every=1)], wire_bytes=lambda: None)
     shards = 1 if name == "dlrover" else int(os.environ["WORLD_SIZE"])
-    return _Copies([_DLRover(args.disk, shards)])
+    return _Copies([_DLRover(places, shards)])
 
 
 # --- the process of one rank -----------------------------------------------------------------------------------------

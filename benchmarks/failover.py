@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _jobs import MODES, Job, JobError, steps_of
+from _jobs import MODES, Job, JobError, end_on_sigterm, steps_of
 from _report import RESULTS, load_results, machine, machine_line, markdown_table, write_results
 from _sizes import add_model_arguments, fill_medium, model_argv
 
@@ -24,7 +24,9 @@ _GOAL = 5.0
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument(
+        "--variants", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=", ".join(NAMES)
+    )
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2, help="jobs of each way, in turn")
     parser.add_argument("--kills", type=int, default=2, help="ranks killed in each job, one after the other")
@@ -52,7 +54,9 @@ def shots(args: argparse.Namespace) -> list[list[tuple[int, int]]]:
     ]
 
 
-def one_job(name: str, plan: Sequence[tuple[int, int]], args: argparse.Namespace, log: Path | None) -> list[dict[str, Any]]:
+def one_job(
+    name: str, plan: Sequence[tuple[int, int]], args: argparse.Namespace, log: Path | None
+) -> list[dict[str, Any]]:
     """Start a job, and kill its ranks as planned.
 
     Returns:
@@ -63,11 +67,10 @@ def one_job(name: str, plan: Sequence[tuple[int, int]], args: argparse.Namespace
         name, ranks=args.ranks, argv=model_argv(args), threads=args.threads, work_dir=args.work_dir, keep_log=log
     ) as job:
         try:
-            job.until(lambda: job.reached() >= 1, args.timeout, "the first step")
+            job.until_step(1, args.timeout)
             job.until_ready(args.timeout)
             for steps, rank in plan:
-                goal = job.reached() + steps
-                job.until(lambda: job.reached() >= goal, args.timeout, f"step {goal}")
+                job.until_step(job.reached() + steps, args.timeout)
                 found.append(one_kill(job, rank, args))
                 job.until_ready(args.timeout)
         except JobError as error:
@@ -81,11 +84,9 @@ def one_kill(job: Job, rank: int, args: argparse.Namespace) -> dict[str, Any]:
     killed_at = job.kill_rank(rank)
     assert killed_at is not None  # it has just finished a step
     reached = max(r["step"] for r in job.records() if r["what"] == "step" and r["time"] <= killed_at)
-    job.until(lambda: job.reached() > reached, args.timeout, f"a step after {reached}, rank {rank} was killed")
+    job.until_step(reached + 1, args.timeout)
     after = [r for r in job.records() if r["time"] > killed_at]
-    new = {
-        r: next(s for s in steps_of(after, r) if s["step"] > reached) for r in range(job.ranks)
-    }
+    new = {r: next(s for s in steps_of(after, r) if s["step"] > reached) for r in range(job.ranks)}
     survivors = [r for r in range(job.ranks) if r != rank and new[r]["pid"] == before.get(r)]
     return {
         "rank": rank,
@@ -205,6 +206,7 @@ def main() -> None:
     if args.table:
         print(markdown(load_results("failover", args.results)))
         return
+    end_on_sigterm()
     results = measure(args)
     print(f"\n{markdown(results)}\n\nwritten to {args.results}/failover.json and failover.md")
 

@@ -18,6 +18,7 @@ __all__ = [
     "default_memory_dir",
     "job_id_from_environment",
     "job_secret_from_environment",
+    "launched_devices",
     "launched_process",
     "report_channel",
     "torchrun_worker",
@@ -120,6 +121,14 @@ def launched_process() -> LaunchedProcess | None:
             f"{STORE_VARIABLE}={os.environ[STORE_VARIABLE]!r} is set, but the rest of what `moetion launch` sets is "
             f"missing or malformed ({type(error).__name__}: {error}). Start the job with `moetion launch`, or unset it."
         ) from error
+
+
+def launched_devices() -> tuple[int, int] | None:
+    """Processes on each node, and nodes, as ``moetion launch`` or ``torchrun`` told this process; None without them."""
+    names = ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+    if any(not os.environ.get(name) for name in names):
+        return None
+    return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_WORLD_SIZE"])
 
 
 def report_channel() -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ __all__ = ["Elastic"]
 
 _log = logging.getLogger(__name__)
 _NOTICE_SECONDS = 5.0
+_SHORT_NOTICE_SECONDS = 1.0
 
 
 class Elastic:
@@ -69,7 +70,7 @@ class Elastic:
                 work()
                 return
             except RankLostError:
-                if not self._newer():
+                if not self._newer(_NOTICE_SECONDS):
                     raise
                 self._advance()
 
@@ -83,13 +84,12 @@ class Elastic:
         self._ranks.control = self._groups.control()
         _log.info("rank %d takes part in generation %d of the job", self._ranks.control.rank, generation)
 
-    def _newer(self) -> bool:
-        return self._groups.membership.wait_for_loss(_NOTICE_SECONDS)
+    def _newer(self, seconds: float) -> bool:
+        return self._groups.membership.wait_for_loss(seconds)
 
     def _is_loss(self, error: Exception) -> bool:
         """Whether this is how the loss of a rank shows here; the launcher's word may take a moment."""
-        lost = self._newer() if isinstance(error, RuntimeError) else self._groups.membership.lost() is not None
-        return lost
+        return self._newer(_NOTICE_SECONDS if isinstance(error, RuntimeError) else _SHORT_NOTICE_SECONDS)
 
 
 def _first_line(error: Exception) -> str:

@@ -51,19 +51,25 @@ class LoopSeam:
     # --- checkpoint injection ------------------------------------------------------------------------------------
 
     def inject_checkpoint(
-        self, checkpoint: Callable[[], dict[str, Any] | None], on_user_checkpoint: Callable[[object], None]
+        self,
+        checkpoint: Callable[[], dict[str, Any] | None],
+        on_user_checkpoint: Callable[[object], None],
+        *,
+        ours_first: bool,
     ) -> None:
         """Let the trainer restore ``checkpoint()`` in its own order, unless the user gave a ``ckpt_path``.
 
         Args:
             checkpoint: Called where the trainer would read a checkpoint file; None restores nothing.
             on_user_checkpoint: Called with the user's path instead.
+            ours_first: Whether the user's path counts for nothing: the job that this process joins is past it.
         """
         connector = self._trainer._checkpoint_connector
         original = connector.resume_start
 
         def resume_start(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
             connector.__dict__.pop("resume_start", None)  # the trainer's own call is the first one
+            checkpoint_path = None if ours_first else checkpoint_path
             original(checkpoint_path, *args, **kwargs)
             if checkpoint_path:
                 on_user_checkpoint(checkpoint_path)

@@ -111,7 +111,8 @@ class Session:
             elastic = self._elastic
             elastic.attempt(self._find)
             self._loops.guard_training(lambda start: elastic.run(start, self._loops.run_again))
-        self._loops.inject_checkpoint(self._checkpoint, self._user_checkpoint)
+        ours_first = self.ranks.replaced and self._point is not None
+        self._loops.inject_checkpoint(self._checkpoint, self._user_checkpoint, ours_first=ours_first)
         self._loops.guard_checkpoints(
             lambda: self.engine.converting,
             lambda path: _log.info("%s is not written: this step is being replayed, and was saved before", path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,6 +14,8 @@ from moetion_lightning.events import Sink
 
 __all__ = ["PartialExpertsCheckpoint"]
 
+_log = logging.getLogger(__name__)
+
 
 class PartialExpertsCheckpoint(EngineCallback):
     """Saves all non-expert state and K of the N experts of each layer: small, and lossy.
@@ -22,9 +25,13 @@ class PartialExpertsCheckpoint(EngineCallback):
 
     Args:
         num_experts_per_checkpoint: K, experts of each MoE layer in one checkpoint.
+        num_experts_persisted: How many of those K go to ``persist_dir``, taken by the same ``selection`` and so that
+            each expert gets there within a bounded number of copies; None: all K. A restart that finds host memory
+            loses fewer tokens than one that has only storage. Three checkpoints exist at a time: the one being made,
+            the committed one, and the one being copied. The first copy of a process holds all experts.
         selection: "sequential" (round robin) or "load_aware" (most unsaved tokens first).
         every_n_steps: Optimizer steps between checkpoints.
-        plt_limit: After a restore with a higher PLT, K doubles; None keeps K.
+        plt_limit: After a restore with a higher PLT, K doubles (and ``num_experts_persisted``); None keeps K.
         memory_dir: Directory for checkpoints in host memory; None takes /dev/shm.
         persist_dir: Directory or fsspec URL to which checkpoints are copied in the background; None for none.
         persist_every_n_windows: Copy only every n-th checkpoint.
@@ -44,6 +51,7 @@ class PartialExpertsCheckpoint(EngineCallback):
     def __init__(
         self,
         num_experts_per_checkpoint: int,
+        num_experts_persisted: int | None = None,
         selection: Literal["sequential", "load_aware"] = "sequential",
         every_n_steps: int = 1,
         plt_limit: float | None = 0.0375,
@@ -66,8 +74,10 @@ class PartialExpertsCheckpoint(EngineCallback):
             resume=resume,
         )
         super().__init__(config, specs=specs, sinks=sinks, events_path=events_path, log_metrics=log_metrics)
-        self._settings = (num_experts_per_checkpoint, selection, every_n_steps, plt_limit)
+        self._settings = (num_experts_per_checkpoint, selection, every_n_steps, plt_limit, num_experts_persisted)
         self._policy()  # a wrong value raises here
+        if num_experts_persisted is not None and persist_dir is None:
+            _log.warning("num_experts_persisted=%d has no effect without persist_dir=", num_experts_persisted)
 
     def _policy(self) -> Policy:
         return PartialExpertsPolicy(*self._settings)

@@ -114,7 +114,8 @@ def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4
     """Run one optimizer step of a configuration and explain the model that it trained.
 
     Args:
-        path: A LightningCLI configuration of ``fit``. Its callbacks, loggers and limits are left out.
+        path: A LightningCLI configuration of ``fit``. Its strategy, callbacks, loggers and limits are left out: it runs
+            in this process alone.
         overrides: Further command-line arguments.
         window: Iterations of the window.
     """
@@ -129,12 +130,22 @@ def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4
         raise ConfigurationError(f"{path} has no `model:`; expected a configuration of `moetion fit`")
     config.pop("ckpt_path", None)
     trainer = config["trainer"] = dict(config.get("trainer") or {})
-    for key in ("callbacks", "logger", "limit_val_batches", "max_epochs", "max_time", "val_check_interval", "profiler"):
+    for key in (
+        "strategy",
+        "num_nodes",
+        "callbacks",
+        "logger",
+        "limit_val_batches",
+        "max_epochs",
+        "max_time",
+        "val_check_interval",
+        "profiler",
+    ):
         trainer.pop(key, None)
     observer = OperatorObserver(window=window)
     with tempfile.TemporaryDirectory(prefix="moetion-explain-") as folder:
         trainer.update(max_steps=1, limit_val_batches=0, num_sanity_val_steps=0, default_root_dir=folder, logger=False)
-        trainer.update(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+        trainer.update(devices=1, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
         stripped = Path(folder, "config.yaml")
         stripped.write_text(yaml.safe_dump(config), encoding="utf-8")
         with _quiet(), program_arguments(["--config", str(stripped), *overrides]):

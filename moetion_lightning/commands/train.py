@@ -6,10 +6,13 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from moetion_lightning.config import launched_devices
 
 __all__ = ["SaveConfig", "program_arguments", "train"]
 
@@ -39,19 +42,28 @@ def train(args: Sequence[str]) -> int:
     # Lightning's own calls of interfaces that others have deprecated: nothing that a user could change.
     for module in (r"lightning\.pytorch\.cli", r"lightning\.pytorch\.utilities\._pytree"):
         warnings.filterwarnings("ignore", module=module)
-    with program_arguments(args):
+    with program_arguments([*args, *_devices(args)]):
         LightningCLI(save_config_callback=SaveConfig, save_config_kwargs={"overwrite": True})
     return 0
+
+
+def _devices(args: Sequence[str]) -> list[str]:
+    """Under a launcher: as many devices as it started processes, unless the command line says something else."""
+    launched = launched_devices()
+    if launched is None or any(arg.startswith(("--trainer.devices", "--trainer.num_nodes")) for arg in args):
+        return []
+    return ["--trainer.devices", str(launched[0]), "--trainer.num_nodes", str(launched[1])]
 
 
 @contextmanager
 def program_arguments(args: Sequence[str]) -> Iterator[None]:
     """Make these the program's arguments for a while.
 
-    LightningCLI warns when it gets ``args`` while the program has arguments of its own.
+    LightningCLI warns when it gets ``args`` while the program has arguments of its own. Strategies that start their
+    ranks themselves run the same program again: its path stays where it is the ``moetion`` command.
     """
     before = sys.argv
-    sys.argv = ["moetion", *args]
+    sys.argv = [before[0] if Path(before[0]).name == "moetion" else "moetion", *args]
     try:
         yield
     finally:

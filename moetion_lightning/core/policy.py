@@ -317,6 +317,7 @@ class PartialExpertsPolicy:
         selection: "sequential" (round robin, shifted from layer to layer) or "load_aware" (most unsaved tokens first).
         every_n_steps: Iterations between checkpoints.
         plt_limit: Proportion of lost tokens above which K doubles after a restore (dynamic K); None keeps K.
+        num_experts_persisted: How many of the K go to storage; None: all.
     """
 
     name = "partial"
@@ -328,6 +329,7 @@ class PartialExpertsPolicy:
         selection: Literal["sequential", "load_aware"] = "sequential",
         every_n_steps: int = 1,
         plt_limit: float | None = 0.0375,
+        num_experts_persisted: int | None = None,
     ) -> None:
         if num_experts_per_checkpoint < 1:
             raise ConfigurationError(f"num_experts_per_checkpoint={num_experts_per_checkpoint!r}: expected an int >= 1")
@@ -337,11 +339,23 @@ class PartialExpertsPolicy:
             raise ConfigurationError(f"every_n_steps={every_n_steps!r}: expected an int >= 1")
         if plt_limit is not None and not 0 < plt_limit < 1:
             raise ConfigurationError(f"plt_limit={plt_limit!r}: expected a proportion in (0, 1), or None")
+        if num_experts_persisted is not None and not 1 <= num_experts_persisted <= num_experts_per_checkpoint:
+            raise ConfigurationError(
+                f"num_experts_persisted={num_experts_persisted!r}: expected an int from 1 to "
+                f"num_experts_per_checkpoint={num_experts_per_checkpoint}, or None to persist all of them"
+            )
         self.num_experts = num_experts_per_checkpoint
+        self._configured = (num_experts_per_checkpoint, num_experts_persisted)
         self.selection = selection
         self.every_n_steps = every_n_steps
         self.plt_limit = plt_limit
         self.checkpoints = 0
+
+    @property
+    def num_persisted(self) -> int | None:
+        """Experts of each layer that one persist writes; grows with K. None: all that the checkpoint holds."""
+        per_checkpoint, persisted = self._configured
+        return None if persisted is None else max(1, persisted * self.num_experts // per_checkpoint)
 
     def begins(self, iteration: int) -> bool:
         """Every ``every_n_steps`` iterations."""
@@ -361,7 +375,8 @@ class PartialExpertsPolicy:
         return WindowPlan(
             slots=(SlotPlan(active=tuple(active)),),
             carried=tuple(carried),
-            experts=frozenset(chosen) if context.saved else None,
+            # Counted alike on all ranks, also where one has nothing to carry: it reads its last window from storage.
+            experts=frozenset(chosen) if any(context.agree("saved", bool(context.saved))) else None,
         )
 
     def _choose(self, context: PolicyContext) -> set[tuple[str, int]]:

@@ -6,7 +6,7 @@ Everything here is small next to the operators and is captured once per window, 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def get_rng(generators: Mapping[str, object] | None = None) -> dict[str, Any]:
         Plain values and tensors; every tensor is a copy.
     """
     state: dict[str, Any] = {
-        "python": random.getstate(),
+        "python": _packed(random.getstate()),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
     }
@@ -44,8 +44,7 @@ def get_rng(generators: Mapping[str, object] | None = None) -> dict[str, Any]:
 
 def set_rng(state: Mapping[str, Any], generators: Mapping[str, object] | None = None) -> None:
     """Put the state of :func:`get_rng` back. Named generators that no longer exist are left out."""
-    version, values, gauss = state["python"]
-    random.setstate((version, tuple(values), gauss))
+    random.setstate(_unpacked(state["python"]))
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
@@ -76,7 +75,7 @@ def _get_generator(generator: object) -> Any:
     if isinstance(generator, np.random.RandomState):
         return generator.get_state(legacy=False)
     assert isinstance(generator, random.Random)
-    return generator.getstate()
+    return _packed(generator.getstate())
 
 
 def _set_generator(generator: object, state: Any) -> None:
@@ -87,8 +86,18 @@ def _set_generator(generator: object, state: Any) -> None:
     elif isinstance(generator, np.random.RandomState):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
-        version, values, gauss = state
-        generator.setstate((version, tuple(values), gauss))
+        generator.setstate(_unpacked(state))
+
+
+def _packed(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The state of a python generator with its 625 integers as one array: it is stored after every iteration."""
+    version, values, gauss = state
+    return version, np.array(values, dtype=np.uint32), gauss
+
+
+def _unpacked(state: Sequence[Any]) -> tuple[Any, ...]:
+    version, values, gauss = state
+    return version, tuple(int(value) for value in values), gauss
 
 
 def find_generators(roots: Mapping[str, object]) -> dict[str, object]:

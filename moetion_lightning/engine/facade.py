@@ -256,7 +256,7 @@ class Engine:
             attached.writer.adopt(point.manifest)
             self.tiers.offer_again(point.manifest)
         if not self.policy.exact:
-            attached.routing.report_lost(self.policy, point, self.bus, self.iteration)
+            attached.routing.report_lost(self.policy, point, self.bus, self.iteration, self.ranks.agree)
         self.precision.start_replay(attached.live, state.compute_dtype)
         if self.recovery.done:
             self._end_recovery()
@@ -270,7 +270,9 @@ class Engine:
         state.apply(attached.live, run_state.generators())
         self.precision.compute_dtype.update(state.compute_dtype)
         if attached.writer.newest is None and self.tiers.host.windows():  # of the process whose place this one takes
-            attached.writer.adopt(self.tiers.host.read_manifest(self.tiers.host.windows()[0]))
+            manifest = self.tiers.host.read_manifest(self.tiers.host.windows()[0])
+            attached.writer.adopt(manifest)
+            self.tiers.offer_again(manifest)
         self.tiers.release_point()
         self.bus.emit(RestoreApplied(iteration=self.iteration, replay=0, seconds=time.perf_counter() - started))
         self._note_boundary(run_state, advance=False)
@@ -287,6 +289,8 @@ class Engine:
         """Wait until nothing is being copied from the live state: before anything may change it."""
         if self._attached is not None:
             self._stall += self._attached.thread.wait_copied()
+        if self.tiers.journal is not None:
+            self.tiers.journal.wait()
 
     def boundary(self, run_state: RunState) -> bool:
         """An iteration may have ended. Returns whether one did.
@@ -507,7 +511,7 @@ class Engine:
             self._give_up(window)
         elif window is not None:
             self._given_up = 0
-            if not self.ranks.alone and self.tiers.safe(attached.writer.newest) < window.last_iteration:
+            if not self.ranks.alone and window.last_iteration not in self.tiers.held(attached.writer.newest):
                 behind, self._window = True, window
         if not self.policy.begins(self.iteration):
             return None
@@ -515,6 +519,9 @@ class Engine:
         if agreed.dense:
             self._fall_back_to_dense(agreed.dense)
         if not self.ranks.alone:
+            if agreed.committed >= 0 and not agreed.behind and attached.writer.drop_later(agreed.committed):
+                attached.planner.forget_static()
+                self.tiers.offer_again(attached.writer.newest)
             attached.writer.drop_older(agreed.newest)
             self.tiers.agreed(agreed.newest, persist=agreed.persist)
         if agreed.behind:  # a rank still commits its last window, or copies it to its peers

@@ -93,7 +93,8 @@ class Journal:
         self._last: tuple[int, FlatTree] | None = None
         self._next: tuple[int, FlatTree] | None = None
         self._changed = threading.Condition()
-        self._closing = False
+        self._writing = threading.Lock()  # never held by the training thread while a file is written
+        self._closing = self._busy = False
         self._thread: threading.Thread | None = None
 
     def record(self, serial: int, flat: FlatTree) -> None:
@@ -109,6 +110,11 @@ class Journal:
                 self._thread = threading.Thread(target=self._run, name="moetion-journal", daemon=True)
                 self._thread.start()
             self._changed.notify()
+
+    def wait(self) -> None:
+        """Until the last boundary is on file: before the next one can come about anywhere."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next is None and not self._busy)
 
     def last(self) -> Boundary | None:
         """The last boundary of this process."""
@@ -130,6 +136,7 @@ class Journal:
         """Another course of training begins: nothing noted so far belongs to it."""
         with self._changed:
             self._last = self._next = None
+        with self._writing:
             for name in _NAMES:
                 self._write(name, b"")
 
@@ -150,11 +157,14 @@ class Journal:
                     return
                 assert self._next is not None
                 (serial, flat), self._next = self._next, None
-            data = flat.to_bytes()
+                self._busy = True
+            try:
+                data = flat.to_bytes()
+                with self._writing:
+                    if self._last is not None:  # not forgotten meanwhile
+                        self._write(_NAMES[serial % 2], data)
+            except Exception as error:  # whatever it is: only the fastest way back is lost
+                _log.warning("the run state of boundary %d could not be noted: %s", serial, error)
             with self._changed:
-                if self._last is None:  # forgotten meanwhile
-                    continue
-                try:
-                    self._write(_NAMES[serial % 2], data)
-                except (MoEtionError, OSError) as error:
-                    _log.warning("the run state of boundary %d could not be noted: %s", serial, error)
+                self._busy = False
+                self._changed.notify_all()

@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 
+from moetion_lightning.core.persist_selection import PersistedExperts
+from moetion_lightning.engine.reduced_window import reduce_window
 from moetion_lightning.errors import MoEtionError
 from moetion_lightning.events import EventBus, Notice, WindowPersisted
 from moetion_lightning.store.disk import DirectoryTier
@@ -22,6 +24,14 @@ class Persister:
 
     A storage error does not stop training, whose windows in host memory are whole: it is reported, and the next window
     is tried again.
+
+    Three windows exist at a time, a triple buffer: the one being captured, the committed one that a restart takes, and
+    the one being persisted, which is pinned until it is on storage however many windows are committed meanwhile.
+
+    Of a partial-experts window with a limit of its own for storage only that many experts of each layer are written;
+    the manifest on storage names the files that hold the others. The first persist of a process, and the first one
+    after :meth:`forget` or after a failure, writes all experts: what it builds on is always of the same course of
+    training, and whole.
 
     Args:
         source: Host-memory tier; the window being copied is pinned there.
@@ -40,6 +50,9 @@ class Persister:
         self._changed = threading.Condition()
         self._closing = self._working = False
         self._thread: threading.Thread | None = None
+        #: The newest window on storage that the next one may build on, and what storage has of each expert.
+        self._base: tuple[Manifest, PersistedExperts] | None = None
+        self._course = 0
 
     def offer(self, manifest: Manifest) -> None:
         """A window was committed; this rank decides by itself."""
@@ -61,6 +74,18 @@ class Persister:
         """Whether nothing is being persisted, or waits to be."""
         with self._changed:
             return self._next is None and not self._working
+
+    @property
+    def base_iteration(self) -> int:
+        """The window that the next one builds on; -1: it will hold all experts."""
+        with self._changed:
+            return -1 if self._base is None else self._base[0].iteration
+
+    def forget(self) -> None:
+        """Training goes on from another state, or other ranks have persisted other windows: build on nothing."""
+        with self._changed:
+            self._course += 1
+            self._base = None
 
     def persist(self, manifest: Manifest) -> None:
         """Persist this committed window, in the background."""
@@ -91,11 +116,13 @@ class Persister:
                     self._changed.wait()
                 manifest, self._next = self._next, None
                 self._working = manifest is not None
+                base, course = self._base, self._course
             if manifest is None:
                 return
             started = time.perf_counter()
+            done = None
             try:
-                self._target.persist(manifest, self._source)
+                nbytes, done = self._store(manifest, base)
             except (MoEtionError, OSError) as error:
                 message = (
                     f"window {manifest.first_iteration}..{manifest.last_iteration} could not be persisted: {error}. "
@@ -108,7 +135,7 @@ class Persister:
                     WindowPersisted(
                         first_iteration=manifest.first_iteration,
                         last_iteration=manifest.last_iteration,
-                        nbytes=manifest.nbytes,
+                        nbytes=nbytes,
                         seconds=time.perf_counter() - started,
                     )
                 )
@@ -116,3 +143,27 @@ class Persister:
                 self._source.unpin(manifest.iteration)
                 with self._changed:
                     self._working = False
+                    if course == self._course:
+                        self._base = done
+
+    def _store(
+        self, manifest: Manifest, base: tuple[Manifest, PersistedExperts] | None
+    ) -> tuple[int, tuple[Manifest, PersistedExperts] | None]:
+        """Write one window. Returns the bytes that storage did not have, and what the next window can build on."""
+        policy, routing = manifest.extra.get("policy", {}), manifest.extra.get("routing", {})
+        count = policy.get("num_persisted")
+        if count is None:
+            self._target.persist(manifest, self._source)
+            return manifest.nbytes, None
+        if base is None or base[0].extra["routing"]["layers"] != routing["layers"]:
+            before, experts = None, PersistedExperts.first(routing)
+        else:
+            before, experts = base[0], base[1].following(routing, count, policy["selection"])
+        reduced = reduce_window(manifest, self._source, before, experts)
+        try:
+            self._target.persist(reduced.manifest, self._source)
+        finally:
+            for record in reduced.written:
+                self._source.discard(record)
+        known = set(before.files if before is not None else ())
+        return sum(r.nbytes for r in reduced.manifest.files if r not in known), (reduced.manifest, experts)

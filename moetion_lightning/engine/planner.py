@@ -124,7 +124,8 @@ class WindowPlanner:
                 "iteration_seconds": self._pace.iteration_seconds,
                 "bytes_per_second": self._pace.bytes_per_second(self._bandwidth),
                 "capacity_bytes": self._tiers.window_capacity() - self._run_state_bytes,
-                "newest": self._tiers.safe(newest),
+                "committed": self._tiers.committed(newest),
+                "held": self._tiers.held(newest),
                 "behind": behind,
                 "persist": self._tiers.wants_to_persist(),
                 "dense": dense,
@@ -167,7 +168,7 @@ class WindowPlanner:
                     reason=plan.changed,
                 )
             )
-        self._routing.captured(plan)
+        self._routing.captured(plan, iteration)
         return plan
 
     def _experts(self) -> dict[str, tuple[int, ...]]:
@@ -200,7 +201,12 @@ class WindowPlanner:
         """
         state: dict[str, Any] = {}
         if isinstance(policy, PartialExpertsPolicy):
-            state = {"num_experts": policy.num_experts, "checkpoints": policy.checkpoints}
+            state = {
+                "num_experts": policy.num_experts,
+                "checkpoints": policy.checkpoints,
+                "num_persisted": policy.num_persisted,
+                "selection": policy.selection,
+            }
         return WindowHeader(
             policy=policy.name,
             parameters=self._parameters,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,8 @@ class Agreed:
         iteration_seconds: Of the fastest rank.
         bytes_per_second: Copy bandwidth of the slowest rank.
         capacity_bytes: Host memory for one window, of the rank that has least.
-        newest: Newest window that all ranks have committed, -1 if there is none.
+        committed: Last iteration of the newest window that all ranks have committed, -1 if there is none.
+        newest: The same of those that are also copied to the peers: no older one is needed.
         behind: Whether a rank's last window is not safe yet.
         persist: Whether the newest window is to be persisted now.
         dense: Why a rank needs dense windows, else empty.
@@ -48,6 +49,7 @@ class Agreed:
     iteration_seconds: float
     bytes_per_second: float
     capacity_bytes: int
+    committed: int
     newest: int
     behind: bool
     persist: bool
@@ -101,7 +103,8 @@ class Ranks:
         """Before a window may begin.
 
         Args:
-            facts: This rank's, by the names of :class:`Agreed` (``tokens`` and ``digests``: its own).
+            facts: This rank's, by the names of :class:`Agreed` (``tokens`` and ``digests``: its own), but for
+                ``committed``, its committed windows, and ``held``, those that are also copied to the peers.
         """
         answers = self.agree("window", dict(facts))
         iterations = {answer["iteration"] for answer in answers}
@@ -111,10 +114,15 @@ class Ranks:
             iteration_seconds=min(a["iteration_seconds"] for a in answers),
             bytes_per_second=min(a["bytes_per_second"] for a in answers),
             capacity_bytes=min(a["capacity_bytes"] for a in answers),
-            newest=min(a["newest"] for a in answers),
+            committed=_newest_common(a["committed"] for a in answers),
+            newest=_newest_common(a["held"] for a in answers),
             behind=any(a["behind"] for a in answers),
             persist=all(a["persist"] is not None for a in answers) and any(a["persist"] for a in answers),
             dense=next((a["dense"] for a in answers if a["dense"]), ""),
             tokens=[a["tokens"] for a in answers],
             digests=[a["digests"] for a in answers],
         )
+
+
+def _newest_common(windows: Iterable[Sequence[int]]) -> int:
+    return max(set.intersection(*map(set, windows)), default=-1)

@@ -21,7 +21,7 @@ from moetion_lightning.store.format import Manifest, SnapshotLayout
 from moetion_lightning.store.tier import Tier
 from moetion_lightning.store.tree import load_tree
 
-__all__ = ["PARAMETER_REFERENCE", "RestorePoint", "model_fingerprint", "parameter_table"]
+__all__ = ["PARAMETER_REFERENCE", "RestorePoint", "map_file", "model_fingerprint", "parameter_table"]
 
 #: Leaves of the run state that are parameters are stored as ``[PARAMETER_REFERENCE, name]``.
 PARAMETER_REFERENCE = "moetion-parameter"
@@ -216,7 +216,7 @@ class RestorePoint:
             if key not in self._views:
                 views: dict[str, Tensor] = {}
                 for file, part, tier in files:
-                    views |= _map_file(tier.local_path(part.file(file)))
+                    views |= map_file(tier.local_path(part.file(file)))
                 self._views[key] = views
             return self._views[key][name]
 
@@ -227,7 +227,8 @@ def _of(known: Container[str] | None, operators: Iterable[Operator]) -> list[Ope
     return [op for op in operators if known is None or all(piece.parameter in known for piece in op.pieces)]
 
 
-def _map_file(path: Path) -> dict[str, Tensor]:
+def map_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a snapshot file, mapped."""
     with open(path, "rb") as handle:
         # Copy-on-write: torch wants writable memory, and nothing may ever write to a committed file.
         mapping = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -124,9 +124,10 @@ class Shares:
             groups.setdefault(self._holders.get(piece.parameter, (self._ranks.control.rank,)), []).append(piece)
         if len(groups) == 1:
             return [(op, next(iter(groups)))]
+        # All holders of a part must give it the same name, whatever else each of them holds.
         return [
-            (dataclasses.replace(op, name=f"{op.name}@{index}", pieces=tuple(groups[holders])), holders)
-            for index, holders in enumerate(sorted(groups))
+            (dataclasses.replace(op, name=f"{op.name}@{pieces[0].parameter}", pieces=tuple(pieces)), holders)
+            for holders, pieces in sorted(groups.items())
         ]
 
 

@@ -26,6 +26,7 @@ from moetion_lightning.store.tier import Tier, choose_window
 __all__ = ["Tiers"]
 
 _log = logging.getLogger(__name__)
+_ALONE_SECONDS, _REPLACED_SECONDS = 0.25, 15.0
 _Point = TypeVar("_Point", RestorePoint, LivePoint, RestorePoint | None)
 
 
@@ -70,7 +71,8 @@ class Tiers:
         Args:
             report: Says what this process holds besides windows.
         """
-        self.host.open()
+        # A process whose place this one takes may take a while to die.
+        self.host.open(wait_seconds=_ALONE_SECONDS if self._ranks.alone else _REPLACED_SECONDS)
         self._opened = True
         try:
             return self._find(report)
@@ -101,6 +103,8 @@ class Tiers:
             first: Whether this process starts now.
         """
         assert self.peers is not None
+        if self._persister is not None:
+            self._persister.forget()
         self.peers.open()
         if self.journal is None and self._ranks.elastic:
             self.journal = Journal(self.peers.service.keep_note, self.peers.service.own_note)
@@ -197,22 +201,25 @@ class Tiers:
         elif self._persister is not None:
             self._persister.offer(manifest)
 
-    def offer_again(self, manifest: Manifest) -> None:
-        """A predecessor's window was restored: make sure that the peers have it."""
-        if self.peers is not None:
+    def offer_again(self, manifest: Manifest | None) -> None:
+        """This window is the newest one again (a predecessor's, restored): make sure that the peers have it."""
+        if self.peers is not None and manifest is not None:
             self.peers.offer(manifest)
 
-    def safe(self, newest: Manifest | None) -> int:
-        """Last iteration of the newest window that is committed here and copied to the peers; -1 if there is none.
+    def committed(self, newest: Manifest | None) -> list[int]:
+        """Last iterations of the windows that are committed here.
 
         Args:
-            newest: The newest window that was committed here.
+            newest: The newest one of this course of training.
         """
-        if newest is None:
-            return -1
-        if self.peers is not None and not self.peers.holding(newest.last_iteration):
-            return newest.first_iteration - 1  # older windows are kept until this one is safe
-        return newest.last_iteration
+        return [] if newest is None else [it for it in self.host.windows() if it <= newest.last_iteration]
+
+    def held(self, newest: Manifest | None) -> list[int]:
+        """Those of :meth:`committed` that are copied to the peers as well: older ones are kept until the newest is."""
+        committed = self.committed(newest)
+        if newest is None or self.peers is None or self.peers.holding(newest.last_iteration):
+            return committed
+        return [it for it in committed if it < newest.last_iteration]
 
     def wants_to_persist(self) -> bool | None:
         """Whether the next window that all ranks have is to be persisted; None while one is on its way."""
@@ -229,7 +236,11 @@ class Tiers:
         """
         if self.peers is not None:
             self.peers.drop_others()
-        if persist and self._persister is not None and newest in self.host.windows():
+        if not persist or self._persister is None:
+            return
+        if len(set(self._ranks.agree("persisted", self._persister.base_iteration))) > 1:
+            self._persister.forget()  # one failed, or is new: all write all experts
+        if newest in self.host.windows():
             self._persister.persist(self.host.read_manifest(newest))
 
     def window_capacity(self) -> int:

@@ -45,13 +45,15 @@ class TokenCounts:
         self._pending: list[Tensor] = []
         self.popularity = self._new_popularity()
         self._reference: Tensor | None = None
-        self.lost = self._new_lost()
+        self._new_lost()
 
     def _new_popularity(self) -> Popularity:
         return Popularity(num_experts=[layer.num_experts for layer in self.layers])
 
-    def _new_lost(self) -> LostTokens:
-        return LostTokens(len(self.layers), max((layer.num_experts for layer in self.layers), default=0))
+    def _new_lost(self) -> None:
+        self.lost = LostTokens(len(self.layers), max((layer.num_experts for layer in self.layers), default=0))
+        #: Iteration of each expert's newest capture.
+        self._captured = torch.zeros_like(self.lost.stored)
 
     def end_iteration(self) -> None:
         """Take the iteration's counts; they stay on their device until a window begins."""
@@ -76,7 +78,7 @@ class TokenCounts:
         if [layer.name for layer in confirmed] == [layer.name for layer in self.layers]:
             return False
         self.layers = confirmed
-        self.lost = self._new_lost()
+        self._new_lost()
         self.popularity = self._new_popularity()
         return True
 
@@ -150,20 +152,24 @@ class TokenCounts:
             agree=agree,
         )
 
-    def captured(self, plan: WindowPlan) -> None:
-        """A window begins: its experts (on all ranks together) are saved as of now."""
+    def captured(self, plan: WindowPlan, iteration: int) -> None:
+        """A window begins with this iteration: its experts (on all ranks together) are saved as of now."""
         if plan.experts is None:
-            self.lost.unsaved.zero_()
+            self.lost.saved_all()
+            self._captured.fill_(iteration)
             return
         rows = {layer.name: row for row, layer in enumerate(self.layers)}
         for layer, expert in plan.experts:
             if layer in rows:
                 self.lost.saved(rows[layer], expert)
+                self._captured[rows[layer], expert] = iteration
 
     def state(self) -> dict[str, Any]:
         """JSON, for a manifest."""
         return {
             "layers": [layer.name for layer in self.layers],
+            "num_experts": [layer.num_experts for layer in self.layers],
+            "captured": self._captured.tolist(),
             "lost": self.lost.state_dict(),
         }
 
@@ -175,23 +181,44 @@ class TokenCounts:
         """Continue the counts of an earlier process."""
         names = state.routing["layers"]
         self._pending = []
+        self._reference = None  # ranks that were started at different times must find the same changes
         self._counter.reset()
         if names != [layer.name for layer in self.layers]:
             kept = [layer for layer in self.layers if layer.name in names]
             if [layer.name for layer in kept] != names:
                 return  # the layers changed: counts start anew
             self.layers = tuple(kept)
-            self.lost = self._new_lost()
+            self._new_lost()
             self.popularity = self._new_popularity()
         self._settled = True  # the earlier process has confirmed them
         self.lost.load_state_dict(state.routing["lost"])
+        self._captured = torch.tensor(state.routing["captured"], dtype=torch.int64).reshape(self._captured.shape)
         self.popularity.load_state_dict(state.tree["popularity"])
 
-    def report_lost(self, policy: Policy, point: RestorePoint, bus: EventBus, iteration: int) -> None:
-        """After a lossy restore: count what is lost, say which experts are how stale, adapt K."""
+    def report_lost(
+        self,
+        policy: Policy,
+        point: RestorePoint,
+        bus: EventBus,
+        iteration: int,
+        agree: Callable[[str, Any], list[Any]] = lambda topic, value: [value],
+    ) -> None:
+        """After a lossy restore: count what is lost, say which experts are how stale, adapt K.
+
+        Args:
+            policy: The policy.
+            point: What was restored.
+            bus: Gets the report.
+            iteration: The restored iteration.
+            agree: Gives every rank's value: some read storage, others their memory, which holds newer experts.
+        """
         stale = {
-            op.name: iteration - carried.iteration for carried in point.carried() for op in carried.operators
-        }  # fmt: skip
+            op.name: iteration - carried.iteration
+            for carried in point.carried()
+            for op in carried.operators
+            if carried.iteration < iteration
+        }
+        self._agree_on_stored(point.manifest, agree)
         lost = self.lost.restored()
         bus.emit(PartialExpertsRestored(iteration=iteration, stale=stale, lost_tokens=lost, plt=self.lost.plt))
         oldest = max(stale.values(), default=0)
@@ -202,6 +229,21 @@ class TokenCounts:
         )  # fmt: skip
         if isinstance(policy, PartialExpertsPolicy) and policy.after_restore(self.lost.plt):
             _log.warning("PLT is above its limit: %d experts per checkpoint from now on", policy.num_experts)
+
+    def _agree_on_stored(self, manifest: Manifest, agree: Callable[[str, Any], list[Any]]) -> None:
+        """Each rank knows what the experts contain that its own window holds; of one on several ranks the least counts.
+
+        Experts that are in no window as operators of their own are saved with the non-expert state: nothing is lost.
+        """
+        rows = {layer.name: row for row, layer in enumerate(self.layers)}
+        experts = {(op["layer"], op["expert"]) for op in manifest.operators if op["expert"] is not None}
+        held = sorted((rows[layer], expert) for layer, expert in experts if layer in rows)
+        mine = [[row, e, int(self.lost.stored[row, e]), int(self._captured[row, e])] for row, e in held]
+        self.lost.saved_all()
+        self._captured.fill_(manifest.first_iteration)
+        for row, expert, stored, captured in [item for answer in agree("stored experts", mine) for item in answer]:
+            self.lost.stored[row, expert] = min(stored, int(self.lost.stored[row, expert]))
+            self._captured[row, expert] = min(captured, int(self._captured[row, expert]))
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -136,6 +136,19 @@ class WindowWriter:
         """A predecessor's window on this tier is the newest one; it is dropped after the next commit."""
         self._newest = manifest
 
+    def drop_later(self, iteration: int) -> bool:
+        """Another rank gave up what came after this window, which all have: nothing later can ever be restored.
+
+        Returns:
+            Whether there was something later.
+        """
+        if self._newest is None or self._newest.last_iteration <= iteration:
+            return False
+        for later in [it for it in self._tier.windows() if it > iteration]:
+            self._tier.drop(later)
+        self._newest = self._tier.read_manifest(iteration)
+        return True
+
     def drop_older(self, iteration: int) -> None:
         """All ranks have committed the window of this iteration: older ones have served."""
         for older in [it for it in self._tier.windows() if it < iteration]:

@@ -1,4 +1,7 @@
-"""Lightning callbacks that write down what a run did, so that two runs can be compared bit for bit."""
+"""Lightning callbacks that write down what a run did, so that two runs can be compared bit for bit.
+
+In a run of several ranks each one writes a file of its own: ``final.safetensors`` becomes ``final-2.safetensors``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,19 @@ from torch import Tensor
 
 from moetion_lightning.testing.compare import flatten_state, write_state
 
-__all__ = ["FinalState", "LossRecorder"]
+__all__ = ["FinalState", "LossRecorder", "rank_path"]
+
+
+def rank_path(path: str | os.PathLike[str], rank: int, world_size: int) -> Path:
+    """Where a rank writes.
+
+    Args:
+        path: The file that was asked for.
+        rank: Global rank.
+        world_size: Ranks of the run; a single one writes to ``path`` itself.
+    """
+    given = Path(path)
+    return given if world_size == 1 else given.with_name(f"{given.stem}-{rank}{given.suffix}")
 
 
 class LossRecorder(Callback):
@@ -45,8 +60,9 @@ class LossRecorder(Callback):
         }
         if isinstance(batch, Mapping) and isinstance(batch.get("sample_id"), Tensor):
             record["sample_ids"] = batch["sample_id"].tolist()
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        path = rank_path(self.path, trainer.global_rank, trainer.world_size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             os.write(descriptor, (json.dumps(record) + "\n").encode())
         finally:
@@ -66,4 +82,5 @@ class FinalState(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
-        write_state(self.path, *flatten_state(pl_module, trainer.optimizers))
+        path = rank_path(self.path, trainer.global_rank, trainer.world_size)
+        write_state(path, *flatten_state(pl_module, trainer.optimizers))

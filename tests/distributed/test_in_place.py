@@ -27,7 +27,7 @@ def check(drill: Drill, spec: dict[str, Any], kills: list[dict[str, Any]], origi
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ddp_live(drill: Drill, rank: int) -> None:
-    check(drill, DDP, [{"hook": "backward", "step": 11, "rank": rank}], "live")
+    check(drill, DDP, [{"hook": "before_step", "step": 11, "rank": rank}], "live")
 
 
 PHASES: dict[str, dict[str, Any]] = {
@@ -46,12 +46,12 @@ def test_ddp_phases(drill: Drill, phase: str) -> None:
 
 
 def test_four_ranks(drill: Drill) -> None:
-    check(drill, {**DDP, "ranks": 4, "samples": 48}, [{"hook": "backward", "step": 5, "rank": 2}], "live")
+    check(drill, {**DDP, "ranks": 4, "samples": 48}, [{"hook": "before_step", "step": 5, "rank": 2}], "live")
 
 
 def test_one_after_the_other(drill: Drill) -> None:
     spec = {**DDP, "ranks": 3, "samples": 36}
-    kills = [{"hook": "backward", "step": 3, "rank": 2}, {"hook": "backward", "step": 7, "rank": 0}]
+    kills = [{"hook": "before_step", "step": 3, "rank": 2}, {"hook": "before_step", "step": 7, "rank": 0}]
     check(drill, spec, kills, "live")
 
 
@@ -93,7 +93,7 @@ def test_expert_parallel(drill: Drill, phase: str) -> None:
 
 def test_data_and_expert_parallel(drill: Drill) -> None:
     """Each expert lives on two ranks."""
-    check(drill, {**MOETION, "ranks": 4, "samples": 48}, [{"hook": "backward", "step": 5, "rank": 2}], "live")
+    check(drill, {**MOETION, "ranks": 4, "samples": 48}, [{"hook": "before_step", "step": 5, "rank": 2}], "live")
 
 
 FSDP2: dict[str, Any] = {"ranks": 2, "strategy": "fsdp2"}

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.runs.drill import Drill, differences, read_events
+from moetion_lightning.store.format import Manifest
+from moetion_lightning.testing.compare import read_state
+from tests.runs.drill import Drill, differences, read_events, read_logs
+from tests.runs.ranks import suffix
 
 SPEC: dict[str, Any] = {"block": "fused", "samples": 40}
 KILLS = [{"hook": "backward", "step": 10}, {"event": "RestoreProgress", "count": 2}, {"hook": "backward", "step": 21}]
@@ -52,6 +59,99 @@ def test_dynamic_k_doubles_after_a_costly_restore(drill: Drill) -> None:
     spec = {**SPEC, "policy": "partial", "policy_args": args}
     killed = drill.killed(spec, [{"hook": "backward", "step": 17}])
     assert "2 experts per checkpoint from now on" in (killed / "log").read_text()
+
+
+def _newest_persisted(out: Path, rank: int) -> Manifest:
+    path = max((out / "persist" / "job" / f"rank-{rank:05d}" / "windows").glob("*.json"))
+    return Manifest.from_bytes(path.read_bytes(), path=path)
+
+
+def _captures(manifests: list[Manifest]) -> list[tuple[dict[str, Any], int]]:
+    """Every operator on storage, and the iteration of its capture."""
+    found = []
+    for manifest in manifests:
+        for entry in [*manifest.extra["carried"], {**manifest.slots[0], "operators": manifest.slots[0]["active"]}]:
+            found += [(manifest.operators[i], entry["iteration"]) for i in entry["operators"]]
+    return found
+
+
+def _differences_from_history(history: Path, captures: list[tuple[dict[str, Any], int]], iteration: int) -> list[str]:
+    """Where the restored state is not, piece by piece, what the run held when the piece was captured."""
+    (found, scalars), (then, then_scalars) = (
+        read_state(history / f"{name}.safetensors") for name in ("found", f"{iteration:04d}")
+    )
+    wrong = [] if scalars == then_scalars else ["scalars"]
+    pieces: dict[str, list[tuple[int | None, int | None, int]]] = {}
+    for op, captured in captures:
+        for name, start, stop in op["pieces"]:
+            pieces.setdefault(name, []).append((start, stop, captured))
+    for key, value in found.items():
+        parameter = key.split(":")[1 if key.startswith("parameter:") else 2] if not key.startswith("buffer:") else ""
+        if not value.dim() or parameter not in pieces:  # counters of steps, buffers: all of this iteration
+            wrong += [] if torch.equal(value, then[key]) else [key]
+            continue
+        rows = 0
+        for start, stop, captured in pieces[parameter]:
+            earlier = read_state(history / f"{captured:04d}.safetensors")[0][key]
+            wrong += (
+                [] if torch.equal(value[start:stop], earlier[start:stop]) else [f"{key}[{start}:{stop}] @{captured}"]
+            )
+            rows += len(value[start:stop])
+        assert rows == len(value), f"{key}: {rows} of {len(value)} rows are on storage"
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("selection", "block", "ranks"), [("sequential", "fused", 1), ("load_aware", "list", 1), ("load_aware", "fused", 2)]
+)
+def test_storage_restores_the_newest_persisted_capture_of_each_expert(
+    drill: Drill, selection: str, block: str, ranks: int
+) -> None:
+    args = {
+        "num_experts_per_checkpoint": 2,
+        "num_experts_persisted": 1,
+        "selection": selection,
+        "every_n_steps": 2,
+        "plt_limit": None,
+    }
+    spec = {**SPEC, "block": block, "policy": "partial", "policy_args": args, "persist": True, "callbacks": ["history"]}
+    spec |= {"ranks": ranks, "samples": 40 * ranks}
+    out, memory = drill.base / "first", drill.memory_dir / "first"
+    out.mkdir()
+    memory.mkdir(mode=0o700)
+    kill = {"event": "WindowPersisted", "count": 8}  # four experts, one a persist: none is of the first persist now
+    # Training waits for storage a little, so that hardly a checkpoint is passed over.
+    ended = drill.start({**spec, "memory_dir": str(memory), "kill": kill, "slow_sink": "IterationFinished"}, out)
+    assert ended.codes[0] == -signal.SIGKILL, read_logs(out)
+    reports = {}
+    for tier in ("host memory", "disk"):
+        after, held = drill.base / tier, drill.memory_dir / tier
+        shutil.copytree(out, after)
+        shutil.copytree(memory, held)
+        if tier == "disk":
+            shutil.rmtree(held / "job")
+        manifests = [_newest_persisted(after, rank) for rank in range(ranks)]
+        ended = drill.start({**spec, "memory_dir": str(held)}, after)
+        assert ended.good, read_logs(after)
+        assert {event["tier"] for event in read_events(after, "RestoreStarted")} == {tier}
+        reports[tier] = read_events(after, "PartialExpertsRestored")
+    iteration = min(manifest.iteration for manifest in manifests)
+    if ranks > 1:  # one may have persisted a window that the others had not
+        manifests = [
+            Manifest.from_bytes(path.read_bytes(), path=path)
+            for rank in range(ranks)
+            for path in (out / "persist" / "job" / f"rank-{rank:05d}" / "windows").glob(f"{iteration:012d}.json")
+        ]
+    captures = _captures(manifests)
+    experts = [captured for op, captured in captures if op["expert"] is not None]
+    assert min(experts) < iteration == max(experts)
+    for rank in range(ranks):
+        history = drill.base / "disk" / f"history{suffix(rank, ranks)}"
+        assert _differences_from_history(history, captures, iteration) == []
+    for report in reports["disk"]:
+        assert report["iteration"] == iteration
+        assert report["lost_tokens"] == reports["disk"][0]["lost_tokens"]
+        assert report["plt"] >= reports["host memory"][0]["plt"] > 0
 
 
 def test_sparse_captures_fewer_bytes_than_dense_and_partial_fewer_still(drill: Drill) -> None:

@@ -15,6 +15,11 @@ from typing import Any
 from moetion_lightning.testing.compare import compare_states
 from tests.runs.ranks import TIMEOUT_SECONDS, Ended, environments, suffix
 
+#: What a run without callbacks knows nothing of.
+_OF_CAPTURES = (
+    *("policy", "policy_args", "persist", "break", "kill"),
+    *("slow_sink", "slow_holders", "count_windows", "hosts"),
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -116,7 +121,7 @@ class Drill:
 
     def reference(self, spec: dict[str, Any]) -> Path:
         """The run that never failed, without any of our callbacks."""
-        bare = {k: v for k, v in spec.items() if k not in ("policy", "policy_args", "persist", "break", "kill")}
+        bare = {k: v for k, v in spec.items() if k not in _OF_CAPTURES}
         key = json.dumps(bare, sort_keys=True)
         if key not in self._references:
             out = self._directory("reference")
@@ -168,7 +173,8 @@ class Drill:
         memory.mkdir(mode=0o700)
         logs = [out / f"log{suffix(rank, spec['ranks'])}" for rank in range(spec["ranks"])]
         given = {**spec, "out": str(out), "memory_dir": str(memory), "kills": [{"generation": 0, **k} for k in kills]}
-        ended, pids = self.zygote.run_elastic(given, logs, len(kills), timeout_seconds)
+        losses = sum(1 + len(kill.get("with_hosts", ())) for kill in kills)
+        ended, pids = self.zygote.run_elastic(given, logs, losses, timeout_seconds)
         return out, ended, pids
 
 

@@ -1,12 +1,20 @@
-"""Ranks that are replaced one at a time: what ``moetion launch`` does on one node, by forking instead of starting."""
+"""Ranks that are replaced one at a time: what ``moetion launch`` does, by forking instead of starting.
+
+With ``hosts`` in the spec (a name for each rank), ranks live on hosts with host memory and a failure domain of their
+own. A rank that is killed takes its host with it: all its other ranks are killed, its memory is removed, and one
+generation announces them all; a spare host with empty memory takes their place. A kill with ``with_hosts`` ends
+those hosts at the same time. A rank that ends by an error is not replaced then: the others are given time to end, too.
+"""
 
 from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import PrefixStore
@@ -18,7 +26,7 @@ from tests.runs.ranks import Ended
 Fork = Callable[[dict[str, Any], str, dict[str, str]], int]
 
 
-def environment(rank: int, ranks: int, job_id: str, port: int, generation: int) -> dict[str, str]:
+def environment(rank: int, ranks: int, job_id: str, port: int, generation: int, host: str = "here") -> dict[str, str]:
     """What ``moetion launch`` tells a rank."""
     return {
         "RANK": str(rank),
@@ -35,69 +43,121 @@ def environment(rank: int, ranks: int, job_id: str, port: int, generation: int) 
         "MOETION_STORE": f"127.0.0.1:{port}",
         "MOETION_GENERATION": str(generation),
         "MOETION_SECRET": "secret-of-this-job",
-        "MOETION_FAILURE_DOMAIN": "here",
+        "MOETION_FAILURE_DOMAIN": host,
     }
 
 
 def run_elastic(
     fork: Fork, spec: dict[str, Any], logs: list[str], *, restarts: int, timeout_seconds: float, control: int
 ) -> tuple[Ended, list[list[int]]]:
-    """Start all ranks; start each one that dies again, until all have ended well.
+    """Start all ranks; replace those that die, until all have ended.
 
     Returns:
         How the last processes ended (``failed``: every rank that was replaced, in order), and the pids of each rank.
     """
-    store = host_store("127.0.0.1")
-    ranks, job = spec["ranks"], spec.get("job_id", "job")
-    announced = PrefixStore(job, store)
-    pids: list[list[int]] = [[] for _ in range(ranks)]
-    ended = Ended([0] * ranks)
-    waiting: dict[int, int] = {}
-    poll = select.poll()
-    poll.register(control, 0)
-
-    def start(rank: int, generation: int) -> None:
-        pid = fork(spec, logs[rank], environment(rank, ranks, job, store.port, generation))
-        pids[rank].append(pid)
-        descriptor = os.pidfd_open(pid)
-        waiting[descriptor] = rank
-        poll.register(descriptor, select.POLLIN)
-
-    for rank in range(ranks):
-        start(rank, 0)
+    job = _Job(fork, spec, logs, control)
+    for rank in range(spec["ranks"]):
+        job.start(rank, 0)
     deadline = time.monotonic() + timeout_seconds
-    while waiting:
-        ready = [d for d, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
-        if not ready or control in ready:
-            ended.timed_out = True
+    while job.waiting:
+        dead = job.wait(deadline)
+        if dead is None:
+            job.ended.timed_out = True
             break
-        lost = []
-        for descriptor in ready:
-            rank = waiting.pop(descriptor)
-            poll.unregister(descriptor)
-            os.close(descriptor)
-            code = _reap(pids[rank][-1])
-            ended.codes[rank] = code
-            if code:
-                lost.append(rank)
-                ended.failed.append(rank)
-        if len(ended.failed) > restarts:
+        lost = job.take_along(dead)
+        job.ended.failed += lost
+        if job.losses > restarts:
             break
+        job.replace(lost)
+    job.kill_all()
+    return job.ended, job.pids
+
+
+class _Job:
+    """The processes of a job, and the hosts that they are on."""
+
+    def __init__(self, fork: Fork, spec: dict[str, Any], logs: list[str], control: int) -> None:
+        self._fork, self._spec, self._logs, self._control = fork, spec, logs, control
+        self._ranks, self._id = spec["ranks"], spec.get("job_id", "job")
+        self._store = host_store("127.0.0.1")
+        self._announced = PrefixStore(self._id, self._store)
+        self._hosts: list[str] = list(spec.get("hosts") or ["here"] * self._ranks)
+        self._has_hosts = "hosts" in spec
+        self._spares = 0
+        self._generations = [0] * self._ranks
+        self._poll = select.poll()
+        self._poll.register(control, 0)
+        self.waiting: dict[int, int] = {}
+        self.pids: list[list[int]] = [[] for _ in range(self._ranks)]
+        self.ended = Ended([0] * self._ranks)
+        self.losses = 0
+
+    def start(self, rank: int, generation: int) -> None:
+        host = self._hosts[rank]
+        spec = self._spec
+        if self._has_hosts:
+            memory = Path(spec["memory_dir"], host)
+            memory.mkdir(mode=0o700, exist_ok=True)
+            spec = {**spec, "memory_dir": str(memory)}
+        env = environment(rank, self._ranks, self._id, self._store.port, generation, host)
+        pid = self._fork(spec, self._logs[rank], env)
+        self.pids[rank].append(pid)
+        self._generations[rank] = generation
+        descriptor = os.pidfd_open(pid)
+        self.waiting[descriptor] = rank
+        self._poll.register(descriptor, select.POLLIN)
+
+    def wait(self, deadline: float) -> list[int] | None:
+        """The ranks that have died; None when nobody waits any longer."""
+        ready = [d for d, _ in self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
+        if not ready or self._control in ready:
+            return None
+        return [rank for rank in map(self._reap, ready) if self._is_lost(rank)]
+
+    def take_along(self, dead: list[int]) -> list[int]:
+        """The ranks that are lost with these: all of their hosts, whose memory goes."""
+        if not self._has_hosts:
+            self.losses += len(dead)
+            return dead
+        hosts = {self._hosts[rank] for rank in dead}
+        for kill in self._spec["kills"]:
+            if kill["rank"] in dead and kill["generation"] == self._generations[kill["rank"]]:
+                hosts.update(kill.get("with_hosts", ()))
+        lost = [rank for rank, host in enumerate(self._hosts) if host in hosts]
+        for descriptor, rank in list(self.waiting.items()):
+            if rank in lost:
+                os.killpg(self.pids[rank][-1], signal.SIGKILL)
+                self._reap(descriptor)
+        for host in sorted(hosts):
+            shutil.rmtree(Path(self._spec["memory_dir"], host))
+            self._spares += 1
+            self._hosts = [f"spare{self._spares}" if h == host else h for h in self._hosts]
+        self.losses += len(hosts)
+        return lost
+
+    def replace(self, lost: list[int]) -> None:
         if lost:
-            generation = announce_loss(announced, lost, "killed by the test")
+            generation = announce_loss(self._announced, lost, "killed by the test")
             for rank in lost:
-                start(rank, generation)
-    for descriptor, rank in waiting.items():
-        os.killpg(pids[rank][-1], signal.SIGKILL)
+                self.start(rank, generation)
+
+    def kill_all(self) -> None:
+        for descriptor, rank in list(self.waiting.items()):
+            os.killpg(self.pids[rank][-1], signal.SIGKILL)
+            self._reap(descriptor)
+
+    def _is_lost(self, rank: int) -> bool:
+        code = self.ended.codes[rank]
+        return code < 0 or (code > 0 and not self._has_hosts)
+
+    def _reap(self, descriptor: int) -> int:
+        rank = self.waiting.pop(descriptor)
+        self._poll.unregister(descriptor)
         os.close(descriptor)
-        ended.codes[rank] = _reap(pids[rank][-1])
-    return ended, pids
-
-
-def _reap(pid: int) -> int:
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, os.WUNTRACED)[1])
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    return code
+        pid = self.pids[rank][-1]
+        self.ended.codes[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, os.WUNTRACED)[1])
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        return rank

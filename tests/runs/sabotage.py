@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from typing import Any
 
 
@@ -75,6 +77,60 @@ def _scheduler() -> None:
     LambdaLR.load_state_dict = lambda self, state: None
 
 
+def _buckets() -> None:
+    """Ranks sum gradients in the order of a run that has just begun."""
+    from moetion_lightning.callbacks import _run_state
+
+    _run_state.set_bucket_order = lambda ddp, order: None
+
+
+def _share() -> None:
+    """Rank 1 restores only what it captured itself."""
+    from moetion_lightning.engine import tiers
+
+    original = tiers.RestorePoint
+
+    def restore_point(manifest: Any, tier: Any, shares: Any) -> Any:
+        return original(manifest, tier, shares if _rank() != 1 else ())
+
+    tiers.RestorePoint = restore_point
+
+
+def _window() -> None:
+    """Rank 1 restores an older window than the others."""
+    from moetion_lightning.engine import group_restore
+
+    original = group_restore.GroupRestore._read
+
+    def read(self: Any, choice: Any) -> Any:
+        older = [last for last in self._host.windows() if last < choice.window.last]
+        if _rank() == 1 and older:
+            choice = dataclasses.replace(choice, window=dataclasses.replace(choice.window, first=0, last=older[0]))
+        return original(self, choice)
+
+    group_restore.GroupRestore._read = read
+
+
+def _rng_of_another_rank() -> None:
+    """All ranks draw what rank 0 draws."""
+    import torch.distributed as dist
+
+    from moetion_lightning.engine import run_state
+
+    original = run_state.set_rng
+
+    def set_rng(saved: Any, generators: Any) -> None:
+        box = [saved]
+        dist.broadcast_object_list(box, src=0)
+        original(box[0], generators)
+
+    run_state.set_rng = set_rng
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 SABOTAGE = {
     "activation": _activation,
     "adam_step": _adam_step,
@@ -82,4 +138,8 @@ SABOTAGE = {
     "data_position": _data_position,
     "buffers": _buffers,
     "scheduler": _scheduler,
+    "buckets": _buckets,
+    "share": _share,
+    "window": _window,
+    "rng_of_another_rank": _rng_of_another_rank,
 }

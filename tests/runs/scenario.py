@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from moetion_lightning.events import Event
 from moetion_lightning.testing.compare import flatten_state, write_state
 from moetion_lightning.testing.faults import KillAt
-from tests.runs import compiled, variants
+from tests.runs import compiled, network, variants
 from tests.runs.data import Samples, make_loader
 from tests.runs.models import Automatic, Manual, Sharded
 from tests.runs.ranks import suffix
@@ -52,9 +53,12 @@ DEFAULTS: dict[str, Any] = {
     "callbacks": [],
     "policy": "sparse",
     "policy_args": {"window": 4},
+    "engine_args": {},  # settings that the callbacks do not have
     "capture": True,
     "persist": False,
     "slow_sink": "",
+    "slow_holders": {},  # seconds that a rank, by its number as text, takes for each file that it receives
+    "count_windows": False,
     "wipe_memory": False,
     "break": "",
     "kill": None,
@@ -127,6 +131,8 @@ def _callbacks(spec: dict[str, Any], out: Path) -> list[Any]:
             )  # fmt: skip
         elif name == "ema":
             made.append(EMAWeightAveraging(decay=0.9))
+        elif name == "history":
+            made.append(variants.History(out / f"history{spec['suffix']}"))
         elif name == "finetuning":
             made.append(variants.UnfreezeBlocks())
     return made
@@ -174,22 +180,57 @@ def _capturing(spec: dict[str, Any], out: Path) -> list[Any]:
         common["persist_dir"] = str(out / "persist")
     kill = spec["kill"]
     if kill and "event" in kill:
-        common["sinks"] = [KillAt(kill["event"], kill.get("count", 1), **kill.get("fields", {}))]
+        sink = KillAt(kill["event"], kill.get("count", 1), **kill.get("fields", {}))
+        common["sinks"] = [_armed_by(kill["after"], sink) if "after" in kill else sink]
     if spec["slow_sink"]:
         common.setdefault("sinks", []).append(_slow(spec["slow_sink"]))
+    if spec["count_windows"]:
+        counts = out / f"windows{spec['suffix']}.jsonl"
+        common.setdefault("sinks", []).append(_count_windows(Path(spec["memory_dir"]), spec["rank"], counts))
     kinds = {
         "sparse": callbacks.SparseExpertCheckpoint,
         "dense": callbacks.DenseInMemoryCheckpoint,
         "partial": callbacks.PartialExpertsCheckpoint,
     }
-    given = {k: v.format(**spec) if isinstance(v, str) else v for k, v in spec["policy_args"].items()}
-    return [kinds[spec["policy"]](**given, **common)]
+    callback = kinds[spec["policy"]](**spec["policy_args"], **common)
+    more = {k: v.format(**spec) if isinstance(v, str) else v for k, v in spec["engine_args"].items()}
+    callback.config = dataclasses.replace(callback.config, **more)
+    return [callback]
 
 
 def _slow(kind: str) -> Callable[[Event], None]:
     def sink(event: Event) -> None:
         if event.kind == kind:
             time.sleep(0.03)
+
+    return sink
+
+
+def _armed_by(first: str, kill: KillAt) -> Callable[[Event], None]:
+    """The sink, from the first event of that kind on."""
+    armed: list[Event] = []
+
+    def sink(event: Event) -> None:
+        if armed:
+            kill(event)
+        elif event.kind == first:
+            armed.append(event)
+
+    return sink
+
+
+def _count_windows(memory: Path, rank: int, path: Path) -> Callable[[Event], None]:
+    """Writes after each iteration how many windows the rank has, and how many it holds of each other rank."""
+
+    def sink(event: Event) -> None:
+        if event.kind != "IterationFinished":
+            return
+        found = {
+            "own": len(list(memory.glob(f"*/rank-{rank:05d}/*.json"))),
+            "held": [len(list(held.glob("*.json"))) for held in memory.glob(f"*/replica-*-at-{rank:05d}")],
+        }
+        with path.open("a") as file:
+            file.write(json.dumps(found) + "\n")
 
     return sink
 
@@ -237,6 +278,10 @@ def run(given: dict[str, Any]) -> None:
             break
     else:
         spec["kill"] = None
+    if spec["kill"] and "transfer" in spec["kill"]:
+        network.kill_in_transfer(spec["kill"]["transfer"], spec["kill"].get("count", 1))
+    if str(rank) in spec["slow_holders"]:
+        network.slow_down(spec["slow_holders"][str(rank)])
     if spec["break"]:
         from tests.runs import sabotage
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,28 @@ import torchmetrics
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 
+from moetion_lightning.testing.compare import flatten_state, write_state
 from tests.runs.models import Automatic
+
+
+class History(pl.Callback):
+    """Writes the state after each step, and the one that the first backward of a process finds."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._is_first = True
+
+    def _write(self, name: str, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        tensors, scalars = flatten_state(module, trainer.optimizers)
+        write_state(self._path / f"{name}.safetensors", tensors, scalars)
+
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._is_first:
+            self._write("found", trainer, module)
+        self._is_first = False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        self._write(f"{trainer.global_step:04d}", trainer, module)
 
 
 class Teacher(Automatic):

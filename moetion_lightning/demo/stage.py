@@ -1,0 +1,329 @@
+"""What the demonstrations share: where they write, how they run and watch a child, and what they show meanwhile."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetion_lightning.errors import ConfigurationError, MoEtionError
+
+__all__ = [
+    "RECORDING",
+    "SPARSE",
+    "Checks",
+    "DemoError",
+    "KillMidWindow",
+    "Progress",
+    "Tail",
+    "add_common_arguments",
+    "finish",
+    "folders",
+    "last_output",
+    "last_step",
+    "read_lines",
+    "run_child",
+    "total",
+]
+
+SPARSE = "moetion_lightning.callbacks.SparseExpertCheckpoint"
+RECORDING = "moetion_lightning.testing.recording"
+_POLL_SECONDS = 0.005
+_PHASE_TIMEOUT_SECONDS = 240.0
+_END_SECONDS = 30.0
+
+
+class DemoError(MoEtionError, RuntimeError):
+    """The demonstration could not be carried out (a child failed or hung); the message ends with its last output."""
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, *, steps: int, kill_after_windows: int) -> None:
+    """Options of every demonstration.
+
+    Args:
+        parser: Its parser.
+        steps: Default of ``--steps``.
+        kill_after_windows: Default of ``--kill-after-windows``.
+    """
+    add = parser.add_argument
+    add("--steps", type=int, default=steps, help=f"optimizer steps of the whole run ({steps})")
+    add("--window", type=int, default=4, help="iterations of a window (4)")
+    add(
+        "--kill-after-windows",
+        type=int,
+        default=kill_after_windows,
+        help=f"committed windows before the kill ({kill_after_windows})",
+    )
+    add("--dir", type=Path, help="keep configurations, logs and results in this folder")
+
+
+@contextlib.contextmanager
+def folders(wanted: Path | None) -> Iterator[tuple[Path, Path]]:
+    """An empty folder for results, kept if the user named it, and one in memory that is removed in the end.
+
+    Args:
+        wanted: The user's folder.
+
+    Raises:
+        ConfigurationError: The user's folder is not empty.
+    """
+    folder = Path(wanted or tempfile.mkdtemp(prefix="moetion-demo-")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ConfigurationError(f"--dir {folder} is not empty; give a new folder")
+    shared = Path("/dev/shm")
+    memory = Path(
+        tempfile.mkdtemp(prefix="moetion-demo-", dir=shared if os.access(shared, os.W_OK | os.X_OK) else None)
+    )
+    try:
+        yield folder, memory
+    finally:
+        shutil.rmtree(memory, ignore_errors=True)
+        if wanted is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- running a child -------------------------------------------------------------------------------------------------
+
+
+def run_child(arguments: Sequence[str], log: Path, look: Callable[[], bool]) -> int:
+    """Run a ``moetion`` command in the log's folder, to its end.
+
+    Args:
+        arguments: Command and arguments.
+        log: File that its output is appended to.
+        look: Called again and again while it runs; True kills it with SIGKILL.
+
+    Returns:
+        Its exit status.
+
+    Raises:
+        DemoError: It hung.
+    """
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    # One thread, unless the user says otherwise: for so small a model more are slower, far more on a busy machine.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "moetion_lightning", *arguments]
+    deadline = time.monotonic() + _PHASE_TIMEOUT_SECONDS
+    with log.open("ab") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=log.parent)
+        try:
+            while child.poll() is None:
+                if look():
+                    child.kill()
+                    break
+                if time.monotonic() > deadline:
+                    raise DemoError(f"no end within {_PHASE_TIMEOUT_SECONDS:.0f} s; {last_output(log)}")
+                time.sleep(_POLL_SECONDS)
+            return child.wait(timeout=_END_SECONDS)
+        finally:
+            if child.poll() is None:
+                _end(child)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Gently at first: a launcher ends its ranks."""
+    child.terminate()
+    try:
+        child.wait(timeout=_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def last_output(log: Path) -> str:
+    """The last lines of a log, as the end of a message."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return "its last output:\n" + "\n".join(text.splitlines()[-25:])
+
+
+# --- watching it -----------------------------------------------------------------------------------------------------
+
+
+class KillMidWindow:
+    """Decides from the events when to kill: some windows are committed and half of the next one is captured.
+
+    Args:
+        windows: Committed windows before the kill.
+        rank: The rank to kill, in a run of several; only its events count.
+    """
+
+    def __init__(self, windows: int, rank: int | None = None) -> None:
+        self._windows = windows
+        self._rank = rank
+        self._committed = 0
+        self.last_step = 0
+        self.due = False
+
+    def watch(self, events: Sequence[Mapping[str, Any]]) -> bool:
+        """Take new events; whether it is time to kill."""
+        for event in events:
+            if event.get("rank") != self._rank:
+                continue
+            if event["event"] == "WindowCommitted":
+                self._committed += 1
+            elif event["event"] == "IterationFinished":
+                self.last_step = max(self.last_step, int(event["iteration"]))
+            elif event["event"] == "CaptureFinished" and self._committed >= self._windows:
+                half = math.ceil(int(event["num_slots"]) / 2)
+                self.due = self.due or int(event["slot"]) + 1 == half
+        return self.due
+
+
+class Tail:
+    """Reads the whole lines that were appended to a JSONL file since the last time.
+
+    Args:
+        path: The file; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def skip(self) -> None:
+        """Ignore what is there already."""
+        if self._path.exists():
+            self._offset = self._path.stat().st_size
+
+    def new(self) -> list[dict[str, Any]]:
+        """The new lines."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a JSONL file; none if there is no file."""
+    return Tail(path).new()
+
+
+def last_step(losses: Path) -> int:
+    """Last step that was recorded, from the end of the file."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with losses.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 1000))
+            return int(json.loads(file.read().splitlines()[-1])["global_step"])
+    return 0
+
+
+# --- showing it ------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """One line a phase, with a live step counter.
+
+    Args:
+        steps: Steps of a run.
+        every: Show each so many steps where the output is no terminal.
+    """
+
+    def __init__(self, steps: int, every: int = 20) -> None:
+        self._steps = steps
+        self._live = sys.stdout.isatty()
+        self._every = 1 if self._live else every
+        self._label = ""
+        self._shown = 0
+
+    def phase(self, label: str) -> Callable[[int], None]:
+        """Begin a phase; the result shows a step."""
+        self._label, self._shown = label, 0
+        print(f"[{label}]", end="" if self._live else "\n", flush=True)
+        return self._show
+
+    def _show(self, step: int) -> None:
+        if step >= self._shown + self._every:
+            self._shown = step
+            if self._live:
+                print(f"\r[{self._label}] step {step}/{self._steps} ", end="", flush=True)
+            else:
+                print(f"    step {step}/{self._steps}", flush=True)
+
+    def note(self, text: str) -> None:
+        """Say something in the middle of a phase, on a line of its own."""
+        print(f"\n    {text}" if self._live else f"    {text}", flush=True)
+
+    def done(self, outcome: str) -> None:
+        """End the phase."""
+        print(f"\r[{self._label}] {outcome:<30}" if self._live else f"    {outcome}", flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """Outcome of the comparison.
+
+    Args:
+        rows: Lines of the table.
+        differences: One sentence for each thing that differs.
+        equal: Whether everything was compared and nothing differs.
+    """
+
+    rows: list[tuple[str, str]]
+    differences: list[str]
+    equal: bool
+
+
+def total(results: Mapping[str, Sequence[Any]]) -> Checks:
+    """Sum up comparisons (:class:`~moetion_lightning.testing.compare.Comparison`).
+
+    Args:
+        results: For each thing that was compared, the outcomes of all ranks.
+    """
+    rows = []
+    for name, parts in results.items():
+        different = sum(len(part.differences) for part in parts)
+        verdict = "bitwise equal" if all(part.equal for part in parts) else f"{different} differ"
+        rows.append((name, f"{verdict} ({sum(part.compared for part in parts)} compared)"))
+    every = [part for parts in results.values() for part in parts]
+    return Checks(
+        rows=rows,
+        differences=[difference for part in every for difference in part.differences],
+        equal=bool(every) and all(part.equal for part in every),
+    )
+
+
+def finish(rows: Sequence[tuple[str, str]], checks: Checks) -> int:
+    """Print the table and the verdict.
+
+    Args:
+        rows: Lines of the table, before those of the comparison.
+        checks: The comparison.
+
+    Returns:
+        Exit status: 0 if everything is equal, 1 otherwise.
+    """
+    table = [*rows, *checks.rows]
+    width = max(len(label) for label, _ in table)
+    print()
+    for label, value in table:
+        print(f"  {label:<{width}}  {value}")
+    print()
+    if checks.equal:
+        print("bitwise equal: parameters, optimizer state, losses")
+        return 0
+    print("NOT EQUAL:")
+    for difference in checks.differences[:10]:
+        print(f"  {difference}")
+    return 1

@@ -1,0 +1,149 @@
+"""Whole hosts are lost, with all their processes and their memory; ranks on a spare host take over, and all results are
+those of a job that never failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs.drill import Drill, differences, read_events, read_logs
+
+pytestmark = pytest.mark.slow
+
+TWO_HOSTS: dict[str, Any] = {
+    "ranks": 2, "samples": 64, "strategy": "ddp", "hosts": ["a", "b"], "policy_args": {"window": 3},
+}  # fmt: skip
+THREE_HOSTS: dict[str, Any] = {**TWO_HOSTS, "ranks": 3, "samples": 96, "hosts": ["a", "b", "c"]}
+PAIRS: dict[str, Any] = {**TWO_HOSTS, "ranks": 4, "samples": 128, "hosts": ["a", "a", "b", "b"]}
+#: A window begins only when all ranks' last one is safe: with the second one, each rank's first one is.
+REPLICATED: dict[str, Any] = {"event": "WindowReplicated", "count": 2}
+
+
+def run(drill: Drill, spec: dict[str, Any], *kills: dict[str, Any]) -> tuple[Path, list[int]]:
+    """A job whose hosts die as asked and that ends as one that never failed. Returns the replaced ranks, too."""
+    out, ended, _ = drill.elastic(spec, list(kills))
+    assert ended.good, f"{ended}\n{read_logs(out)}"
+    assert differences(drill.reference(spec), out) == []
+    return out, ended.failed
+
+
+def origins(out: Path, rank: int) -> list[str]:
+    """Where each process of a rank that restored anything had it from, in order."""
+    return [event["tier"] for event in read_events(out, "RestoreStarted", rank)]
+
+
+def check_loss(drill: Drill, spec: dict[str, Any], rank: int, lost: list[int]) -> None:
+    out, replaced = run(drill, spec, {**REPLICATED, "rank": rank})
+    assert replaced == lost
+    for each in range(spec["ranks"]):
+        assert origins(out, each) == ["memory of a peer" if each in lost else "host memory"], each
+
+
+@pytest.mark.parametrize(("rank", "lost"), [(0, [0, 1]), (3, [2, 3])])
+def test_ddp(drill: Drill, rank: int, lost: list[int]) -> None:
+    check_loss(drill, PAIRS, rank, lost)
+
+
+def test_ddp_on_three_hosts(drill: Drill) -> None:
+    check_loss(drill, THREE_HOSTS, 1, [1])
+
+
+def test_fsdp2(drill: Drill) -> None:
+    check_loss(drill, {**PAIRS, "strategy": "fsdp2"}, 1, [0, 1])
+
+
+@pytest.mark.parametrize(("hosts", "lost"), [("aabb", [0, 1]), ("abab", [0, 2])])
+def test_expert_parallel(drill: Drill, hosts: str, lost: list[int]) -> None:
+    """Ranks 0, 1 and 2, 3 share the experts: within a host, and across hosts."""
+    check_loss(drill, {**PAIRS, "strategy": "moetion", "expert_parallel": 2, "hosts": [*hosts]}, 0, lost)
+
+
+def test_last_window_was_not_copied_yet(drill: Drill) -> None:
+    out, replaced = run(drill, TWO_HOSTS, {"event": "WindowCommitted", "count": 3, "rank": 0})
+    assert replaced == [0]
+    committed = [e["last_iteration"] for e in read_events(out, "WindowCommitted", 0)][:2]
+    restored = [e["last_iteration"] for rank in (0, 1) for e in read_events(out, "RestoreStarted", rank)]
+    assert restored == [committed[1]] * 2
+
+
+@pytest.mark.parametrize("transfer", ["sending", "receiving"])
+def test_in_the_middle_of_a_copy(drill: Drill, transfer: str) -> None:
+    """The host of the owner is lost, or that of the holder."""
+    _, replaced = run(drill, TWO_HOSTS, {"transfer": transfer, "count": 4, "rank": 1})
+    assert replaced == [1]
+
+
+def test_loss_of_a_holder_and_then_of_what_it_held(drill: Drill) -> None:
+    """Rank 0 has its copies on b; when b is lost they go to the spare host, and when a is lost they come from there."""
+    again = {**REPLICATED, "fields": {"peer": 1}, "after": "RestoreApplied", "rank": 0}
+    out, replaced = run(drill, THREE_HOSTS, {**REPLICATED, "rank": 1}, again)
+    assert replaced == [1, 0]
+    assert origins(out, 0) == ["host memory", "memory of a peer"]
+
+
+# --- a second loss while the first one is recovered -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", ["RestoreStarted", "RestoreApplied"])
+def test_newcomer_is_lost_too(drill: Drill, event: str) -> None:
+    kills = [{**REPLICATED, "rank": 1}, {"event": event, "rank": 1, "generation": 1}]
+    _, replaced = run(drill, THREE_HOSTS, *kills)
+    assert replaced == [1, 1]
+
+
+@pytest.mark.parametrize("event", ["RestoreStarted", "RestoreApplied"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_survivor_is_lost_too(drill: Drill, event: str, rank: int) -> None:
+    """With three hosts; rank 2 holds the copies of the lost rank 1, rank 1 held those of rank 0."""
+    _, replaced = run(drill, THREE_HOSTS, {**REPLICATED, "rank": 1}, {"event": event, "rank": rank})
+    assert replaced == [1, rank]
+
+
+def failed(drill: Drill, spec: dict[str, Any], *kills: dict[str, Any]) -> list[str]:
+    """A job that cannot go on: every rank ends by an error of its own. Returns the last lines of their logs."""
+    out, ended, _ = drill.elastic(spec, list(kills))
+    assert not ended.timed_out, read_logs(out)
+    assert ended.codes == [1] * spec["ranks"], f"{ended}\n{read_logs(out)}"
+    return [(out / f"log-{rank}").read_text().strip().splitlines()[-1] for rank in range(spec["ranks"])]
+
+
+def test_only_holder_is_lost_while_it_serves_the_copy(drill: Drill) -> None:
+    """Rank 2 held the windows of rank 1: both are gone."""
+    lines = failed(drill, THREE_HOSTS, {**REPLICATED, "rank": 1}, {"transfer": "serving", "rank": 2})
+    for line in lines:
+        assert "RankLostError: The job cannot continue: the state of rank 1 is lost" in line
+        assert "Newest whole window of the others: ranks 0, 2: iterations " in line
+
+
+def test_one_of_two_holders_is_lost_while_it_serves_the_copy(drill: Drill) -> None:
+    spec = {**THREE_HOSTS, "policy_args": {"window": 3, "replicas": 2}}
+    out, ended, _ = drill.elastic(spec, [{**REPLICATED, "rank": 1}, {"transfer": "serving", "rank": 0}])
+    assert ended.good, read_logs(out)
+    assert differences(drill.reference(spec), out) == []
+
+
+# --- everything is lost -----------------------------------------------------------------------------------------------
+
+
+def test_all_hosts_at_once_with_storage(drill: Drill) -> None:
+    spec = {**TWO_HOSTS, "persist": True}
+    out, replaced = run(drill, spec, {"event": "WindowPersisted", "count": 2, "rank": 0, "with_hosts": ["b"]})
+    assert replaced == [0, 1]
+    assert all("persist" in tier for rank in (0, 1) for tier in origins(out, rank))
+
+
+def test_all_hosts_at_once_without_storage(drill: Drill) -> None:
+    lines = failed(drill, TWO_HOSTS, {**REPLICATED, "rank": 0, "with_hosts": ["b"]})
+    for line in lines:
+        assert "RankLostError" in line
+
+
+def test_without_copies(drill: Drill) -> None:
+    spec = {**TWO_HOSTS, "policy_args": {"window": 3, "replicas": 0}}
+    lines = failed(drill, spec, {"event": "WindowCommitted", "count": 2, "rank": 0})
+    for line in lines:
+        assert "RankLostError: The job cannot continue: the state of rank 0 is lost" in line
+        assert "Newest whole window of the others: rank 1: iterations " in line
+        assert "keep copies on other nodes (replicas=1 or more)" in line
