@@ -13,8 +13,9 @@ from moetion_lightning.callbacks._session import Session
 from moetion_lightning.config import EngineConfig
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.policy import Policy
+from moetion_lightning.distributed.groups import current_groups
 from moetion_lightning.distributed.torchrun import separate_restarts
-from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.errors import ConfigurationError, RankLostError
 from moetion_lightning.events import Sink
 
 __all__ = ["EngineCallback"]
@@ -46,6 +47,9 @@ class EngineCallback(Callback):
         self._events_path = events_path
         self._log_metrics = log_metrics
         separate_restarts()
+        groups = current_groups()
+        if groups is not None:
+            groups.joins = True
         self._session: Session | None = None
 
     def _policy(self) -> Policy:
@@ -82,7 +86,13 @@ class EngineCallback(Callback):
     # --- hooks of Lightning --------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        groups = current_groups()
         if stage != "fit":
+            if groups is not None and groups.alone:
+                raise RankLostError(
+                    f"rank {trainer.global_rank} was lost outside of trainer.fit (in {stage}), where a rank cannot be "
+                    "replaced. Start the job again."
+                )
             return
         self._make_first(trainer)
         self._session = Session(

@@ -38,6 +38,12 @@ def make_ranks(trainer: Trainer, module: LightningModule) -> Ranks:
             "and expert parallel)."
         )
     groups = current_groups()
+    if groups is not None and not isinstance(strategy, DDPStrategy) and not can_outlive_groups():
+        raise ConfigurationError(
+            f"`moetion launch` with {type(strategy).__name__} needs a torch whose FSDPModule has reset_iter_state() "
+            "(2.13): older ones cannot take a module back from an iteration that failed half-way. Use torchrun, which "
+            "restarts all ranks."
+        )
     launched = launched_process()
     return Ranks(
         default_control() if groups is None else groups.control(),
@@ -45,7 +51,7 @@ def make_ranks(trainer: Trainer, module: LightningModule) -> Ranks:
         local_size=max(1, trainer.world_size // max(1, trainer.num_nodes)),
         domain="" if launched is None else launched.failure_domain,
         address="" if launched is None else launched.local_address,
-        elastic=groups is not None and (isinstance(strategy, DDPStrategy) or can_outlive_groups()),
+        elastic=groups is not None,
         replaced=groups is not None and groups.membership.is_replacement,
     )
 

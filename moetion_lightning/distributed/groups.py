@@ -24,6 +24,7 @@ from torch.distributed import distributed_c10d
 from moetion_lightning.config import launched_process
 from moetion_lightning.distributed.control import StoreControl
 from moetion_lightning.distributed.membership import Membership
+from moetion_lightning.errors import LaunchError
 
 __all__ = ["Groups", "current_groups", "install"]
 
@@ -59,6 +60,8 @@ class Groups:
         self.membership = membership
         #: Whether collectives do nothing, because this process has not joined the others yet.
         self.alone = False
+        #: Set by what will call :meth:`join`: without it a replacement must not begin alone.
+        self.joins = False
         self._original: Callable[..., Any] = dist.init_process_group
         self._objects = {name: getattr(dist, name) for name in _OBJECT_COLLECTIVES}
         self._given: dict[str, Any] = {}
@@ -75,6 +78,12 @@ class Groups:
             return
         self._given = {**kwargs, "backend": backend}
         if self.membership.is_replacement:
+            if not self.joins:
+                raise LaunchError(
+                    f"rank {self.membership.rank} was lost and started again, but nothing in this script can bring it "
+                    "to the others: `moetion launch` needs one of moetion_lightning's callbacks in the Trainer. Add "
+                    "SparseExpertCheckpoint(), or start the script with torchrun, which restarts all ranks."
+                )
             self._init_alone()
         else:
             self._init_together()

@@ -10,6 +10,7 @@ from moetion_lightning.distributed.replicate import ReplicaService
 from moetion_lightning.distributed.topology import holders_of, replica_targets
 from moetion_lightning.distributed.wire import new_secret
 from moetion_lightning.engine.ranks import Ranks
+from moetion_lightning.errors import RankLostError
 from moetion_lightning.events import EventBus
 from moetion_lightning.store.format import Manifest
 from moetion_lightning.store.host_memory import HostMemoryTier
@@ -48,8 +49,18 @@ class Peers:
         domain = self._config.failure_domain or self._ranks.domain or socket.gethostname()
         control = self._ranks.control
         given = job_secret_from_environment()
-        hello = {"domain": domain, "secret": new_secret() if control.rank == 0 and given is None else ""}
+        hello = {
+            "job": self._tier.job,
+            "domain": domain,
+            "secret": new_secret() if control.rank == 0 and given is None else "",
+        }
         answers = self._ranks.agree("domains", hello)
+        jobs = sorted({str(answer["job"]) for answer in answers})
+        if len(jobs) > 1:
+            raise RankLostError(
+                f"the ranks are in different runs ({', '.join(jobs)}): a rank that was lost in a later trainer.fit of "
+                "a script cannot join it. Give each fit a script of its own, or start the job again."
+            )
         domains = [str(answer["domain"]) for answer in answers]
         replicas = self._config.replicas
         if replicas == "auto":
