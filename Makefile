@@ -40,7 +40,7 @@ check: $(DEV_STAMP)  ## Lint, type check, fast tests (about a minute)
 	$(PY) -m mypy
 	$(PY) -m pytest -n $(WORKERS) -q -m "not slow" tests/unit $(ARGS)
 
-bench: $(BENCH_STAMP)  ## Measure overhead and recovery; tables go to benchmarks/results/
+bench: $(BENCH_STAMP)  ## Measure overhead, recovery, replicas, failover; tables go to benchmarks/results/
 	@set -e; found=0; for script in benchmarks/*.py; do \
 	  [ -e "$$script" ] || continue; case "$$script" in */_*) continue;; esac; \
 	  found=1; echo "== $$script"; $(PY) "$$script" $(ARGS); done; \

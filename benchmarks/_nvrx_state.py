@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from _trees import replace_tensors, tensors_of
+from _trees import replace, replace_tensors, tensors_of
 from nvidia_resiliency_ext.checkpointing.local.base_state_dict import TensorAwareStateDict
 from torch import Tensor
 
 __all__ = ["CPUStateDict"]
+
+
+@dataclass(frozen=True)
+class _Hole:
+    """Where a tensor was."""
+
+    index: int
 
 
 class CPUStateDict(TensorAwareStateDict):
@@ -20,7 +29,7 @@ class CPUStateDict(TensorAwareStateDict):
 
     def pop_tensors(self) -> list[Tensor]:
         taken: list[Tensor] = []
-        self._state = replace_tensors(self._state, lambda t: (taken.append(t), len(taken) - 1)[1])
+        self._state = replace_tensors(self._state, lambda t: (taken.append(t), _Hole(len(taken) - 1))[1])
         self._tensors_out = None
         return taken
 
@@ -32,8 +41,9 @@ class CPUStateDict(TensorAwareStateDict):
     def is_hollow(self) -> bool:
         return not tensors_of(self._state)
 
-    def insert_tensors(self, tensor_data: list[Tensor]) -> None:
-        raise NotImplementedError
+    def insert_tensors(self, tensor_data: Iterable[Tensor]) -> None:
+        tensors = list(tensor_data)
+        self._state = replace(self._state, _Hole, lambda hole: tensors[hole.index])
 
     def init_tensors(self) -> None:
         raise NotImplementedError

@@ -45,17 +45,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return fill_medium(args)
 
 
-def shots(args: argparse.Namespace) -> list[list[tuple[int, int]]]:
-    """For each round: after how many new steps which rank is killed. The same for every way."""
+def shots(args: argparse.Namespace) -> list[list[tuple[int, float, int]]]:
+    """For each round: after how many new steps, and what part of one more, which rank is killed. For all ways alike."""
     rng = random.Random(args.seed)
     return [
-        [(args.steps + rng.randrange(4), rng.randrange(args.ranks)) for _ in range(args.kills)]
+        [(args.steps + rng.randrange(4), rng.random(), rng.randrange(args.ranks)) for _ in range(args.kills)]
         for _ in range(args.rounds)
     ]
 
 
 def one_job(
-    name: str, plan: Sequence[tuple[int, int]], args: argparse.Namespace, log: Path | None
+    name: str, plan: Sequence[tuple[int, float, int]], args: argparse.Namespace, log: Path | None
 ) -> list[dict[str, Any]]:
     """Start a job, and kill its ranks as planned.
 
@@ -69,13 +69,20 @@ def one_job(
         try:
             job.until_step(1, args.timeout)
             job.until_ready(args.timeout)
-            for steps, rank in plan:
+            for steps, part, rank in plan:
                 job.until_step(job.reached() + steps, args.timeout)
+                time.sleep(part * _step_seconds(job, rank))
                 found.append(one_kill(job, rank, args))
                 job.until_ready(args.timeout)
         except JobError as error:
             found.append({"note": str(error)})
     return found
+
+
+def _step_seconds(job: Job, rank: int) -> float:
+    """Of the last steps."""
+    times = [record["time"] for record in steps_of(job.records(), rank)][-6:]
+    return statistics.median(after - before for before, after in zip(times, times[1:]))
 
 
 def one_kill(job: Job, rank: int, args: argparse.Namespace) -> dict[str, Any]:

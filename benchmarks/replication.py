@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,18 +201,27 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "window": args.window, "precision": args.precision, "rows": [],
     }  # fmt: skip
     started = time.perf_counter()
-    for ranks in args.ranks:
-        names = [name for name in GROUPS[ranks] if name in args.variants]
-        print(f"[{time.perf_counter() - started:.0f} s] {ranks} ranks: {', '.join(names)}", flush=True)
-        results["rows"] += _group(ranks, names, args)
+
+    def write(rows: Sequence[dict[str, Any]]) -> None:
+        # After every round: a run that is cut short keeps what it has measured.
+        finished = [row for row in results["rows"] if row["ranks"] != rows[0]["ranks"]]
+        results["rows"] = [*finished, *rows]
         results["seconds"] = time.perf_counter() - started
         results["load_average_end"] = machine()["load_average"]
         results["goals"] = goals(results["rows"], args.window)
         write_results("replication", results, markdown(results), args.results)
+
+    for ranks in args.ranks:
+        names = [name for name in GROUPS[ranks] if name in args.variants]
+        print(f"[{time.perf_counter() - started:.0f} s] {ranks} ranks: {', '.join(names)}", flush=True)
+        for row in _group(ranks, names, args, write) if names else []:
+            _print_row(row)
     return results
 
 
-def _group(ranks: int, names: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+def _group(
+    ranks: int, names: Sequence[str], args: argparse.Namespace, write: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
     """All jobs with the same number of ranks, in turn."""
     rows: dict[str, dict[str, Any]] = {name: {"name": name, "ranks": ranks} for name in names}
     with contextlib.ExitStack() as stack:
@@ -238,10 +247,10 @@ def _group(ranks: int, names: Sequence[str], args: argparse.Namespace) -> list[d
                     before, around = around, base.block()
                     rows[job.name]["pairs"].append({"before": before, "block": block, "after": around})
             print(f"    round {round_number + 1} of {args.rounds}", flush=True)
-        for row in rows.values():
-            row |= base.about
-            summarise(row, args.block)
-            _print_row(row)
+            for row in rows.values():
+                row |= base.about
+                summarise(row, args.block)
+            write(list(rows.values()))
     return list(rows.values())
 
 

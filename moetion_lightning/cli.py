@@ -39,6 +39,7 @@ looking
   jobs        jobs whose state is in this machine's memory
   clean       remove what dead jobs left there
   demo        train, kill, restart, compare bit for bit with a run that never failed
+  demo ranks  kill one rank of several; it is replaced while the others live on
 
 examples
   moetion fit --config recipe:tiny_moe_cpu --trainer.max_steps 20

@@ -37,6 +37,8 @@ class LoopSeam:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._undo: list[Callable[[], None]] = []
+        #: Whether a checkpoint that is restored has no weights, because the engine alone brings them.
+        self.skip_weights = False
 
     def remove(self) -> None:
         """Leave the trainer as it was."""
@@ -77,7 +79,7 @@ class LoopSeam:
             injected = checkpoint()
             if injected is not None:
                 connector._loaded_checkpoint = injected
-                if not injected["state_dict"]:  # the engine brings the weights
+                if self.skip_weights:
                     self._patch(self._trainer.strategy, "load_model_state_dict", lambda *args, **kwargs: None)
                 # The engine puts optimizers back itself: `load_state_dict` would change dtypes, and refuse groups that
                 # were added while training.

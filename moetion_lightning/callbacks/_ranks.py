@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,7 +126,18 @@ def leave_groups(trainer: Trainer, groups: Groups) -> None:
         return
     if isinstance(strategy.model, DistributedDataParallel):
         strategy.model = strategy.lightning_module
+        _end_redirection(strategy.lightning_module)
     groups.leave()
+
+
+def _end_redirection(module: LightningModule) -> None:
+    """Take back what Lightning put in place of ``forward``, which a wrapper that failed before it called it leaves.
+
+    It would run a step in place of the next call of the module, and it refers to the wrapper and so to its groups.
+    """
+    while "_ForwardRedirection" in getattr(module.forward, "__qualname__", ""):
+        original = inspect.getclosurevars(module.forward).nonlocals["original_forward"]
+        module.forward = original  # type: ignore[method-assign]
 
 
 def ddp_of(trainer: Trainer) -> DistributedDataParallel | None:

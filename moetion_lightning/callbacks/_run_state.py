@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
 from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._loop_seam import LoopSeam
@@ -52,6 +53,8 @@ class LightningRunState:
             "data": self._data.snapshot(),
             "gradients": gradients,
             "buckets": [] if ddp is None else bucket_order(ddp),
+            # Whether the next forward takes over rank 0's buffers: not after a validation, or with manual optimization.
+            "sync_buffers": ddp is None or ddp.require_forward_param_sync,
         }
 
     def before_restore(self, state: Mapping[str, Any]) -> None:
@@ -63,6 +66,10 @@ class LightningRunState:
         ddp = ddp_of(self._trainer)
         if ddp is not None:
             set_bucket_order(ddp, state["buckets"])
+            ddp.require_forward_param_sync = state["sync_buffers"]
+        for name, module in _with_extra_state(self._module):
+            if name in state["extra_states"]:
+                module.set_extra_state(state["extra_states"][name])
 
     def generators(self) -> Mapping[str, object]:
         """User objects that may hold random number generators."""
@@ -79,3 +86,8 @@ class LightningRunState:
             for role, part in loader_parts(loader).items():
                 roots[f"{name}.{role}"] = part
         return roots
+
+
+def _with_extra_state(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that put something of their own into ``state_dict()``."""
+    return [(n, m) for n, m in module.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state]

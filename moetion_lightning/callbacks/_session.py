@@ -95,6 +95,8 @@ class Session:
         self._elastic: Elastic | None = None
         if groups is not None and self.ranks.elastic:
             self._elastic = Elastic(trainer, groups, self.ranks, self._go_back)
+            if groups.alone:
+                trainer.num_sanity_val_steps = 0  # the others have checked; here the sharded weights are not whole yet
         try:
             self._open()
         except BaseException:
@@ -137,6 +139,7 @@ class Session:
         counters = checkpoint["loops"]["fit_loop"]
         self._loops.pin_when_loop_starts(counters, state["extras"])
         self._loops.overwrite_undone_checkpoints(point.captured_at)
+        self._loops.skip_weights = isinstance(point, LivePoint) or gathers_state(self._trainer)
         # Loops of validate, test and predict have nothing to restore inside fit.
         checkpoint["loops"] = {"fit_loop": counters}
         return checkpoint
@@ -170,6 +173,12 @@ class Session:
         averaging = any(kind.__name__ == "WeightAveraging" for c in callbacks for kind in type(c).__mro__)
         # Without autocast nothing is cast; an average reads the weights in full, perhaps only later.
         self.engine.precision.enabled = isinstance(self._trainer.precision_plugin, MixedPrecision) and not averaging
+        self.engine.may_go_on_live = not averaging
+        if averaging and gathers_state(self._trainer):
+            raise ConfigurationError(
+                f"a weight-averaging callback with {type(self._trainer.strategy).__name__}: the averaged weights are kept "
+                "whole, the strategy spreads them over the ranks. Remove the callback, or use strategy='ddp'."
+            )
         if getattr(self._trainer.precision_plugin, "scaler", None) is not None:
             self.engine.may_skip_gradients = False
             if self.engine.config.skip_frozen_gradients:

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["explain", "load_module", "observe_recipe"]
 
+_LEFT_OUT = (
+    *("strategy", "num_nodes", "callbacks", "logger", "profiler"),
+    *("limit_val_batches", "max_epochs", "max_time", "val_check_interval"),
+)
+
 
 def explain(args: Sequence[str]) -> int:
     """Print the table.
@@ -130,17 +135,7 @@ def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4
         raise ConfigurationError(f"{path} has no `model:`; expected a configuration of `moetion fit`")
     config.pop("ckpt_path", None)
     trainer = config["trainer"] = dict(config.get("trainer") or {})
-    for key in (
-        "strategy",
-        "num_nodes",
-        "callbacks",
-        "logger",
-        "limit_val_batches",
-        "max_epochs",
-        "max_time",
-        "val_check_interval",
-        "profiler",
-    ):
+    for key in _LEFT_OUT:
         trainer.pop(key, None)
     observer = OperatorObserver(window=window)
     with tempfile.TemporaryDirectory(prefix="moetion-explain-") as folder:

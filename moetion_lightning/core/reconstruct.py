@@ -96,6 +96,13 @@ class Reconstruction:
         first = self.slots[0]
         total = len(first.active) + len(first.frozen) + sum(len(c.operators) for c in self.carried)
         done = 0
+        # Before the newest captures: experts may share entries that have no rows (Adam's step of a stacked parameter).
+        for carried in self.carried:
+            for op in carried.operators:
+                write_active(self.live, [op], carried.load, carried.scalars)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
         for op in first.active:
             write_active(self.live, [op], first.load, first.scalars)
             done += 1
@@ -106,12 +113,6 @@ class Reconstruction:
             done += 1
             if progress is not None:
                 progress(done, total)
-        for carried in self.carried:
-            for op in carried.operators:
-                write_active(self.live, [op], carried.load, carried.scalars)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
         self._toggle_gradients()
 
     def after_step(self, optimizer_index: int) -> None:

@@ -47,6 +47,12 @@ class Control(Protocol):
             RankLostError: A rank was lost before it arrived.
         """
 
+    def remember(self, name: str, value: str) -> None:
+        """Keep a value where every later process of this run finds it. One rank calls it."""
+
+    def recall(self, name: str) -> str:
+        """What :meth:`remember` kept last; "" for nothing."""
+
 
 class SingleRank:
     """A job of one process."""
@@ -60,6 +66,13 @@ class SingleRank:
     def all_gather(self, topic: str, value: Any) -> list[Any]:
         """The value itself, as the others would see it."""
         return [json.loads(json.dumps(value))]
+
+    def remember(self, name: str, value: str) -> None:
+        """Nobody comes later."""
+
+    def recall(self, name: str) -> str:
+        """Nothing."""
+        return ""
 
 
 class StoreControl:
@@ -151,6 +164,15 @@ class StoreControl:
         if bytes(decision) != _GO.encode():
             self._check()
             raise RankLostError(f"rank {self.rank}: a rank was lost before {topic!r}; no rank went on.")
+
+    def remember(self, name: str, value: str) -> None:
+        """See :class:`Control`: kept over all generations."""
+        self._store.set(f"moetion/remembered/{name}", value)
+
+    def recall(self, name: str) -> str:
+        """See :class:`Control`."""
+        key = f"moetion/remembered/{name}"
+        return bytes(self._store.get(key)).decode() if self._store.check([key]) else ""
 
     def _forget(self, prefix: str) -> None:
         """Rank 0 removes what everybody has read: the exchange before the last one."""

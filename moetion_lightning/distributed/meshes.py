@@ -59,6 +59,8 @@ def rebind(root: DeviceMesh, module: nn.Module) -> None:
     root._pg_registry.update(fresh._pg_registry)
     for part in module.modules():
         if isinstance(part, FSDPModule):
+            if part._get_fsdp_state()._is_root:
+                part.reset_iter_state()  # nothing that was gathered before is good now
             for info in _infos(part._get_fsdp_state()):
                 if info.mesh._get_root_mesh() is not root:
                     raise RankLostError(

@@ -85,7 +85,11 @@ def send_files(connection: Connection, tier: HostMemoryTier, manifest: Manifest,
 
 
 def receive_window(
-    connection: Connection, manifest: Manifest, into: HostMemoryTier, known: set[FileRecord] | None = None
+    connection: Connection,
+    manifest: Manifest,
+    into: HostMemoryTier,
+    known: set[FileRecord] | None = None,
+    commit: Callable[[Manifest], None] | None = None,
 ) -> None:
     """Copy a window in: ask for the files that are not here yet, verify what comes, commit.
 
@@ -96,6 +100,7 @@ def receive_window(
         manifest: The window.
         into: The tier; nobody else copies into it meanwhile.
         known: Files on the tier whose content was verified already; afterwards those of this window.
+        commit: Commits the window on the tier, or raises; None for the tier's own method.
 
     Raises:
         ForeignWindowError: The window is of another job or rank.
@@ -121,7 +126,7 @@ def receive_window(
             problems = [_receive_file(connection, into, b, manifest.files[i]) for i, b in zip(missing, buffers)]
             for problem in filter(None, problems):
                 raise CorruptSnapshotError(problem)
-            into.commit(manifest)
+            (commit or into.commit)(manifest)
         except BaseException:
             for buffer in buffers:
                 into.release(buffer)
@@ -191,6 +196,8 @@ class ReplicaStore:
         self._tiers: dict[int, HostMemoryTier] = {}
         self._known: dict[int, set[FileRecord]] = {}
         self._receiving: dict[int, threading.Lock] = {}
+        self._course = 0
+        self._commits = threading.Lock()
         self._is_closed = False
 
     def open(self) -> None:
@@ -216,13 +223,29 @@ class ReplicaStore:
 
         It is the newest that *all* ranks have until each of them has this one.
         """
+        course = self._course
+
+        def commit(manifest: Manifest) -> None:
+            with self._commits:
+                if self._course != course:
+                    raise ReplicationError(
+                        f"window {manifest.iteration} of rank {owner} is not taken: ranks were lost while it came. The "
+                        "newest window is sent again when all have agreed where to continue."
+                    )
+                tier.commit(manifest)
+
         with self._exclusive(owner):
             tier = self.tier_for(owner)
             for older in tier.windows()[2:]:  # left when this process's predecessor was killed between two steps
                 tier.drop(older)
-            receive_window(connection, manifest, tier, self._known.setdefault(owner, set()))
+            receive_window(connection, manifest, tier, self._known.setdefault(owner, set()), commit)
             for older in tier.windows()[2:]:
                 tier.drop(older)
+
+    def next_course(self) -> None:
+        """Commit no window whose transfer has begun before: training may continue from an earlier iteration."""
+        with self._commits:
+            self._course += 1
 
     def tier_of(self, owner: int) -> HostMemoryTier:
         """Where windows of a rank are here. Raises ``StoreError`` when there are none."""

@@ -124,6 +124,15 @@ class Replicator:
                 self._queue(self._newest)
             self._changed.notify_all()
 
+    def forget(self) -> None:
+        """Ranks were lost: break off, and send nothing that was offered before; it may be of a course given up."""
+        self.set_targets({})
+        with self._changed:
+            self._newest = self._in_flight = None
+            if self._pending is not None:
+                self._tier.unpin(self._pending.iteration)
+                self._pending = None
+
     def offer(self, manifest: Manifest) -> None:
         """A window was committed: send it. Never waits for the network.
 
@@ -197,7 +206,7 @@ class Replicator:
 
     def _send_to_all(self, manifest: Manifest) -> None:
         done: set[_Target] = set()
-        while (target := self._next_target(done)) is not None:
+        while (target := self._next_target(manifest, done)) is not None:
             started = time.perf_counter()
             try:
                 nbytes = self._send(target, manifest)
@@ -221,10 +230,10 @@ class Replicator:
                 )
             )
 
-    def _next_target(self, done: set[_Target]) -> _Target | None:
+    def _next_target(self, manifest: Manifest, done: set[_Target]) -> _Target | None:
         """A target that lacks the window and may be tried; waits for one that failed until a newer window is there."""
         with self._changed:
-            while not self._closing:
+            while not self._closing and self._in_flight is manifest:  # else it is forgotten
                 missing = [target for target in self._targets.values() if target not in done]
                 if not missing:
                     return None
@@ -362,6 +371,14 @@ class ReplicaService:
     def set_peers(self, targets: Mapping[int, Address]) -> None:
         """See :meth:`Replicator.set_targets`."""
         self.replicator.set_targets(targets)
+
+    def stop_sending(self) -> None:
+        """See :meth:`Replicator.forget`; the peers must be set again."""
+        self.replicator.forget()
+
+    def refuse_earlier(self) -> None:
+        """Take no window any more whose transfer to this rank has begun already."""
+        self._store.next_course()
 
     def offer(self, manifest: Manifest) -> None:
         """See :meth:`Replicator.offer`."""

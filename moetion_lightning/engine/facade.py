@@ -118,6 +118,8 @@ class Engine:
         self.precision = PrecisionWatch()
         #: An adapter with a gradient scaler clears this: whether a step was skipped depends on all gradients.
         self.may_skip_gradients = True
+        #: An adapter whose run state cannot be taken apart from the weights (averaged weights) clears this.
+        self.may_go_on_live = True
         self._attached: _Attached | None = None
         self._window: OpenWindow | None = None
         self._given_up = 0  # windows in a row
@@ -203,6 +205,11 @@ class Engine:
             UnsupportedStateError, HostMemoryError: See the message.
         """
         attached = self._need()
+        if self.config.skip_frozen_gradients and not self.ranks.alone:
+            self.say_once(
+                "skip_frozen_gradients=True has no effect in a job of several ranks: they sum their gradients together. "
+                "Replays compute them all."
+            )
         tensors = self._flatten(run_state).tensors
         device = next((p.device for p in attached.live.parameters.values()), torch.device("cpu"))
         attached.planner.prepare(self.policy, device, sum(t.numel() * t.element_size() for t in tensors))
@@ -242,6 +249,7 @@ class Engine:
 
     def _replay(self, point: RestorePoint, state: EngineState, run_state: RunState) -> None:
         attached = self._need()
+        self._clean = False
         self.iteration = point.manifest.first_iteration
         if self.tiers.journal is not None:
             self.tiers.journal.forget()
@@ -342,7 +350,7 @@ class Engine:
 
     @property
     def _skips_gradients(self) -> bool:
-        return self.config.skip_frozen_gradients and self.may_skip_gradients
+        return self.config.skip_frozen_gradients and self.may_skip_gradients and self.ranks.alone
 
     @property
     def converting(self) -> bool:
@@ -402,7 +410,7 @@ class Engine:
     def _note_boundary(self, run_state: RunState, *, advance: bool = True) -> None:
         """The state is dense and between two iterations."""
         self.serial += advance
-        if self.tiers.journal is None:
+        if self.tiers.journal is None or not self.may_go_on_live:
             return
         attached = self._need()
         tree, leaf = self._tree(run_state, weights=False)

@@ -91,9 +91,10 @@ class GroupRestore:
         while True:
             choice = choose(reports, frozenset(excluded))
             if isinstance(choice, Nothing):
-                if choice.fresh:
-                    return None
-                raise RankLostError(choice.reason)
+                if not choice.fresh:
+                    raise RankLostError(choice.reason)
+                self._refuse_if_all_is_lost()
+                return None
             if isinstance(choice, Live):
                 return choice
             parts, problems = self._read(choice)
@@ -104,6 +105,17 @@ class GroupRestore:
             excluded.update(Excluded(owner, tier, rank, last) for owner, tier, rank, last in bad)
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _refuse_if_all_is_lost(self) -> None:
+        """Processes that are all new find nothing, as at the start of a job. Only the store knows better."""
+        last = self._ranks.noted_window(self._host.job)
+        if last is not None:
+            raise RankLostError(
+                f"The job cannot continue: the state of all {self._ranks.control.world_size} ranks is lost, in all "
+                f"memories and without a window on storage. The newest window that all ranks had committed ended with "
+                f"iteration {last}. Start the job again to train from the beginning. To survive such a failure next "
+                "time, persist to storage that every rank can read (persist_dir=)."
+            )
 
     def _reports(self, live: LiveReport) -> list[RankReport]:
         rank = self._ranks.control.rank

@@ -46,6 +46,8 @@ class Peers:
         Raises:
             ConfigurationError: There are too few failure domains for the replicas that were asked for.
         """
+        if self._service is not None:
+            self._service.stop_sending()  # before any rank can know what the others have
         domain = self._config.failure_domain or self._ranks.domain or socket.gethostname()
         control = self._ranks.control
         given = job_secret_from_environment()
@@ -68,7 +70,9 @@ class Peers:
         targets = replica_targets(domains, replicas)
         self.targets, self.holds = targets[control.rank], holders_of(targets)[control.rank]
         host = self._config.interface or self._ranks.address or _default_host(several_nodes=len(set(domains)) > 1)
-        if self._service is None:
+        if self._service is not None:
+            self._service.refuse_earlier()  # no rank sends any more
+        else:
             secret = given if given is not None else str(answers[0]["secret"])
             self._service = ReplicaService(self._tier, secret=secret, bus=self._bus, host=host)
             self._address = self._service.start()

@@ -217,6 +217,7 @@ class WindowPlanner:
                 "routing": self._routing.state(),
                 "serial": serial,
                 "shares": list(self._shares.ranks),
+                "holders": self._shares.holders(),
             },
         )
 

@@ -99,6 +99,21 @@ class Ranks:
         """Every rank's value, by rank."""
         return [value] if self.alone else self.control.all_gather(topic, value)
 
+    def note_window(self, job: str, last: int | None) -> None:
+        """All ranks have committed a window, or have completed the run: for processes that take all ranks' places.
+
+        Args:
+            job: Identity of the job.
+            last: The window's last iteration; None at the end of the run.
+        """
+        if self.elastic and self.control.rank == 0:
+            self.control.remember(f"window/{job}", "" if last is None else str(last))
+
+    def noted_window(self, job: str) -> int | None:
+        """What :meth:`note_window` noted last, in any generation of the run."""
+        noted = self.control.recall(f"window/{job}") if self.elastic else ""
+        return int(noted) if noted else None
+
     def agree_on_window(self, facts: Mapping[str, Any]) -> Agreed:
         """Before a window may begin.
 

@@ -71,7 +71,6 @@ def reduce_window(
             source.discard(record)
         raise
     entries = [*carried, *(_entry(manifest, part, record.name) for part, record in zip(parts, written[1:]))]
-    entries.sort(key=lambda entry: int(entry["iteration"]))  # state that experts share is the newest one's
     slot = {**manifest.slots[0], **_entry(manifest, shared, written[0].name), "active": shared.operators}
     del slot["operators"]
     routing = manifest.extra["routing"]

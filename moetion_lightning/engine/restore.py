@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import mmap
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class RestorePoint:
         self._views: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._run_state: Any = None
         self._operators = {id(part): tuple(Operator.from_json(op) for op in part.operators) for part, _ in self._parts}
+        self._holders = manifest.extra.get("holders", {"sets": [], "of": {}})
 
     @property
     def name(self) -> str:
@@ -100,9 +101,9 @@ class RestorePoint:
         scalars: dict[str, Any] = {}
         for part, _ in self._parts:
             operators, slot = self._operators[id(part)], part.slots[index]
-            active += _of(known, (operators[i] for i in slot["active"]))
-            frozen += _of(known, (operators[i] for i in slot["frozen"]))
-            scalars.update(slot["scalars"])
+            active += self._of(part, known, (operators[i] for i in slot["active"]))
+            frozen += self._of(part, known, (operators[i] for i in slot["frozen"]))
+            scalars.update({name: entry for name, entry in slot["scalars"].items() if self._is_ours(part, name)})
         own = self.manifest.slots[index]
         return SavedSlot(
             iteration=own["iteration"],
@@ -114,17 +115,18 @@ class RestorePoint:
         )
 
     def carried(self, known: Container[str] | None = None) -> tuple[CarriedSlot, ...]:
-        """Older captures that belong to the restore point (lossy policies); ``known`` as in :meth:`slots`."""
-        return tuple(
+        """Older captures that belong to the restore point (lossy policies), oldest first; ``known`` as in `slots`."""
+        found = [
             CarriedSlot(
                 iteration=entry["iteration"],
-                operators=tuple(_of(known, (self._operators[id(part)][i] for i in entry["operators"]))),
+                operators=tuple(self._of(part, known, (self._operators[id(part)][i] for i in entry["operators"]))),
                 scalars=entry["scalars"],
                 load=self._loader([(entry["file"], part, tier)]),
             )
             for part, tier in self._parts
             for entry in part.extra.get("carried", [])
-        )
+        ]
+        return tuple(sorted(found, key=lambda carried: carried.iteration))
 
     def run_state(self) -> Any:
         """The run state of the window's first iteration; parameters in it are filled in from the snapshot."""
@@ -206,6 +208,17 @@ class RestorePoint:
         assert kind == PARAMETER_REFERENCE  # the only kind that is ever written
         return self.parameter(name)
 
+    def _is_ours(self, part: Manifest, parameter: str) -> bool:
+        """Whether what a rank's window has of a parameter is this rank's, too: one name may stand for two shards."""
+        index = self._holders["of"].get(parameter)
+        return part is self.manifest or index is None or part.rank in self._holders["sets"][index]
+
+    def _of(self, part: Manifest, known: Container[str] | None, operators: Iterable[Operator]) -> Iterator[Operator]:
+        for op in operators:
+            names = [piece.parameter for piece in op.pieces]
+            if all(self._is_ours(part, name) and (known is None or name in known) for name in names):
+                yield op
+
     def _path(self, file: str) -> Path:
         return self.tier.local_path(self.manifest.file(file))
 
@@ -216,15 +229,19 @@ class RestorePoint:
             if key not in self._views:
                 views: dict[str, Tensor] = {}
                 for file, part, tier in files:
-                    views |= map_file(tier.local_path(part.file(file)))
+                    keys = {p.key for op in self._of(part, None, self._operators[id(part)]) for p in op.pieces}
+                    found = map_file(tier.local_path(part.file(file)))
+                    views |= {name: view for name, view in found.items() if _key(name) in keys}
                 self._views[key] = views
             return self._views[key][name]
 
         return load
 
 
-def _of(known: Container[str] | None, operators: Iterable[Operator]) -> list[Operator]:
-    return [op for op in operators if known is None or all(piece.parameter in known for piece in op.pieces)]
+def _key(name: str) -> str:
+    """The piece that a stored tensor belongs to."""
+    kind, _, key = name.partition(":")
+    return key.rpartition(":")[0] if kind == "s" else key
 
 
 def map_file(path: Path) -> dict[str, Tensor]:

@@ -54,6 +54,16 @@ class Shares:
         """Deal anew at the next opportunity: a rank was replaced, and knows nothing of the last deal."""
         self._digest = None
 
+    def holders(self) -> dict[str, Any]:
+        """Which ranks hold a copy of each parameter, as JSON: sets of ranks, and parameters that not all ranks hold."""
+        everyone = tuple(range(self._ranks.control.world_size))
+        sets = sorted(set(self._holders.values()) - {everyone})
+        index = {holders: number for number, holders in enumerate(sets)}
+        return {
+            "sets": [list(holders) for holders in sets],
+            "of": {name: index[h] for name, h in self._holders.items() if h in index},
+        }
+
     def copies(self) -> tuple[int, ...]:
         """Other ranks that hold a copy of all that this rank holds."""
         rank = self._ranks.control.rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 from moetion_lightning.config import EngineConfig, default_memory_dir
 from moetion_lightning.distributed.restore_choice import Live
+from moetion_lightning.distributed.stable_store import STORE_ERRORS
 from moetion_lightning.engine.group_restore import GroupRestore, LiveReport
 from moetion_lightning.engine.journal import Journal, LivePoint
 from moetion_lightning.engine.peers import Peers
@@ -76,8 +78,8 @@ class Tiers:
         self._opened = True
         try:
             return self._find(report)
-        except BaseException:
-            self.host.close()
+        except BaseException:  # another attempt opens everything again
+            self._let_go(completed=False)
             raise
 
     def _find(self, report: Callable[[], LiveReport]) -> RestorePoint | LivePoint | None:
@@ -85,11 +87,12 @@ class Tiers:
             self.host.base_dir, older_than_seconds=self._config.stale_after_seconds, keep=(self.host.job,)
         ):
             _log.info("reclaimed the host memory of dead job %s (%d bytes)", stale.name, stale.nbytes)
-        if self.disk is not None:
+        if self.disk is not None and self._persister is None:
             self.disk.open()
             self._persister = Persister(self.host, self.disk, self._bus, self._config.persist_every_n_windows)
         if not self._ranks.alone:
-            self.peers = Peers(self._config, self._ranks, self.host, self._bus)
+            if self.peers is None:
+                self.peers = Peers(self._config, self._ranks, self.host, self._bus)
             return self.find_together(report, first=True)
         if self._config.resume == "never":
             return None
@@ -116,6 +119,8 @@ class Tiers:
         if isinstance(found, Live):
             boundary = next(b for b in mine.boundaries if b.serial == found.iteration)
             self.origin = "live state" if found.sources[self.host.rank] is None else "live state of a replica"
+            for newest in self.host.windows()[:1]:  # the peers may be others now
+                self.offer_again(self.host.read_manifest(newest))
             return self._announce(LivePoint(boundary=boundary, sources=found.sources))
         if found is None:
             return None
@@ -236,6 +241,8 @@ class Tiers:
         """
         if self.peers is not None:
             self.peers.drop_others()
+        if newest >= 0:
+            self._ranks.note_window(self.host.job, newest)
         if not persist or self._persister is None:
             return
         if len(set(self._ranks.agree("persisted", self._persister.base_iteration))) > 1:
@@ -277,9 +284,13 @@ class Tiers:
     def close(self, *, completed: bool) -> None:
         """Finish persisting, then let go: keep the windows, or remove them if training is complete."""
         self.point = None
+        self._let_go(completed=completed)
+
+    def _let_go(self, *, completed: bool) -> None:
         try:
             if self._persister is not None:
                 self._persister.close()
+                self._persister = None
                 if completed and self.disk is not None:
                     self.disk.mark_completed()
         finally:
@@ -290,6 +301,8 @@ class Tiers:
                 self.peers.close(completed=completed)
                 self.peers = None
             if completed and self._opened:
+                with contextlib.suppress(*STORE_ERRORS):  # a run that is complete needs no store any more
+                    self._ranks.note_window(self.host.job, None)
                 self.host.destroy()
             self.host.close()
             if self.disk is not None:

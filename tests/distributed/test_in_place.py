@@ -107,3 +107,12 @@ def test_fsdp2(drill: Drill, phase: str) -> None:
 
 def test_fsdp2_backward(drill: Drill) -> None:
     check(drill, {**FSDP2, "ranks": 3, "samples": 36}, [{"hook": "backward", "step": 7, "rank": 0}], "memory")
+
+
+def test_before_the_first_window_a_lost_shard_means_the_beginning(drill: Drill) -> None:
+    """Nothing that all ranks could go back to exists yet: all processes are started again, and begin anew."""
+    out, ended, pids = drill.elastic(FSDP2, [{"hook": "before_step", "step": 2, "rank": 1}], restarts=3)
+    assert ended.good, f"{ended}\n{read_logs(out)}"
+    assert len(pids[0]) >= 2, pids
+    assert "no rank has a committed window" in read_logs(out)
+    assert differences(drill.reference(FSDP2), out) == []

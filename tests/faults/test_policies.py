@@ -87,8 +87,13 @@ def _differences_from_history(history: Path, captures: list[tuple[dict[str, Any]
             pieces.setdefault(name, []).append((start, stop, captured))
     for key, value in found.items():
         parameter = key.split(":")[1 if key.startswith("parameter:") else 2] if not key.startswith("buffer:") else ""
-        if not value.dim() or parameter not in pieces:  # counters of steps, buffers: all of this iteration
+        if parameter not in pieces:
             wrong += [] if torch.equal(value, then[key]) else [key]
+            continue
+        if not value.dim():  # Adam's step, one for all experts of a stacked parameter
+            newest = max(captured for _, _, captured in pieces[parameter])
+            earlier = read_state(history / f"{newest:04d}.safetensors")[0][key]
+            wrong += [] if torch.equal(value, earlier) else [f"{key} @{newest}"]
             continue
         rows = 0
         for start, stop, captured in pieces[parameter]:
@@ -147,11 +152,13 @@ def test_storage_restores_the_newest_persisted_capture_of_each_expert(
     assert min(experts) < iteration == max(experts)
     for rank in range(ranks):
         history = drill.base / "disk" / f"history{suffix(rank, ranks)}"
-        assert _differences_from_history(history, captures, iteration) == []
+        wrong = _differences_from_history(history, captures, iteration)
+        # DDP gives every rank the first one's buffers before each forward, so also before this one.
+        assert [name for name in wrong if rank == 0 or not name.startswith("buffer:")] == []
     for report in reports["disk"]:
         assert report["iteration"] == iteration
         assert report["lost_tokens"] == reports["disk"][0]["lost_tokens"]
-        assert report["plt"] >= reports["host memory"][0]["plt"] > 0
+        assert report["plt"] > reports["host memory"][0]["plt"] > 0
 
 
 def test_sparse_captures_fewer_bytes_than_dense_and_partial_fewer_still(drill: Drill) -> None:

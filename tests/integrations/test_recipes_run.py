@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moetion_lightning.cli import main
-from moetion_lightning.recipes import Recipe, list_recipes
-from moetion_lightning.testing.compare import compare_losses, compare_states, read_losses
+from moetion_lightning.recipes import Recipe, list_recipes, recipe_path
+from moetion_lightning.testing.compare import compare_losses, compare_states, read_losses, read_state
 
 RECIPES = [pytest.param(r, id=r.name, marks=[pytest.mark.hf] if "_tiny" in r.name else []) for r in list_recipes()]
 RECORDING = "moetion_lightning.testing.recording"
+ONE_RANK = ("--trainer.devices", "1", "--trainer.strategy", "auto")
+
+
+def _is_of_ranks(recipe: Recipe) -> bool:
+    return "strategy" in yaml.safe_load(recipe.path.read_text())["trainer"]
 
 
 def _fit(recipe: Recipe, folder: Path, *arguments: str, steps: int = 6) -> None:
@@ -21,6 +30,7 @@ def _fit(recipe: Recipe, folder: Path, *arguments: str, steps: int = 6) -> None:
             *("fit", "--config", f"recipe:{recipe.name}", "--trainer.max_steps", str(steps)),
             *("--trainer.enable_progress_bar", "false", "--trainer.logger", "false"),
             *("--trainer.default_root_dir", str(folder)),
+            *(ONE_RANK if _is_of_ranks(recipe) else ()),
             *arguments,
             *(f"--trainer.callbacks+={RECORDING}.LossRecorder", f"--trainer.callbacks.path={folder / 'losses.jsonl'}"),
             *(f"--trainer.callbacks+={RECORDING}.FinalState", f"--trainer.callbacks.path={folder / 'final'}"),
@@ -79,3 +89,45 @@ def test_loss_recorder_names_every_sample(tmp_path: Path, own_memory: Path, monk
     seen = [sample for line in lines for sample in line["sample_ids"]]
     assert len(seen) == len(set(seen)) == 3 * 8
     assert [line["global_step"] for line in lines] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "launcher"),
+    [
+        ("ddp_moe_cpu", ""),  # Lightning starts the second rank
+        ("expert_parallel_moe_cpu", "launch"),
+        ("fsdp2_moe_cpu", "launch"),
+    ],
+)
+def test_recipe_of_ranks_runs_on_two(name: str, launcher: str, own_memory: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load(recipe_path(name).read_text())
+    config["trainer"].update(max_steps=5, logger=False, enable_progress_bar=False, default_root_dir=str(tmp_path))
+    config["trainer"]["callbacks"] += [
+        {"class_path": f"{RECORDING}.LossRecorder", "init_args": {"path": str(tmp_path / "losses.jsonl")}},
+        {"class_path": f"{RECORDING}.FinalState", "init_args": {"path": str(tmp_path / "final")}},
+    ]
+    if launcher:
+        del config["trainer"]["devices"]  # the launcher says how many
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "moetion_lightning"]
+    if launcher:
+        command += ["launch", "--nproc-per-node", "2", "-m", "moetion_lightning"]
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [*command, "fit", "--config", str(path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [read_losses(tmp_path / f"losses-{rank}.jsonl") for rank in (0, 1)]
+    assert [len(found) for found in losses] == [5, 5]
+    assert losses[0] != losses[1]  # each rank has its own batches
+    sizes = [sum(tensor.numel() for tensor in read_state(tmp_path / f"final-{rank}")[0].values()) for rank in (0, 1)]
+    same = compare_states(tmp_path / "final-0", tmp_path / "final-1", ("parameter:",)).equal
+    assert same == (name == "ddp_moe_cpu")  # elsewhere each rank holds its own part
+    assert sizes[0] == sizes[1]

@@ -17,7 +17,7 @@ from tests.runs.ranks import TIMEOUT_SECONDS, Ended, environments, suffix
 
 #: What a run without callbacks knows nothing of.
 _OF_CAPTURES = (
-    *("policy", "policy_args", "persist", "break", "kill"),
+    *("policy", "policy_args", "engine_args", "persist", "break", "kill"),
     *("slow_sink", "slow_holders", "count_windows", "hosts"),
 )
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,9 +163,12 @@ class Drill:
         assert ended.good, f"{ended}\n{read_logs(out)}"
         return out
 
-
     def elastic(
-        self, spec: dict[str, Any], kills: list[dict[str, Any]], timeout_seconds: float = TIMEOUT_SECONDS
+        self,
+        spec: dict[str, Any],
+        kills: list[dict[str, Any]],
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        restarts: int | None = None,
     ) -> tuple[Path, Ended, list[list[int]]]:
         """A job in which ranks die (``generation``: of the process, 0 the first one) and are replaced, to its end."""
         out = self._directory("elastic")
@@ -174,7 +177,7 @@ class Drill:
         logs = [out / f"log{suffix(rank, spec['ranks'])}" for rank in range(spec["ranks"])]
         given = {**spec, "out": str(out), "memory_dir": str(memory), "kills": [{"generation": 0, **k} for k in kills]}
         losses = sum(1 + len(kill.get("with_hosts", ())) for kill in kills)
-        ended, pids = self.zygote.run_elastic(given, logs, losses, timeout_seconds)
+        ended, pids = self.zygote.run_elastic(given, logs, losses if restarts is None else restarts, timeout_seconds)
         return out, ended, pids
 
 

@@ -88,12 +88,11 @@ def _share() -> None:
     """Rank 1 restores only what it captured itself."""
     from moetion_lightning.engine import tiers
 
-    original = tiers.RestorePoint
+    class Alone(tiers.RestorePoint):
+        def __init__(self, manifest: Any, tier: Any, shares: Any) -> None:
+            super().__init__(manifest, tier, shares if _rank() != 1 else ())
 
-    def restore_point(manifest: Any, tier: Any, shares: Any) -> Any:
-        return original(manifest, tier, shares if _rank() != 1 else ())
-
-    tiers.RestorePoint = restore_point
+    tiers.RestorePoint = Alone
 
 
 def _window() -> None:
@@ -109,6 +108,13 @@ def _window() -> None:
         return original(self, choice)
 
     group_restore.GroupRestore._read = read
+
+
+def _keep_older() -> None:
+    """Older windows are never dropped."""
+    from moetion_lightning.engine.writer import WindowWriter
+
+    WindowWriter.drop_older = lambda self, iteration: None
 
 
 def _rng_of_another_rank() -> None:
@@ -141,5 +147,6 @@ SABOTAGE = {
     "buckets": _buckets,
     "share": _share,
     "window": _window,
+    "keep_older": _keep_older,
     "rng_of_another_rank": _rng_of_another_rank,
 }

@@ -226,8 +226,8 @@ def _count_windows(memory: Path, rank: int, path: Path) -> Callable[[Event], Non
         if event.kind != "IterationFinished":
             return
         found = {
-            "own": len(list(memory.glob(f"*/rank-{rank:05d}/*.json"))),
-            "held": [len(list(held.glob("*.json"))) for held in memory.glob(f"*/replica-*-at-{rank:05d}")],
+            "own": len(list(memory.glob(f"*/rank-{rank:05d}/windows/*.json"))),
+            "held": [len(list(held.glob("windows/*.json"))) for held in memory.glob(f"*/replica-*-at-{rank:05d}")],
         }
         with path.open("a") as file:
             file.write(json.dumps(found) + "\n")

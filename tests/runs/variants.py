@@ -18,7 +18,7 @@ from tests.runs.models import Automatic
 
 
 class History(pl.Callback):
-    """Writes the state after each step, and the one that the first backward of a process finds."""
+    """Writes the state after each step, and the one that the first forward of a process finds."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -28,9 +28,13 @@ class History(pl.Callback):
         tensors, scalars = flatten_state(module, trainer.optimizers)
         write_state(self._path / f"{name}.safetensors", tensors, scalars)
 
-    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self._is_first:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        def write(*args: Any) -> None:  # other callbacks' hooks of the same name have run, too
+            handle.remove()
             self._write("found", trainer, module)
+
+        if self._is_first:
+            handle = module.body.register_forward_pre_hook(write)
         self._is_first = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:

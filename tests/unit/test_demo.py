@@ -1,23 +1,30 @@
-"""The demonstration's own decisions; the demonstration itself is run in tests/integrations."""
+"""The demonstrations' own decisions; the demonstrations themselves are run in tests/integrations."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from moetion_lightning.demo import DemoOptions, _KillMidWindow, _Run, _Tail
+from moetion_lightning.cli import main
+from moetion_lightning.demo import ranks, single
+from moetion_lightning.demo.ranks import RanksOptions, Recovery
+from moetion_lightning.demo.single import DemoOptions
+from moetion_lightning.demo.stage import DemoError, KillMidWindow, Tail, finish
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.testing.compare import write_state
 
 
-def _capture(slot: int, num_slots: int = 4) -> dict[str, object]:
-    return {"event": "CaptureFinished", "slot": slot, "num_slots": num_slots}
+def _capture(slot: int, num_slots: int = 4, **who: int) -> dict[str, object]:
+    return {"event": "CaptureFinished", "slot": slot, "num_slots": num_slots, **who}
 
 
 def test_kill_falls_into_the_middle_of_the_window_after_the_nth_commit() -> None:
-    kill = _KillMidWindow(2)
+    kill = KillMidWindow(2)
     committed = {"event": "WindowCommitted"}
     assert not kill.watch([_capture(s) for s in range(4)] + [committed])
     assert not kill.watch([_capture(s) for s in range(4)])
@@ -27,9 +34,16 @@ def test_kill_falls_into_the_middle_of_the_window_after_the_nth_commit() -> None
     assert kill.due
 
 
+def test_only_the_events_of_the_chosen_rank_count() -> None:
+    kill = KillMidWindow(1, rank=2)
+    assert not kill.watch([{"event": "WindowCommitted", "rank": 1}, _capture(1, rank=2)])
+    assert not kill.watch([{"event": "WindowCommitted", "rank": 2}, _capture(1, rank=1)])
+    assert kill.watch([_capture(1, rank=2)])
+
+
 def test_tail_gives_whole_lines_once(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    tail = _Tail(path)
+    tail = Tail(path)
     assert tail.new() == []
     path.write_text('{"a": 1}\n{"a": 2')
     assert tail.new() == [{"a": 1}]
@@ -43,7 +57,7 @@ def test_twin_has_no_callback_of_ours_and_else_the_same_configuration(tmp_path: 
     options = DemoOptions(folder=tmp_path, memory_dir=tmp_path / "memory")
     configs = []
     for name in ("failing", "twin"):
-        run = _Run(options, name)
+        run = single._Run(options, name)
         configs.append(yaml.safe_load((run.folder / "config.yaml").read_text()))
     ours = [[c["class_path"].rpartition(".")[2] for c in config["trainer"]["callbacks"]] for config in configs]
     assert ours == [["SparseExpertCheckpoint", "LossRecorder", "FinalState"], ["LossRecorder", "FinalState"]]
@@ -56,3 +70,99 @@ def test_twin_has_no_callback_of_ours_and_else_the_same_configuration(tmp_path: 
 def test_impossible_demo_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
     with pytest.raises(ConfigurationError):
         DemoOptions(folder=tmp_path, memory_dir=tmp_path, **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window": 1},
+        {"steps": 20},
+        {"ranks": 1},
+        {"kill_rank": 4},
+        {"kill_rank": -1},
+        {"standby": -1},
+        {"strategy": "expert", "ranks": 3},
+        {"strategy": "zero"},
+    ],
+)
+def test_impossible_demo_of_ranks_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        RanksOptions(folder=tmp_path, memory_dir=tmp_path, **change)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "expert"])
+def test_both_jobs_run_the_same_configuration(tmp_path: Path, strategy: str) -> None:
+    options = RanksOptions(folder=tmp_path, memory_dir=tmp_path / "memory", strategy=strategy)
+    texts = []
+    for name in ("failing", "twin"):
+        run = ranks._Run(options, name)
+        texts.append((run.folder / "config.yaml").read_text().replace(str(run.folder), "FOLDER"))
+    assert texts[0] == texts[1]
+    assert "FOLDER/events.jsonl" in texts[0]
+
+
+def test_help_shows_both_demonstrations(capsys: pytest.CaptureFixture[str]) -> None:
+    for args, word in ((["demo", "--help"], "moetion demo ranks"), (["demo", "ranks", "--help"], "--strategy")):
+        with pytest.raises(SystemExit) as done:
+            main(args)
+        assert done.value.code == 0
+        assert word in capsys.readouterr().out
+
+
+def _event(rank: int, pid: int, time: float, kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rank": rank, "pid": pid, "time": time, "event": kind, **fields}
+
+
+_LOSS = [
+    *(_event(rank, 10 + rank, 1.0, "IterationFinished", iteration=4) for rank in (0, 1, 2)),
+    _event(0, 10, 5.01, "IterationFinished", iteration=5),  # the kill at 5.0 came during step 6 of the others
+    _event(0, 10, 9.0, "RestoreStarted", tier="memory"),
+    _event(2, 99, 9.0, "RestoreStarted", tier="memory of rank 0"),
+    *(_event(rank, 99 if rank == 2 else 10, 9.1, "RestoreApplied", iteration=3, replay=1) for rank in (0, 2)),
+    _event(0, 10, 9.5, "IterationFinished", iteration=4),
+    _event(0, 10, 9.6, "ReplayFinished", verified=True),
+    _event(2, 99, 10.0, "IterationFinished", iteration=5),
+    _event(0, 10, 11.0, "IterationFinished", iteration=6),
+]
+
+
+def test_events_tell_the_recovery() -> None:
+    found = Recovery.of(_LOSS, killed=2, kill_time=5.0)
+    assert found.before == {0: 10, 1: 11, 2: 12}
+    assert found.after == {0: 10, 1: 11, 2: 99}
+    assert (found.reached, found.again, found.seconds, found.verified) == (5, 2, 6.0, True)
+    assert found.tiers == {0: "memory", 2: "memory of rank 0"}
+
+
+def test_recovery_without_a_newcomer_or_a_new_step_is_an_error() -> None:
+    with pytest.raises(DemoError, match="no process took the place of rank 1"):
+        Recovery.of(_LOSS, killed=1, kill_time=5.0)
+    with pytest.raises(DemoError, match="no step after step 5"):
+        Recovery.of(_LOSS[:-1], killed=2, kill_time=5.0)
+
+
+def _write_run(run: ranks._Run, loss: float) -> None:
+    for rank, (final, losses) in enumerate(zip(run.final, run.losses)):
+        tensors = {"parameter:w": torch.full((3,), float(rank)), "optimizer:0:w:exp_avg": torch.zeros(3)}
+        write_state(final, tensors, {"optimizer:0:group0:lr": "0x1p-3"})
+        losses.write_text(json.dumps({"epoch": 0, "batch_idx": 0, "loss": loss.hex()}) + "\n")
+
+
+@pytest.mark.parametrize("change", ["nothing", "parameter:w", "optimizer:0:w:exp_avg", "loss"])
+def test_one_different_element_of_one_rank_is_not_equal(
+    tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = RanksOptions(folder=tmp_path, memory_dir=tmp_path / "memory", ranks=2, kill_rank=1)
+    failing, twin = ranks._Run(options, "failing"), ranks._Run(options, "twin")
+    _write_run(failing, 1.0)
+    _write_run(twin, 1.0)
+    if change == "loss":
+        twin.losses[1].write_text(json.dumps({"epoch": 0, "batch_idx": 0, "loss": (2.0).hex()}) + "\n")
+    elif change != "nothing":
+        tensors = {"parameter:w": torch.full((3,), 1.0), "optimizer:0:w:exp_avg": torch.zeros(3)}
+        tensors[change][1] += 1e-7
+        write_state(twin.final[1], tensors, {"optimizer:0:group0:lr": "0x1p-3"})
+    assert finish([], ranks._compare(failing, twin)) == (0 if change == "nothing" else 1)
+    out = capsys.readouterr().out
+    assert ("NOT EQUAL" in out) == (change != "nothing")
+    assert change in ("nothing", "loss") or f"{change}: 1 of 3 elements differ" in out

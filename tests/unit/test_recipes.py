@@ -15,7 +15,8 @@ from moetion_lightning.recipes.data import StdlibText, read_stdlib_bytes
 from moetion_lightning.recipes.models import ByteMoE, CausalLM, MoELayer, warmup_cosine
 
 RECIPES = list_recipes()
-NAMES = {"bf16_mixed", "mixtral_tiny", "partial_experts", "qwen3_moe_tiny", "tiny_moe_cpu"}
+RANKS = {"ddp_moe_cpu", "expert_parallel_moe_cpu", "fsdp2_moe_cpu"}
+NAMES = {"bf16_mixed", "mixtral_tiny", "partial_experts", "qwen3_moe_tiny", "tiny_moe_cpu", *RANKS}
 
 
 def test_the_recipes_are_listed_by_name() -> None:
@@ -48,6 +49,14 @@ def test_header_has_title_launch_command_and_override(recipe: Recipe) -> None:
     assert 20 < len(recipe.title) <= 120
     assert re.search(rf"^#\s+launch:\s+moetion fit --config recipe:{recipe.name}$", text, re.M)
     assert re.search(rf"^#\s+override:\s+moetion fit --config recipe:{recipe.name} --", text, re.M)
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.name in RANKS], ids=lambda r: r.name)
+def test_recipe_of_several_ranks_names_its_launcher(recipe: Recipe) -> None:
+    text = recipe.path.read_text(encoding="utf-8")
+    module = "-m moetion_lightning fit --config recipe:" + recipe.name
+    assert re.search(rf"^#\s+elastic:\s+moetion launch --nproc-per-node \d {module}$", text, re.M)
+    assert yaml.safe_load(text)["trainer"]["devices"] == 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
