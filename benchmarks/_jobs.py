@@ -248,6 +248,7 @@ def end_on_sigterm() -> None:
     """End this program by an exception when it is told to, so that it ends its jobs first."""
 
     def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ending them is not to be interrupted
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, end)

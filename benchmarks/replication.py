@@ -239,18 +239,21 @@ def _group(
                 job.warm_up()
                 row["pairs"] = []
                 jobs.append(job)
-        around = base.block()
-        for round_number in range(args.rounds):
-            for job in [job for job in jobs if "note" not in rows[job.name]]:
-                with _noting(rows[job.name]):
-                    block = job.block()
+        with _noting({"name": "none"}):  # without it nothing can be compared: what was measured until then is kept
+            around = base.block()
+            for round_number in range(args.rounds):
+                for job in [job for job in jobs if "note" not in rows[job.name]]:
+                    block = None
+                    with _noting(rows[job.name]):
+                        block = job.block()
                     before, around = around, base.block()
-                    rows[job.name]["pairs"].append({"before": before, "block": block, "after": around})
-            print(f"    round {round_number + 1} of {args.rounds}", flush=True)
-            for row in rows.values():
-                row |= base.about
-                summarise(row, args.block)
-            write(list(rows.values()))
+                    if block is not None:
+                        rows[job.name]["pairs"].append({"before": before, "block": block, "after": around})
+                print(f"    round {round_number + 1} of {args.rounds}", flush=True)
+                for row in rows.values():
+                    row |= base.about
+                    summarise(row, args.block)
+                write(list(rows.values()))
     return list(rows.values())
 
 

@@ -172,7 +172,10 @@ class Session:
         # By name: older versions of Lightning do not have it.
         averaging = any(kind.__name__ == "WeightAveraging" for c in callbacks for kind in type(c).__mro__)
         # Without autocast nothing is cast; an average reads the weights in full, perhaps only later.
-        self.engine.precision.enabled = isinstance(self._trainer.precision_plugin, MixedPrecision) and not averaging
+        # Shards are gathered before they are used: what happens to them there is not seen.
+        sharded = any(hasattr(parameter, "to_local") for parameter in self._module.parameters())
+        autocast = isinstance(self._trainer.precision_plugin, MixedPrecision)
+        self.engine.precision.enabled = autocast and not averaging and not sharded
         self.engine.may_go_on_live = not averaging
         if averaging and gathers_state(self._trainer):
             raise ConfigurationError(

@@ -38,6 +38,13 @@ class PartialExpertsCheckpoint(EngineCallback):
         job_id: Identity under which checkpoints are found again; None derives it.
         resume: "auto" continues from the newest checkpoint of this job, "never" starts afresh.
         specs: Descriptions of MoE blocks that are not found by themselves.
+        sharding: How state that several ranks hold is dealt out to them: "auto", "equal", "adaptive", or "none" (each
+            rank captures its own copy).
+        replicas: Copies of each rank's checkpoints in the memory of ranks on other failure domains; "auto" is 1 where there
+            are several domains, else 0.
+        failure_domain: What fails together with this rank; None takes its node (or what the launcher was told).
+        interface: Address on which this rank serves its checkpoints to other ranks; None takes loopback on one node, else
+            the address of the node's host name.
         events_path: JSONL file for the events of the run; None for none.
         log_metrics: Show numbers in progress bar and loggers.
         sinks: Callables that get every event.
@@ -61,6 +68,10 @@ class PartialExpertsCheckpoint(EngineCallback):
         job_id: str | None = None,
         resume: Literal["auto", "never"] = "auto",
         specs: list[MoESpec] | None = None,
+        sharding: Literal["auto", "equal", "adaptive", "none"] = "auto",
+        replicas: int | Literal["auto"] = "auto",
+        failure_domain: str | None = None,
+        interface: str | None = None,
         events_path: str | None = None,
         log_metrics: bool = True,
         sinks: Sequence[Sink] = (),
@@ -72,6 +83,10 @@ class PartialExpertsCheckpoint(EngineCallback):
             persist_every_n_windows=persist_every_n_windows,
             job_id=job_id,
             resume=resume,
+            sharding=sharding,
+            replicas=replicas,
+            failure_domain=failure_domain,
+            interface=interface,
         )
         super().__init__(config, specs=specs, sinks=sinks, events_path=events_path, log_metrics=log_metrics)
         self._settings = (num_experts_per_checkpoint, selection, every_n_steps, plt_limit, num_experts_persisted)

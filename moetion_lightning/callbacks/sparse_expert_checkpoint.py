@@ -38,6 +38,13 @@ class SparseExpertCheckpoint(EngineCallback):
         specs: Descriptions of MoE blocks that are not found by themselves, see `moetion explain`.
         elementwise_optimizers: Qualified class names of third-party optimizers whose update is elementwise, so that
             experts of a fused parameter may be captured one by one.
+        sharding: How state that several ranks hold is dealt out to them: "auto", "equal", "adaptive", or "none" (each
+            rank captures its own copy).
+        replicas: Copies of each rank's windows in the memory of ranks on other failure domains; "auto" is 1 where there
+            are several domains, else 0.
+        failure_domain: What fails together with this rank; None takes its node (or what the launcher was told).
+        interface: Address on which this rank serves its windows to other ranks; None takes loopback on one node, else
+            the address of the node's host name.
         events_path: JSONL file for the events of the run; None for none.
         log_metrics: Show window, stall and bytes in progress bar and loggers.
         sinks: Callables that get every event.
@@ -63,6 +70,10 @@ class SparseExpertCheckpoint(EngineCallback):
         on_mismatch: Literal["warn", "raise"] = "warn",
         specs: list[MoESpec] | None = None,
         elementwise_optimizers: Sequence[str] = (),
+        sharding: Literal["auto", "equal", "adaptive", "none"] = "auto",
+        replicas: int | Literal["auto"] = "auto",
+        failure_domain: str | None = None,
+        interface: str | None = None,
         events_path: str | None = None,
         log_metrics: bool = True,
         sinks: Sequence[Sink] = (),
@@ -80,6 +91,10 @@ class SparseExpertCheckpoint(EngineCallback):
             resume=resume,
             on_mismatch=on_mismatch,
             elementwise_optimizers=tuple(elementwise_optimizers),
+            sharding=sharding,
+            replicas=replicas,
+            failure_domain=failure_domain,
+            interface=interface,
         )
         super().__init__(config, specs=specs, sinks=sinks, events_path=events_path, log_metrics=log_metrics)
 

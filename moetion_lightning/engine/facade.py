@@ -207,7 +207,7 @@ class Engine:
         attached = self._need()
         if self.config.skip_frozen_gradients and not self.ranks.alone:
             self.say_once(
-                "skip_frozen_gradients=True has no effect in a job of several ranks: they sum their gradients together. "
+                "skip_frozen_gradients=True has no effect in a job of several ranks: their gradients are summed. "
                 "Replays compute them all."
             )
         tensors = self._flatten(run_state).tensors

@@ -219,3 +219,13 @@ def test_a_vote_is_decided_once_when_a_loss_and_the_last_arrival_race() -> None:
         assert len(answers) == 1, f"round {round_}: some ranks went on and others did not"
         outcomes |= answers
     assert outcomes == {"go", "stop"}
+
+
+def test_remembered_value_is_found_in_later_generations() -> None:
+    store = HashStore()
+    first = StoreControl(store, 0, WORLD, scope="job/0")
+    later = StoreControl(store, 3, WORLD, scope="job/1")
+    assert later.recall("window") == ""
+    for value in ("7", "11", ""):
+        first.remember("window", value)
+        assert later.recall("window") == value

@@ -13,7 +13,7 @@ from moetion_lightning.distributed.groups import Groups
 from moetion_lightning.errors import LaunchError
 
 
-@pytest.fixture()
+@pytest.fixture
 def groups() -> Any:
     made = Groups(SimpleNamespace(rank=1, world_size=3, is_replacement=True, generation=1))  # type: ignore[arg-type]
     original = dist.init_process_group
