@@ -40,6 +40,7 @@ FAILURE_DOMAIN_VARIABLE = "MOETION_FAILURE_DOMAIN"
 LOCAL_ADDRESS_VARIABLE = "MOETION_LOCAL_ADDR"
 REPORT_FD_VARIABLE = "MOETION_REPORT_FD"
 LAUNCHER_PID_VARIABLE = "MOETION_LAUNCHER_PID"
+NODE_TIMEOUT_VARIABLE = "MOETION_NODE_TIMEOUT"
 
 
 def job_id_from_environment() -> str | None:
@@ -82,6 +83,7 @@ class LaunchedProcess:
         generation: Generation in which this process was started; 0 at first.
         failure_domain: Label of what fails together with this process.
         local_address: Address of this node by which the other nodes reach it.
+        node_timeout: Seconds after which the loss of a node is announced; 0 in a job of one node.
     """
 
     rank: int
@@ -93,6 +95,7 @@ class LaunchedProcess:
     generation: int
     failure_domain: str
     local_address: str
+    node_timeout: float = 0.0
 
 
 def launched_process() -> LaunchedProcess | None:
@@ -115,6 +118,7 @@ def launched_process() -> LaunchedProcess | None:
             generation=int(os.environ[GENERATION_VARIABLE]),
             failure_domain=os.environ.get(FAILURE_DOMAIN_VARIABLE, ""),
             local_address=os.environ.get(LOCAL_ADDRESS_VARIABLE, "127.0.0.1"),
+            node_timeout=float(os.environ.get(NODE_TIMEOUT_VARIABLE, "0")),
         )
     except (KeyError, ValueError) as error:
         raise ConfigurationError(

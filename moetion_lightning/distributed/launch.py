@@ -21,6 +21,7 @@ from moetion_lightning.config import (
     GENERATION_VARIABLE,
     JOB_ID_VARIABLE,
     LOCAL_ADDRESS_VARIABLE,
+    NODE_TIMEOUT_VARIABLE,
     SECRET_VARIABLE,
     STORE_VARIABLE,
     child_environment,
@@ -324,6 +325,7 @@ class _Node:
             JOB_ID_VARIABLE: self._job_id,
             FAILURE_DOMAIN_VARIABLE: settings.failure_domain or socket.gethostname(),
             LOCAL_ADDRESS_VARIABLE: self._address,
+            NODE_TIMEOUT_VARIABLE: str(settings.node_timeout if settings.min_nodes > 1 else 0.0),
         }
 
 

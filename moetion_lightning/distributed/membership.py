@@ -123,11 +123,12 @@ class Membership:
         """Wait until ranks are lost or the store is gone.
 
         Args:
-            timeout: Seconds to wait at most.
+            timeout: Seconds to wait at most, beyond those after which the loss of a whole node is announced.
 
         Returns:
             Whether :meth:`check` would raise.
         """
+        timeout += self._process.node_timeout
         with self._changed:
             return self._changed.wait_for(lambda: bool(self._records) or self._gone is not None, timeout)
 

@@ -66,7 +66,7 @@ def test_node_and_its_memory_are_lost(drill: Drill, tmp_path: Path) -> None:
             nodes.append(
                 start(
                     name,
-                    *("launch", "--nnodes", "2:3", "--rdzv-endpoint", endpoint, "--node-timeout", 3, "--job-id", "job"),
+                    *("launch", "--nnodes", "2:3", "--rdzv-endpoint", endpoint, "--node-timeout", 7, "--job-id", "job"),
                     *("--failure-domain", name, SCRIPT, tmp_path / "spec.json"),
                     MOETION_MEMORY_DIR=str(drill.memory_dir / name),
                     GLOO_SOCKET_IFNAME="lo",
