@@ -18,6 +18,7 @@ __all__ = [
     "OperatorError",
     "RankLostError",
     "ReplicationError",
+    "StateLostError",
     "StoreError",
     "UnsupportedStateError",
     "VersionError",
@@ -70,6 +71,10 @@ class NonDeterminismError(MoEtionError, RuntimeError):
 
 class RankLostError(MoEtionError, RuntimeError):
     """A process of the job died, hangs or left; what was being done together cannot be finished."""
+
+
+class StateLostError(RankLostError):
+    """State was lost that nothing can bring back; starting processes again does not help."""
 
 
 class ReplicationError(MoEtionError, ConnectionError):

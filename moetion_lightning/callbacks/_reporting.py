@@ -21,10 +21,11 @@ _log = logging.getLogger("moetion_lightning")
 _SECONDS_BETWEEN_LINES = 1.0
 
 
-def show_log_lines() -> None:
-    """Make the package's INFO lines visible where the application has not set up logging itself."""
+def show_log_lines(rank: int) -> None:
+    """Make the package's lines visible where the application has not set up logging itself: INFO lines of rank 0."""
     if not _log.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler()
+        handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
         handler.setFormatter(logging.Formatter("moetion: %(message)s"))
         _log.addHandler(handler)
     if _log.level == logging.NOTSET and logging.getLogger().level > logging.INFO:

@@ -74,7 +74,7 @@ class Session:
             for kind, remedy in _UNSUPPORTED.items():
                 if isinstance(callback, kind):
                     raise ConfigurationError(f"{type(callback).__name__} in Trainer(callbacks=...): {remedy}")
-        show_log_lines()
+        show_log_lines(trainer.global_rank)
         self._trainer = trainer
         self._module = module
         self._specs = tuple(specs)

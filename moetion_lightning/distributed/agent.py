@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch.distributed.distributed_c10d import Store
 
 from moetion_lightning.distributed.generations import FINISHED_KEY, announce_loss
+from moetion_lightning.distributed.heartbeat import LOST_EXIT
 from moetion_lightning.distributed.processes import Child, Program, describe_exit, end_all
 from moetion_lightning.errors import LaunchError
 
@@ -184,13 +185,15 @@ class Agent:
             status = child.ended()
             if status is None:
                 continue
-            if status == 0:
+            if status == 0 or child.is_done:  # what ends a process whose program has returned changes nothing
                 del self._workers[local_rank]
                 self._store.add(FINISHED_KEY, 1)
                 continue
             silent = f"hung: no heartbeat for {self._settings.hang_timeout:g} s"
             loss.reasons[local_rank] = silent if hung else describe_exit(status)
             loss.errors[local_rank] = child.error
+            if status == LOST_EXIT:
+                raise LaunchError(f"rank {self._rank(local_rank)} cannot go on.\n{self._last_lines(loss)}")
         return loss
 
     def _replace(self, loss: _Loss) -> None:

@@ -7,6 +7,7 @@ wait looks every few milliseconds whether a rank was lost meanwhile.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ __all__ = ["Control", "SingleRank", "StoreControl"]
 _FIRST_PAUSE_SECONDS = 1e-4
 _LONGEST_PAUSE_SECONDS = 2e-3
 _GO, _STOP = "go", "stop"
+_NOTICE_SECONDS = 60.0
+_log = logging.getLogger(__name__)
 
 
 class Control(Protocol):
@@ -188,8 +191,16 @@ class StoreControl:
         # Asked again and again: a wait of the store's own could not be broken off.
         deadline = time.monotonic() + self._timeout
         pause = _FIRST_PAUSE_SECONDS
+        warned = False
         while not self._store.check(keys):
             self._check()
+            if not warned and time.monotonic() > deadline - self._timeout + _NOTICE_SECONDS:
+                warned = True
+                _log.warning(
+                    "rank %d has waited %.0f s for the others (%s). If this does not end, the ranks do not run the "
+                    "same steps: with DDP and experts that get no tokens, find_unused_parameters=True is needed.",
+                    self.rank, _NOTICE_SECONDS, topic,
+                )  # fmt: skip
             if time.monotonic() > deadline:
                 raise RankLostError(
                     f"rank {self.rank} waited {self._timeout:.0f} s for the others to exchange {topic!r}. One of them "

@@ -1,7 +1,7 @@
 """The worker's side of the pipe to its launcher: signs of life, readiness, and the error that ends the process.
 
-One byte of zero is a beat, one byte of one says "ready"; everything else is text for people. The launcher's side is
-``processes.Child``. A pipe leaves nothing behind, whoever is killed.
+One byte of zero is a beat, of one says "ready", of two "done"; everything else is text for people. The launcher's
+side is ``processes.Child``. A pipe leaves nothing behind, whoever is killed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,23 @@ import threading
 
 from moetion_lightning.config import report_channel
 
-__all__ = ["BEAT", "READY", "Heartbeat", "end_with_launcher", "report_error", "report_ready"]
+__all__ = [
+    "BEAT",
+    "DONE",
+    "LOST_EXIT",
+    "READY",
+    "Heartbeat",
+    "end_with_launcher",
+    "report_done",
+    "report_error",
+    "report_ready",
+]
 
 BEAT = b"\0"
 READY = b"\1"
+DONE = b"\2"
+#: Exit status of a rank whose state is lost for good: it is not started again.
+LOST_EXIT = 79
 
 _BEAT_SECONDS = 0.5
 _ERROR_BYTES = 4000  # a single write of at most PIPE_BUF (4096) bytes is whole or not at all
@@ -49,9 +62,14 @@ def report_ready() -> None:
     _report(READY)
 
 
+def report_done() -> None:
+    """Tell the launcher that the program has returned: what follows is the interpreter's own end, without beats."""
+    _report(DONE)
+
+
 def report_error(text: str) -> None:
     """Tell the launcher the last lines of the error that ends this process."""
-    _report(text.encode(errors="replace")[-_ERROR_BYTES:].replace(BEAT, b"").replace(READY, b""))
+    _report(text.encode(errors="replace")[-_ERROR_BYTES:].translate(None, BEAT + READY + DONE))
 
 
 def end_with_launcher() -> None:

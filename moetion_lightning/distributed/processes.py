@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moetion_lightning.config import LAUNCHER_PID_VARIABLE, REPORT_FD_VARIABLE
-from moetion_lightning.distributed.heartbeat import BEAT, READY
+from moetion_lightning.distributed.heartbeat import BEAT, DONE, READY
 
 __all__ = ["Child", "Program", "describe_exit", "end_all"]
 
@@ -52,6 +52,8 @@ class Child:
         self.silent_seconds = 0.0
         self.error = ""
         self._beats = False
+        #: Whether its program has returned.
+        self.is_done = False
         self._reports, write_end = os.pipe()
         os.set_blocking(self._reports, False)
         os.set_blocking(write_end, False)
@@ -111,8 +113,9 @@ class Child:
         except BlockingIOError:
             data = b""
         self.is_ready = self.is_ready or READY in data
-        self._beats = self._beats or BEAT in data
-        self.error = data.replace(BEAT, b"").replace(READY, b"").decode(errors="replace") or self.error
+        self.is_done = self.is_done or DONE in data
+        self._beats = (self._beats or BEAT in data) and not self.is_done
+        self.error = data.translate(None, BEAT + READY + DONE).decode(errors="replace") or self.error
         if data or not self._beats:
             self.silent_seconds = 0.0
         else:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import TracebackType
 
-from moetion_lightning.distributed.heartbeat import Heartbeat, end_with_launcher, report_error
+from moetion_lightning.distributed.heartbeat import LOST_EXIT, Heartbeat, end_with_launcher, report_done, report_error
+from moetion_lightning.errors import StateLostError
 
 __all__ = ["main", "run_program"]
 
@@ -51,7 +52,12 @@ def run_program(argv: Sequence[str], *, is_module: bool) -> None:
         lines = "".join(traceback.format_exception(error)).splitlines()
         report_error("\n".join(lines[-_ERROR_LINES:]))
         sys.excepthook(type(error), error, error.__traceback__)
-        sys.exit(1)
+        sys.exit(LOST_EXIT if isinstance(error, StateLostError) else 1)
+    except SystemExit as end:
+        if end.code in (None, 0):
+            report_done()
+        raise
+    report_done()
 
 
 def _prepare() -> None:

@@ -21,7 +21,7 @@ from moetion_lightning.distributed.restore_choice import (
 from moetion_lightning.engine.journal import Boundary
 from moetion_lightning.engine.peers import Peers
 from moetion_lightning.engine.ranks import Ranks
-from moetion_lightning.errors import ForeignWindowError, MoEtionError, RankLostError
+from moetion_lightning.errors import ForeignWindowError, MoEtionError, RankLostError, StateLostError
 from moetion_lightning.store.disk import DirectoryTier
 from moetion_lightning.store.format import Manifest
 from moetion_lightning.store.host_memory import HostMemoryTier
@@ -83,7 +83,8 @@ class GroupRestore:
             no trace of an earlier run.
 
         Raises:
-            RankLostError: There was state, but none that all ranks can reach; says what is lost.
+            StateLostError: There were windows, but none that all ranks can reach; says what is lost.
+            RankLostError: There was state, but no window yet.
             ForeignWindowError: A window is of a run with another number of ranks.
         """
         reports = self._reports(live)
@@ -91,7 +92,9 @@ class GroupRestore:
         while True:
             choice = choose(reports, frozenset(excluded))
             if isinstance(choice, Nothing):
-                if not choice.fresh:
+                if not choice.fresh and any(r.memory or r.held or r.disk for r in reports):
+                    raise StateLostError(choice.reason)
+                if not choice.fresh:  # no window was committed yet: processes that are all new begin anew
                     raise RankLostError(choice.reason)
                 self._refuse_if_all_is_lost()
                 return None
@@ -110,7 +113,7 @@ class GroupRestore:
         """Processes that are all new find nothing, as at the start of a job. Only the store knows better."""
         last = self._ranks.noted_window(self._host.job)
         if last is not None:
-            raise RankLostError(
+            raise StateLostError(
                 f"The job cannot continue: the state of all {self._ranks.control.world_size} ranks is lost, in all "
                 f"memories and without a window on storage. The newest window that all ranks had committed ended with "
                 f"iteration {last}. Start the job again to train from the beginning. To survive such a failure next "
