@@ -176,7 +176,7 @@ class Session:
         sharded = any(hasattr(parameter, "to_local") for parameter in self._module.parameters())
         autocast = isinstance(self._trainer.precision_plugin, MixedPrecision)
         self.engine.precision.enabled = autocast and not averaging and not sharded
-        self.engine.may_go_on_live = not averaging
+        self.engine.living.allowed = not averaging
         if averaging and gathers_state(self._trainer):
             raise ConfigurationError(
                 f"a weight-averaging callback with {type(self._trainer.strategy).__name__}: the averaged weights are kept "

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +26,12 @@ from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy, Pol
 from moetion_lightning.core.reconstruct import Reconstruction
 from moetion_lightning.core.run_state import find_generators
 from moetion_lightning.core.state import LiveState
-from moetion_lightning.engine.group_restore import LiveReport
+from moetion_lightning.engine.density import why_dense
 from moetion_lightning.engine.identity import note_completed
 from moetion_lightning.engine.journal import LivePoint
+from moetion_lightning.engine.living import Living
 from moetion_lightning.engine.model_state import exchange_model_state
+from moetion_lightning.engine.parts import Attached, RunState
 from moetion_lightning.engine.planner import WindowPlanner
 from moetion_lightning.engine.precision_watch import PrecisionWatch
 from moetion_lightning.engine.ranks import Ranks
@@ -57,35 +58,6 @@ __all__ = ["Engine", "RunState"]
 
 _log = logging.getLogger(__name__)
 _MEASURE_BYTES = 16 << 20
-
-
-class RunState(Protocol):
-    """What an adapter adds to the training state."""
-
-    def capture(self, *, weights: bool) -> Any:
-        """Loop counters, schedulers, callbacks, data position ...: nested plain values and tensors (not copied).
-
-        Args:
-            weights: Whether the model's weights may be among them.
-        """
-        ...
-
-    def generators(self) -> Mapping[str, object]:
-        """Objects whose attributes may be random number generators, by name."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Attached:
-    """Everything that exists once the module and its optimizers do."""
-
-    live: LiveState
-    routing: TokenCounts
-    planner: WindowPlanner
-    shares: Shares
-    steps: StepWatcher
-    thread: CaptureThread
-    writer: WindowWriter
 
 
 class Engine:
@@ -118,14 +90,10 @@ class Engine:
         self.precision = PrecisionWatch()
         #: An adapter with a gradient scaler clears this: whether a step was skipped depends on all gradients.
         self.may_skip_gradients = True
-        #: An adapter whose run state cannot be taken apart from the weights (averaged weights) clears this.
-        self.may_go_on_live = True
-        self._attached: _Attached | None = None
+        self.living = Living(self.ranks, self.tiers)
+        self._attached: Attached | None = None
         self._window: OpenWindow | None = None
         self._given_up = 0  # windows in a row
-        #: Counts boundaries between iterations; the same on all ranks.
-        self.serial = 0
-        self._clean = False  # whether the live state is that of the last boundary
         self._synchronous = False
         self._stall = 0.0
         self._started_at = 0.0
@@ -143,7 +111,7 @@ class Engine:
         Raises:
             StoreError, HostMemoryError, JobBusyError, CorruptSnapshotError, VersionError: See the message.
         """
-        return self.tiers.open(self._report)
+        return self.tiers.open(self.living.report)
 
     def find_again(self) -> RestorePoint | LivePoint | None:
         """Ranks were replaced: give up what is under way, and agree with all ranks where to continue.
@@ -155,7 +123,7 @@ class Engine:
             RankLostError: Nothing is left that all ranks can reach; or another rank was lost meanwhile.
         """
         self._abandon()
-        return self.tiers.find_together(self._report, first=self._attached is None)
+        return self.tiers.find_together(self.living.report, first=self._attached is None)
 
     def attach(self, module: nn.Module, optimizers: Sequence[Optimizer], specs: Sequence[MoESpec] = ()) -> None:
         """Connect the module and its optimizers, before the first forward.
@@ -176,7 +144,7 @@ class Engine:
         planner = WindowPlanner(
             live, routing, self.tiers, self.pace, dtypes, self.bus, self.say_once, self.ranks, shares, layout
         )
-        self._attached = _Attached(
+        self._attached = Attached(
             live=live,
             routing=routing,
             planner=planner,
@@ -238,7 +206,7 @@ class Engine:
         self.witness.take()
         attached.routing.load_state(state)
         attached.planner.restored()
-        self.serial = int(point.extra["serial"])
+        self.living.serial = int(point.extra["serial"])
         if isinstance(self.policy, PartialExpertsPolicy):
             self.policy.num_experts, self.policy.checkpoints = state.policy["num_experts"], state.policy["checkpoints"]
         if isinstance(point, LivePoint):
@@ -249,10 +217,8 @@ class Engine:
 
     def _replay(self, point: RestorePoint, state: EngineState, run_state: RunState) -> None:
         attached = self._need()
-        self._clean = False
+        self.living.replaced()
         self.iteration = point.manifest.first_iteration
-        if self.tiers.journal is not None:
-            self.tiers.journal.forget()
         known = attached.live.parameters
         slots, carried = point.slots(known), point.carried(known)
         skip = self._skips_gradients
@@ -313,7 +279,7 @@ class Engine:
         finally:
             self.precision.resume()
 
-    def _boundary(self, attached: _Attached, run_state: RunState) -> bool:
+    def _boundary(self, attached: Attached, run_state: RunState) -> bool:
         if not any(attached.steps.steps):
             if attached.steps.attempts:
                 attached.steps.take()
@@ -335,7 +301,7 @@ class Engine:
             self.recovery.end_iteration(witness.read(), misread)
             self.norms.give(self.recovery.norms_to_give() if self._skips_gradients else None)
             if not self.recovery.done:
-                self.serial += 1
+                self.living.serial += 1
                 return True
             self._end_recovery()
         self._note_boundary(run_state)
@@ -382,7 +348,7 @@ class Engine:
 
     # --- inside --------------------------------------------------------------------------------------------------
 
-    def _need(self) -> _Attached:
+    def _need(self) -> Attached:
         if self._attached is None:
             raise RuntimeError("Engine.attach(module, optimizers) must be called first")
         return self._attached
@@ -400,42 +366,22 @@ class Engine:
     def _before_update(self) -> None:
         self.hold()
         self.precision.pause()
-        if self.ranks.elastic:
-            # All gradients are complete everywhere, or nobody steps: the survivors of a loss are at one iteration.
-            self.ranks.control.vote("optimizer step")
-            self._clean = False
+        self.living.about_to_update()
 
     # --- when a rank is lost -------------------------------------------------------------------------------------
 
     def _note_boundary(self, run_state: RunState, *, advance: bool = True) -> None:
         """The state is dense and between two iterations."""
-        self.serial += advance
-        if self.tiers.journal is None or not self.may_go_on_live:
-            return
-        attached = self._need()
-        tree, leaf = self._tree(run_state, weights=False)
-        extra = {**attached.planner.header(self.policy, self.serial).extra, "first_captured_at": time.time()}
-        fields = {
-            "serial": self.serial,
-            "iteration": self.iteration,
-            "tree": tree,
-            "extra": extra,
-            "copies": list(attached.shares.copies()),
-        }
-        self.tiers.journal.record(self.serial, flatten_tree(fields, clone=True, leaf=leaf))
-        self._clean = True
 
-    def _report(self) -> LiveReport:
-        """What this process holds besides windows."""
-        journal = self.tiers.journal
-        if journal is None:
-            return LiveReport()
-        last = journal.last() if self._clean else None
-        if last is not None:
-            return LiveReport(live=last.serial, boundaries=(last,), copies=last.copies)
-        left = tuple(journal.left_behind())
-        newest = max(left, key=lambda boundary: boundary.serial, default=None)
-        return LiveReport(boundaries=left, copies=newest.copies if newest is not None else ())
+        def describe(fields: Mapping[str, Any]) -> FlatTree:
+            attached = self._need()
+            tree, leaf = self._tree(run_state, weights=False)
+            header = attached.planner.header(self.policy, self.living.serial)
+            extra = {**header.extra, "first_captured_at": time.time()}
+            whole = {**fields, "tree": tree, "extra": extra, "copies": list(attached.shares.copies())}
+            return flatten_tree(whole, clone=True, leaf=leaf)
+
+        self.living.note(self.iteration, describe, advance=advance)
 
     def _abandon(self) -> None:
         """Give up the iteration in flight, the window being captured, and a replay under way."""
@@ -475,26 +421,6 @@ class Engine:
         self.norms.give(None)
         self.tiers.release_point()
 
-    def _why_dense(self, steps: Sequence[int]) -> str:
-        """Why sparse windows could not be replayed exactly, or ""."""
-        if self.policy.name != "sparse":
-            return ""
-        attached = self._need()
-        coupling = attached.live.couples_parameters()
-        if coupling:
-            return f"{', '.join(coupling)} keeps state that belongs to no single parameter"
-        across = attached.live.couples_shards()
-        if across:
-            return f"{', '.join(across)} couples the shards that different ranks hold"
-        if attached.steps.closure_calls > 1:
-            return "an optimizer evaluates its closure several times per step"
-        if max(steps) > 1:
-            return f"an optimizer stepped {max(steps)} times within one iteration"
-        if attached.steps.self_tuning:
-            names = sorted(type(attached.live.optimizers[i]).__name__ for i in attached.steps.self_tuning)
-            return f"{', '.join(names)} changes its own settings from the state of all parameters"
-        return ""
-
     def _fall_back_to_dense(self, reason: str) -> None:
         self.policy = DensePolicy()
         self.say_once(f"{reason}: a sparse window could not be replayed exactly, so every iteration is dense now")
@@ -504,7 +430,7 @@ class Engine:
         attached = self._need()
         window, self._window = self._window, None
         signature = attached.live.signature()
-        dense = self._why_dense(steps)
+        dense = why_dense(attached.live, attached.steps, steps) if self.policy.name == "sparse" else ""
         if window is not None and not window.complete and not window.broken:
             if dense:
                 window.broken = dense
@@ -540,7 +466,7 @@ class Engine:
 
     def _begin_window(self, plan: WindowPlan, run_state: RunState, signature: tuple[int, ...]) -> OpenWindow | None:
         attached = self._need()
-        header = attached.planner.header(self.policy, self.serial)
+        header = attached.planner.header(self.policy, self.living.serial)
         window = OpenWindow(
             plan=plan, first_iteration=self.iteration, header=header, rest=None, static=None, signature=signature
         )
