@@ -53,7 +53,7 @@ def make_ranks(trainer: Trainer, module: LightningModule) -> Ranks:
         domain="" if launched is None else launched.failure_domain,
         address="" if launched is None else launched.local_address,
         elastic=groups is not None,
-        replaced=groups is not None and groups.membership.is_replacement,
+        replaced=groups is not None and groups.alone,
     )
 
 

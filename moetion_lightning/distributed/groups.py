@@ -62,6 +62,7 @@ class Groups:
         self.alone = False
         #: Set by what will call :meth:`join`: without it a replacement must not begin alone.
         self.joins = False
+        self._joined = False
         self._original: Callable[..., Any] = dist.init_process_group
         self._objects = {name: getattr(dist, name) for name in _OBJECT_COLLECTIVES}
         self._given: dict[str, Any] = {}
@@ -77,7 +78,7 @@ class Groups:
             self._original(backend, init_method, *args, **kwargs)
             return
         self._given = {**kwargs, "backend": backend}
-        if self.membership.is_replacement:
+        if self.membership.is_replacement and not self._joined:
             if not self.joins:
                 raise LaunchError(
                     f"rank {self.membership.rank} was lost and started again, but nothing in this script can bring it "
@@ -115,6 +116,7 @@ class Groups:
         dist.destroy_process_group()
         self._talk_to_others()
         self._init_together(short=True)
+        self._joined = True
 
     # --- inside --------------------------------------------------------------------------------------------------
 
