@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,11 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     raise AssertionError(f"not within {LIMIT_SECONDS} s: {what}")
 
 
+def _heed_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would this command."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Command:
     """A running `moetion` command."""
 
@@ -40,6 +46,7 @@ class Command:
                 env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **env},
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                preexec_fn=_heed_interrupts,
             )
 
     @property

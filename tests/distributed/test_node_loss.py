@@ -114,7 +114,7 @@ def test_only_holder_is_lost_while_it_serves_the_copy(drill: Drill) -> None:
     """Rank 2 held the windows of rank 1: both are gone."""
     lines = failed(drill, THREE_HOSTS, {**REPLICATED, "rank": 1}, {"transfer": "serving", "rank": 2})
     for line in lines:
-        assert "RankLostError: The job cannot continue: the state of rank 1 is lost" in line
+        assert "StateLostError: The job cannot continue: the state of rank 1 is lost" in line
         assert "Newest whole window of the others: ranks 0, 2: iterations " in line
 
 
@@ -155,7 +155,7 @@ def test_all_hosts_at_once_with_storage(drill: Drill) -> None:
 def test_all_hosts_at_once_without_storage(drill: Drill) -> None:
     lines = failed(drill, TWO_HOSTS, {**REPLICATED, "rank": 0, "with_hosts": ["b"]})
     for line in lines:
-        assert "RankLostError: The job cannot continue: the state of all 2 ranks is lost" in line
+        assert "StateLostError: The job cannot continue: the state of all 2 ranks is lost" in line
         assert "The newest window that all ranks had committed ended with iteration " in line
 
 
@@ -163,6 +163,6 @@ def test_without_copies(drill: Drill) -> None:
     spec = {**TWO_HOSTS, "engine_args": {"replicas": 0}}
     lines = failed(drill, spec, {"event": "WindowCommitted", "count": 2, "rank": 0})
     for line in lines:
-        assert "RankLostError: The job cannot continue: the state of rank 0 is lost" in line
+        assert "StateLostError: The job cannot continue: the state of rank 0 is lost" in line
         assert "Newest whole window of the others: rank 1: iterations " in line
         assert "keep copies on other nodes (replicas=1 or more)" in line
