@@ -71,6 +71,7 @@ class GroupRestore:
         self._peers = peers
         self._host = host
         self._disk = disk
+        self._problems: list[str] = []
 
     def find(self, live: LiveReport) -> Live | list[Part] | None:
         """Choose, and read this rank's part.
@@ -97,6 +98,7 @@ class GroupRestore:
                 if not choice.fresh:  # no window was committed yet: processes that are all new begin anew
                     raise RankLostError(choice.reason)
                 self._refuse_if_all_is_lost()
+                self._refuse_if_unreadable()
                 return None
             if isinstance(choice, Live):
                 return choice
@@ -120,10 +122,31 @@ class GroupRestore:
                 "time, persist to storage that every rank can read (persist_dir=)."
             )
 
+    def _windows(self, tier: Tier) -> dict[int, Manifest]:
+        """Windows whose manifests can be read, by last iteration."""
+        found = {}
+        for iteration in tier.windows():
+            try:
+                found[iteration] = tier.read_manifest(iteration)
+            except MoEtionError as error:
+                _log.warning("passed over: window %d in %s: %s", iteration, tier.name, error)
+                self._problems.append(f"window {iteration} in {tier.name}: {error}")
+        return found
+
+    def _refuse_if_unreadable(self) -> None:
+        """Where there are windows that no rank can read, only the user may decide to start again."""
+        problems = [item for found in self._ranks.agree("unreadable", self._problems[:4]) for item in found]
+        if problems:
+            listed = "\n".join(f"  - {problem}" for problem in problems[:8])
+            raise StateLostError(
+                f"No whole window of job {self._host.job!r} was found; nothing was restored.\n{listed}\nRepair the "
+                "cause, or start anew: give the run another job_id, or delete these windows."
+            )
+
     def _reports(self, live: LiveReport) -> list[RankReport]:
         rank = self._ranks.control.rank
-        memory, disk = _windows(self._host), {} if self._disk is None else _windows(self._disk)
-        held = {owner: _windows(tier) for owner, tier in self._peers.held().items()}
+        memory, disk = self._windows(self._host), {} if self._disk is None else self._windows(self._disk)
+        held = {owner: self._windows(tier) for owner, tier in self._peers.held().items()}
         seen = [(rank, m) for m in (*memory.values(), *disk.values())]
         seen += [(owner, m) for owner, found in held.items() for m in found.values()]
         answers = self._ranks.agree("shares", [[owner, m.extra.get("shares", [])] for owner, m in seen])
@@ -132,7 +155,7 @@ class GroupRestore:
             for owner, ranks in answer:
                 shares.setdefault(owner, {owner}).update(ranks)
         mine = tuple(sorted(shares.get(rank, {rank})))
-        on_disk = {owner: _ages(_windows(self._disk_of(owner))) for owner in mine if self._disk is not None}
+        on_disk = {owner: _ages(self._windows(self._disk_of(owner))) for owner in mine if self._disk is not None}
         report = RankReport(
             rank=rank,
             shares=mine,
@@ -197,17 +220,6 @@ class GroupRestore:
             for iteration in tier.windows():
                 if iteration > window.last:
                     tier.drop(iteration)
-
-
-def _windows(tier: Tier) -> dict[int, Manifest]:
-    """Windows whose manifests can be read, by last iteration."""
-    found = {}
-    for iteration in tier.windows():
-        try:
-            found[iteration] = tier.read_manifest(iteration)
-        except MoEtionError as error:
-            _log.warning("passed over: window %d in %s: %s", iteration, tier.name, error)
-    return found
 
 
 def _ages(manifests: Mapping[int, Manifest]) -> tuple[Window, ...]:

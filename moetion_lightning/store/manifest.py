@@ -26,7 +26,7 @@ MAX_MANIFEST_BYTES = 256 * 1024 * 1024
 """Longer files are refused unread."""
 
 _FORMAT = "moetion-window"
-_VERSION = 1
+_VERSION = 2  # 1 knew nothing of other ranks
 _MAX_INT_DIGITS = 40  # far above any size, seed or step; keeps int() from going quadratic on hostile input
 _CHECKSUM = re.compile(r"xxh3:[0-9a-f]{32}")
 _REMEDY = "The file was altered or cut short; delete it and restore from another window or tier."
@@ -217,6 +217,11 @@ class Manifest:
                 f"{path}: window format version {version}, this installation reads up to {_VERSION}. "
                 "Upgrade moetion_lightning, or delete the window to start from an older one."
             )
+        if type(version) is int and 1 <= version < _VERSION:
+            raise VersionError(
+                f"{path}: window format version {version}, this installation reads {_VERSION}. Continue the run with "
+                "the version of moetion_lightning that began it, or give it another job_id to start afresh."
+            )
         head, found, tail = data.rpartition(b',"checksum":"')
         if not found or tail != bytes_checksum(head).encode() + b'"}':
             raise CorruptSnapshotError(f"{path}: the manifest's checksum does not match its content. {_REMEDY}")
@@ -278,5 +283,5 @@ _FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "static": (_is_name, "a file name or null"),
     "extra": (lambda v: type(v) is dict, "an object"),
     "format": (lambda v: v == _FORMAT, _FORMAT),
-    "version": (lambda v: type(v) is int and 1 <= v <= _VERSION, f"a version up to {_VERSION}"),
+    "version": (lambda v: type(v) is int and v == _VERSION, f"version {_VERSION}"),
 }

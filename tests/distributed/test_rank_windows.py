@@ -120,6 +120,17 @@ def test_a_corrupt_window_without_any_other_ends_the_job(drill: Drill) -> None:
         drill.killed(DDP, [{"hook": "before_step", "step": 6, "rank": 0}], between=flip("rank-00001"))
 
 
+def test_windows_that_nobody_can_read_are_no_fresh_start(drill: Drill) -> None:
+    def cut(memory: Path) -> None:
+        manifests = list(memory.glob("*/rank-*/windows/*.json"))
+        assert len({path.parent for path in manifests}) == 2
+        for path in manifests:
+            path.write_bytes(path.read_bytes()[:100])
+
+    with pytest.raises(AssertionError, match="No whole window of job"):
+        drill.killed(DDP, [{"hook": "before_step", "step": 6, "rank": 0}], between=cut)
+
+
 @pytest.mark.parametrize("selection", ["sequential", "load_aware"])
 @pytest.mark.parametrize("spec", [DDP, FSDP2], ids=["ddp", "fsdp2"])
 def test_partial_experts_restore_the_same_on_all_ranks(drill: Drill, spec: dict[str, Any], selection: str) -> None:
