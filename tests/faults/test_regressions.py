@@ -107,7 +107,13 @@ REPORTED: dict[str, dict[str, Any]] = {
 def test_killed_run_is_exact_or_says_that_it_is_not(drill: Drill, name: str, step: int) -> None:
     killed = drill.killed(REPORTED[name], [{"hook": "backward", "step": step}])
     found = differences(drill.reference(REPORTED[name]), killed)
-    (finished,) = read_events(killed, "ReplayFinished")
+    replays = read_events(killed, "ReplayFinished")
+    if not replays:  # torn windows were given up, and the kill came before a whole one: the run began anew
+        assert step == 9
+        assert not read_events(killed, "RestoreApplied")
+        assert found == []
+        return
+    (finished,) = replays
     mismatches = {event["quantity"] for event in read_events(killed, "WitnessMismatch")}
     assert finished["verified"] == (not mismatches)
     assert finished["verified"] or "replayed differently" in (killed / "log").read_text()
