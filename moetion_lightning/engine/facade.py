@@ -57,7 +57,6 @@ from moetion_lightning.store.tree import FlatTree, flatten_tree
 __all__ = ["Engine", "RunState"]
 
 _log = logging.getLogger(__name__)
-_MEASURE_BYTES = 16 << 20
 
 
 class Engine:
