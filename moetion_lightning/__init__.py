@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         DenseReconstruction,
         PartialExpertsCheckpoint,
         SparseExpertCheckpoint,
+        StageBoundaryLogging,
     )
     from moetion_lightning.core.layouts import MoESpec, Tap
     from moetion_lightning.errors import MoEtionError
@@ -31,6 +32,7 @@ __all__ = [
     "MoEtionStrategy",
     "PartialExpertsCheckpoint",
     "SparseExpertCheckpoint",
+    "StageBoundaryLogging",
     "Tap",
     "__version__",
     "list_recipes",
@@ -45,6 +47,7 @@ _HOMES = {
     "MoEtionStrategy": "moetion_lightning.strategies",
     "PartialExpertsCheckpoint": "moetion_lightning.callbacks",
     "SparseExpertCheckpoint": "moetion_lightning.callbacks",
+    "StageBoundaryLogging": "moetion_lightning.callbacks",
     "Tap": "moetion_lightning.core.layouts",
     "list_recipes": "moetion_lightning.recipes",
     "recipe_path": "moetion_lightning.recipes",

@@ -41,6 +41,8 @@ __all__ = [
     "ScheduleMade",
     "Sink",
     "SlotSealed",
+    "StageReplayFinished",
+    "StageReplayStarted",
     "StepSkipped",
     "WindowCommitted",
     "WindowPersisted",
@@ -238,6 +240,26 @@ class ReplayFinished(Event):
 
     iteration: int
     replayed: int
+    seconds: float
+    verified: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReplayStarted(Event):
+    """This rank's stage restores its window of `first_iteration` alone, to replay up to `last_iteration`."""
+
+    stage: int
+    first_iteration: int
+    last_iteration: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReplayFinished(Event):
+    """This rank's stage was replayed from its neighbours' logs; unless `verified`, all ranks go back together now."""
+
+    stage: int
+    first_iteration: int
+    last_iteration: int
     seconds: float
     verified: bool
 

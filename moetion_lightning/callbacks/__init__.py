@@ -5,5 +5,12 @@ from moetion_lightning.callbacks.dense_in_memory_checkpoint import DenseInMemory
 from moetion_lightning.callbacks.dense_reconstruction import DenseReconstruction
 from moetion_lightning.callbacks.partial_experts_checkpoint import PartialExpertsCheckpoint
 from moetion_lightning.callbacks.sparse_expert_checkpoint import SparseExpertCheckpoint
+from moetion_lightning.callbacks.stage_boundary_logging import StageBoundaryLogging
 
-__all__ = ["DenseInMemoryCheckpoint", "DenseReconstruction", "PartialExpertsCheckpoint", "SparseExpertCheckpoint"]
+__all__ = [
+    "DenseInMemoryCheckpoint",
+    "DenseReconstruction",
+    "PartialExpertsCheckpoint",
+    "SparseExpertCheckpoint",
+    "StageBoundaryLogging",
+]

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from moetion_lightning.callbacks._session import Session
+from moetion_lightning.callbacks.stage_boundary_logging import StageBoundaryLogging
 from moetion_lightning.config import EngineConfig
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.policy import Policy
@@ -95,6 +96,9 @@ class EngineCallback(Callback):
                 )
             return
         self._make_first(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StageBoundaryLogging):
+                callback.make_link(trainer)  # before ranks report what they have
         self._session = Session(
             trainer,
             pl_module,

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from moetion_lightning.callbacks._ranks import leave_groups, wrap_again
 from moetion_lightning.distributed.groups import Groups
-from moetion_lightning.engine import Ranks
+from moetion_lightning.engine import Ranks, StageReplayError
 from moetion_lightning.errors import RankLostError
 
 __all__ = ["Elastic"]
@@ -48,13 +48,21 @@ class Elastic:
                 work()
                 self._ranks.control.all_gather("end", None)  # nobody leaves while another may still need it
                 return
+            except StageReplayError as error:
+                _log.warning("rank %d: %s", self._ranks.control.rank, _first_line(error))
+                error.__traceback__ = error.__context__ = error.__cause__ = None
+                again_together = True
             except Exception as error:
                 if not self._is_loss(error):
                     raise
                 _log.warning("rank %d: %s", self._ranks.control.rank, _first_line(error))
                 # Frames of the failed iteration hold references to the broken groups.
                 error.__traceback__ = error.__context__ = error.__cause__ = None
-            self._go_back()
+                again_together = False
+            if again_together:  # nobody was lost: the groups are whole
+                self.attempt(self._restore)
+            else:
+                self._go_back()
             work = again
 
     def meet(self) -> None:

@@ -20,7 +20,7 @@ from moetion_lightning.distributed.meshes import can_outlive_groups, drop_groups
 from moetion_lightning.engine import RankLayout, Ranks
 from moetion_lightning.errors import ConfigurationError
 
-__all__ = ["ddp_of", "gathers_state", "leave_groups", "make_ranks", "wrap_again"]
+__all__ = ["cuts_at_first_batch", "ddp_of", "gathers_state", "leave_groups", "make_ranks", "wrap_again"]
 
 
 def make_ranks(trainer: Trainer, module: LightningModule) -> Ranks:
@@ -54,11 +54,13 @@ def make_ranks(trainer: Trainer, module: LightningModule) -> Ranks:
         address="" if launched is None else launched.local_address,
         elastic=groups is not None,
         replaced=groups is not None and groups.alone,
+        link=lambda: getattr(strategy, "link", None),
     )
 
 
 def _layout(strategy: Any, module: LightningModule, world_size: int) -> RankLayout:
-    parameters = dict(module.named_parameters())
+    local = strategy.local_parameters() if hasattr(strategy, "local_parameters") else None
+    parameters = {n: p for n, p in module.named_parameters() if local is None or n in local}
     offsets = {name: row_offset(p) for name, p in parameters.items()}
     replica_ranks = getattr(strategy, "replica_ranks", None)
     mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
@@ -70,6 +72,7 @@ def _layout(strategy: Any, module: LightningModule, world_size: int) -> RankLayo
         offsets={name: offset for name, offset in offsets.items() if offset is not None},
         counted=mesh is None or mesh["tensor_parallel"].get_local_rank() == 0,
         layers=_local_layers(strategy, parameters),
+        parameters=local,
     )
 
 
@@ -95,7 +98,12 @@ def _local_layers(strategy: Any, parameters: Mapping[str, Any]) -> tuple[MoELaye
 def gathers_state(trainer: Trainer) -> bool:
     """Whether the strategy gathers state from all ranks for an ordinary checkpoint."""
     strategy = trainer.strategy
-    return isinstance(strategy, ModelParallelStrategy) or getattr(strategy, "expert_parallel", 1) > 1
+    return isinstance(strategy, ModelParallelStrategy) or getattr(strategy, "spreads_state", False)
+
+
+def cuts_at_first_batch(trainer: Trainer) -> bool:
+    """Whether a rank knows its part of the module only when the first batch is there."""
+    return hasattr(trainer.strategy, "local_parameters")
 
 
 def wrap_again(trainer: Trainer) -> None:
@@ -127,6 +135,8 @@ def leave_groups(trainer: Trainer, groups: Groups) -> None:
     if isinstance(strategy.model, DistributedDataParallel):
         strategy.model = strategy.lightning_module
         _end_redirection(strategy.lightning_module)
+    if hasattr(strategy, "drop_groups"):
+        strategy.drop_groups()
     groups.leave()
 
 

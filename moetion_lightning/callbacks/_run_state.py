@@ -11,7 +11,7 @@ from torch import nn
 
 from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._loop_seam import LoopSeam
-from moetion_lightning.callbacks._ranks import ddp_of
+from moetion_lightning.callbacks._ranks import cuts_at_first_batch, ddp_of
 from moetion_lightning.core.local import local
 from moetion_lightning.data_position import loader_parts
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
@@ -47,8 +47,10 @@ class LightningRunState:
             # Lightning sets gradients to None before it makes new ones; a user's code may keep them.
             gradients = {n: local(p.grad) for n, p in self._module.named_parameters() if p.grad is not None}
         ddp = ddp_of(self._trainer)
+        strategy = self._trainer.strategy
         return {
             "checkpoint": checkpoint,
+            "pipeline": strategy.pipeline_state() if cuts_at_first_batch(self._trainer) else {},  # type: ignore[attr-defined]
             "extras": self._loops.extras(),
             "data": self._data.snapshot(),
             "gradients": gradients,

@@ -18,7 +18,7 @@ from torch import Tensor
 from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._elastic import Elastic
 from moetion_lightning.callbacks._loop_seam import LoopSeam
-from moetion_lightning.callbacks._ranks import gathers_state, make_ranks
+from moetion_lightning.callbacks._ranks import cuts_at_first_batch, gathers_state, make_ranks
 from moetion_lightning.callbacks._reporting import Reporter, show_log_lines
 from moetion_lightning.callbacks._run_state import LightningRunState
 from moetion_lightning.config import EngineConfig
@@ -140,6 +140,8 @@ class Session:
         self._loops.pin_when_loop_starts(counters, state["extras"])
         self._loops.overwrite_undone_checkpoints(point.captured_at)
         self._loops.skip_weights = isinstance(point, LivePoint) or gathers_state(self._trainer)
+        if state["pipeline"]:
+            self._trainer.strategy.given_bounds = tuple(state["pipeline"]["bounds"])  # type: ignore[attr-defined]
         # Loops of validate, test and predict have nothing to restore inside fit.
         checkpoint["loops"] = {"fit_loop": counters}
         return checkpoint
@@ -189,17 +191,22 @@ class Session:
                     "skip_frozen_gradients=True has no effect with a gradient scaler: whether a step is skipped depends "
                     "on all gradients. Replays compute them all."
                 )
-        self.engine.attach(self._module, self._trainer.optimizers, self._specs)
+        if not cuts_at_first_batch(self._trainer):
+            self.engine.attach(self._module, self._trainer.optimizers, self._specs)
 
     def on_train_start(self) -> None:
         """The loops are set up."""
-        self.engine.check_run_state(self.run_state)
+        if not cuts_at_first_batch(self._trainer):
+            self.engine.check_run_state(self.run_state)
 
     def on_train_batch_start(self) -> None:
         """The state is whole: everything of the last batch is done, nothing of the next one has begun."""
         if self._begun:
             self.engine.boundary(self.run_state)
             return
+        if not self._trained and cuts_at_first_batch(self._trainer):
+            self.engine.attach(self._module, self._trainer.optimizers, self._specs)
+            self.engine.check_run_state(self.run_state)
         if self._elastic is not None:
             self._elastic.meet()
         self._begun = self._trained = True

@@ -7,7 +7,7 @@ module that owns it. Together the operators hold every element of every trainabl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -80,6 +80,7 @@ def build_operators(
     trainable: Collection[str],
     sliceable: Callable[[str], bool],
     offsets: Mapping[str, int] | None = None,
+    held: Container[str] | None = None,
 ) -> OperatorSet:
     """Cut the trainable parameters of a module into operators.
 
@@ -93,6 +94,8 @@ def build_operators(
         sliceable: Whether rows of a parameter may be cut apart, that is, whether its optimizer works element by
             element. Asked for the canonical name.
         offsets: Global row of the first local row of each distributed parameter, by canonical name.
+        held: Canonical names of the parameters that this process holds; the others get no operator and are not static
+            either. None: all.
 
     Returns:
         The operators, in a deterministic order; they partition the trainable parameters.
@@ -142,7 +145,7 @@ def build_operators(
 
     operators.extend(_shared(claims))
     check_partition(operators, shapes, training)
-    static = tuple(name for name in parameters if name not in training)
+    static = tuple(name for name in parameters if name not in training and (held is None or name in held))
     mine = _localized(operators, parameters, offsets or {})
     return OperatorSet(operators=mine, layers=tuple(layers), static=static, unsliced=tuple(unsliced))
 

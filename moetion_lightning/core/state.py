@@ -11,7 +11,7 @@ Entries of the optimizer's state that are not tensors travel as JSON ("scalars")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -57,12 +57,25 @@ class LiveState:
         module: The module that trains.
         optimizers: Its optimizers (raw ``torch.optim`` objects).
         elementwise: Qualified class names of further elementwise optimizers.
+        held: Names of the parameters that this process holds; the others are placeholders, and no part of the state.
+            None: all.
+
+    Raises:
+        OperatorError: An optimizer updates a parameter that is not the module's, or that this process does not hold.
     """
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], elementwise: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        elementwise: Iterable[str] = (),
+        held: Container[str] | None = None,
+    ) -> None:
         self.module = module
         self.optimizers = tuple(optimizers)
-        self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in module.named_parameters() if held is None or name in held
+        }
         self.owner: dict[str, int] = {}
         self._elementwise_names = ELEMENTWISE_NAMES | frozenset(elementwise)
         self.refresh()
@@ -71,7 +84,8 @@ class LiveState:
         """Look again at what the optimizers update: parameter groups may be added while training.
 
         Raises:
-            OperatorError: An optimizer updates a parameter that is not the module's.
+            OperatorError: An optimizer updates a parameter that is not the module's, or that this process does not
+                hold.
         """
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.owner.clear()
@@ -80,12 +94,22 @@ class LiveState:
                 for parameter in group["params"]:
                     name = names.get(id(parameter))
                     if name is None:
-                        raise OperatorError(
-                            f"optimizer {index} ({type(optimizer).__name__}) updates a parameter of shape "
-                            f"{tuple(parameter.shape)} that is not a parameter of {type(self.module).__name__}. "
-                            "Register the module that owns it as a submodule, so that its state can be captured."
-                        )
+                        raise OperatorError(self._foreign(index, parameter))
                     self.owner[name] = index
+
+    def _foreign(self, index: int, parameter: Tensor) -> str:
+        optimizer = f"optimizer {index} ({type(self.optimizers[index]).__name__})"
+        for name, other in self.module.named_parameters():
+            if other is parameter:
+                return (
+                    f"{optimizer} updates the parameter {name!r}, which this rank does not hold. Take what other ranks "
+                    "hold out of its parameter groups before training starts."
+                )
+        return (
+            f"{optimizer} updates a parameter of shape {tuple(parameter.shape)} that is not a parameter of "
+            f"{type(self.module).__name__}. Register the module that owns it as a submodule, so that its state can be "
+            "captured."
+        )
 
     def trainable(self) -> tuple[str, ...]:
         """Names of the parameters that an optimizer updates now, in the module's order."""

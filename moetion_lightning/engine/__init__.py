@@ -5,5 +5,19 @@ from moetion_lightning.engine.identity import derive_job_id
 from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.ranks import RankLayout, Ranks
 from moetion_lightning.engine.restore import RestorePoint
+from moetion_lightning.engine.stage_link import StageLink, StageReplay, StageWork
+from moetion_lightning.engine.stage_recovery import StageReplayError
 
-__all__ = ["Engine", "LivePoint", "RankLayout", "Ranks", "RestorePoint", "RunState", "derive_job_id"]
+__all__ = [
+    "Engine",
+    "LivePoint",
+    "RankLayout",
+    "Ranks",
+    "RestorePoint",
+    "RunState",
+    "StageLink",
+    "StageReplay",
+    "StageReplayError",
+    "StageWork",
+    "derive_job_id",
+]

@@ -39,6 +39,7 @@ from moetion_lightning.engine.recovery import Recovery
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.engine.run_state import EngineState, capture_run_state
 from moetion_lightning.engine.shares import Shares
+from moetion_lightning.engine.stage_recovery import Stages
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.engine.tiers import Tiers
 from moetion_lightning.engine.token_counts import TokenCounts
@@ -97,6 +98,7 @@ class Engine:
         self._stall = 0.0
         self._started_at = 0.0
         self._said: set[str] = set()
+        self._stages = Stages(self.ranks, bus)
 
     # --- before training -----------------------------------------------------------------------------------------
 
@@ -110,10 +112,12 @@ class Engine:
         Raises:
             StoreError, HostMemoryError, JobBusyError, CorruptSnapshotError, VersionError: See the message.
         """
-        return self.tiers.open(self.living.report)
+        return self.tiers.open(self.living.report, replay_stages=self._stages.may_replay(self.policy))
 
     def find_again(self) -> RestorePoint | LivePoint | None:
         """Ranks were replaced: give up what is under way, and agree with all ranks where to continue.
+
+        Also after :meth:`restore` has raised a :class:`~.stage_recovery.StageReplayError`.
 
         Returns:
             As :meth:`open`; None if no rank has trained yet.
@@ -122,7 +126,9 @@ class Engine:
             RankLostError: Nothing is left that all ranks can reach; or another rank was lost meanwhile.
         """
         self._abandon()
-        return self.tiers.find_together(self.living.report, first=self._attached is None)
+        return self.tiers.find_together(
+            self.living.report, first=self._attached is None, replay_stages=self._stages.may_replay(self.policy)
+        )
 
     def attach(self, module: nn.Module, optimizers: Sequence[Optimizer], specs: Sequence[MoESpec] = ()) -> None:
         """Connect the module and its optimizers, before the first forward.
@@ -130,16 +136,19 @@ class Engine:
         Raises:
             OperatorError, ForeignWindowError, HostMemoryError: See the message.
         """
-        live = LiveState(module, optimizers, self.config.elementwise_optimizers)
-        if isinstance(self.tiers.point, RestorePoint):
-            self.tiers.point.check_model(live.parameters)
-        devices = list(dict.fromkeys(p.device for p in live.parameters.values())) or [torch.device("cpu")]
         layout = self.ranks.layout()
+        live = LiveState(module, optimizers, self.config.elementwise_optimizers, held=layout.parameters)
+        point = self.tiers.point
+        window = point.window if isinstance(point, LivePoint) else point
+        if window is not None:
+            window.check_model(live.parameters)
+        devices = list(dict.fromkeys(p.device for p in live.parameters.values())) or [torch.device("cpu")]
         layers = discover_layers(module, specs) if layout.layers is None else layout.layers
-        routing = TokenCounts(module, layers, counted=layout.counted)
+        routing = TokenCounts(module, layers, counted=layout.counted, held=layout.parameters)
         thread = CaptureThread(DeviceFence(devices))
         dtypes = self.precision.compute_dtype
-        shares = Shares(self.ranks, layout.holders, self.config.sharding, self.bus)
+        holders = {name: ranks for name, ranks in layout.holders.items() if name in live.parameters}
+        shares = Shares(self.ranks, holders, self.config.sharding, self.bus)
         planner = WindowPlanner(
             live, routing, self.tiers, self.pace, dtypes, self.bus, self.say_once, self.ranks, shares, layout
         )
@@ -173,9 +182,10 @@ class Engine:
         """
         attached = self._need()
         if self.config.skip_frozen_gradients and not self.ranks.alone:
+            where = "no effect" if self.ranks.link() is None else "an effect only where a stage is replayed alone"
             self.say_once(
-                "skip_frozen_gradients=True has no effect in a job of several ranks: their gradients are summed. "
-                "Replays compute them all."
+                f"skip_frozen_gradients=True has {where} in a job of several ranks: their gradients are summed. "
+                "Replays of all ranks together compute them all."
             )
         tensors = self._flatten(run_state).tensors
         device = next((p.device for p in attached.live.parameters.values()), torch.device("cpu"))
@@ -189,6 +199,7 @@ class Engine:
         self.tiers.forget_windows()
         self.precision.enabled = self.precision.enabled and self.policy.name == "sparse"
         self.precision.start(self._need().live)
+        self._stages.begin(self.iteration + 1)
         self._note_boundary(run_state)
         self._started_at = time.perf_counter()
 
@@ -196,7 +207,12 @@ class Engine:
         """Put the state of the restore point's first iteration in place: before the first forward.
 
         The adapter has put its own part back already. What follows is a replay of ``num_slots - 1`` iterations, driven
-        by :meth:`boundary`.
+        by :meth:`boundary`. After a :class:`LivePoint` nothing follows: lost stages of a pipeline replay in here.
+
+        Raises:
+            StageReplayError: On all ranks: a stage's replay was not exact. Call :meth:`find_again`, put the adapter's
+                part of what it returns in place, and come here again.
+            RankLostError: Another rank was lost meanwhile.
         """
         attached, point = self._need(), self.tiers.point
         assert point is not None
@@ -212,12 +228,14 @@ class Engine:
             self._continue(point, state, run_state)
         else:
             self._replay(point, state, run_state)
+        self._stages.failed = False
         self._started_at = time.perf_counter()
 
     def _replay(self, point: RestorePoint, state: EngineState, run_state: RunState) -> None:
         attached = self._need()
         self.living.replaced()
         self.iteration = point.manifest.first_iteration
+        self._stages.begin(self.iteration + 1)
         known = attached.live.parameters
         slots, carried = point.slots(known), point.carried(known)
         skip = self._skips_gradients
@@ -240,15 +258,35 @@ class Engine:
         self.iteration = point.boundary.iteration
         state.apply_structure(attached.live)
         exchange_model_state(attached.live, point.sources, self.ranks.control.rank)
+        if point.replays:
+            self._replay_stages(point, state, run_state)
+        self._stages.begin(self.iteration + 1)
         state.apply(attached.live, run_state.generators())
         self.precision.compute_dtype.update(state.compute_dtype)
-        if attached.writer.newest is None and self.tiers.host.windows():  # of the process whose place this one takes
+        manifest = None
+        if point.window is not None and point.window.tier is self.tiers.host:
+            manifest = point.window.manifest
+        elif attached.writer.newest is None and self.tiers.host.windows():  # of the process whose place this one takes
             manifest = self.tiers.host.read_manifest(self.tiers.host.windows()[0])
+        if manifest is not None:
             attached.writer.adopt(manifest)
             self.tiers.offer_again(manifest)
         self.tiers.release_point()
         self.bus.emit(RestoreApplied(iteration=self.iteration, replay=0, seconds=time.perf_counter() - started))
         self._note_boundary(run_state, advance=False)
+
+    def _replay_stages(self, point: LivePoint, state: EngineState, run_state: RunState) -> None:
+        """Lost stages replay; structure and token counts are those of the living state again afterwards."""
+        attached = self._need()
+        skip = self.config.skip_frozen_gradients and self.may_skip_gradients
+        error = self._stages.replay(point, attached, run_state.generators(), skip=skip)
+        if error is not None:
+            self._say(str(error), warning=True)
+            raise error
+        if point.window is not None:
+            self.witness.take()
+            attached.routing.load_state(state)
+            state.apply_structure(attached.live)
 
     def record_loss(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch, for the witness (0-d tensor; read later, on another thread)."""
@@ -284,10 +322,12 @@ class Engine:
                 attached.steps.take()
                 self.bus.emit(StepSkipped(iteration=self.iteration))
                 self.witness.take()
+                self._stages.begin(self.iteration + 1)
                 self._note_boundary(run_state)
             return False
         steps = attached.steps.take()
         self.iteration += 1
+        self._stages.begin(self.iteration + 1)
         now = time.perf_counter()
         seconds, stall = now - self._started_at, self._stall
         self._started_at, self._stall = now, 0.0
@@ -456,6 +496,7 @@ class Engine:
                 attached.planner.forget_static()
                 self.tiers.offer_again(attached.writer.newest)
             attached.writer.drop_older(agreed.newest)
+            self._stages.free(agreed.newest, self.tiers.host)
             self.tiers.agreed(agreed.newest, persist=agreed.persist)
         if agreed.behind:  # a rank still commits its last window, or copies it to its peers
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from moetion_lightning.distributed.restore_choice import (
     Live,
     Nothing,
     RankReport,
+    Replay,
     Rollback,
     Source,
     Window,
@@ -27,7 +28,7 @@ from moetion_lightning.store.format import Manifest
 from moetion_lightning.store.host_memory import HostMemoryTier
 from moetion_lightning.store.tier import Tier
 
-__all__ = ["GroupRestore", "LiveReport", "Part"]
+__all__ = ["Found", "GroupRestore", "LiveReport", "Part"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,19 @@ class Part:
     manifest: Manifest
     tier: Tier
     origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Where all ranks continue.
+
+    Args:
+        choice: What they chose.
+        parts: The windows that this rank restores, its own first; empty if it has its state, or gets it from another.
+    """
+
+    choice: Live | Rollback
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +68,11 @@ class LiveReport:
     live: int | None = None
     boundaries: tuple[Boundary, ...] = ()
     copies: tuple[int, ...] = ()
+
+    @property
+    def iteration(self) -> int | None:
+        """Iterations that are complete in the state that the process holds."""
+        return next((b.iteration for b in self.boundaries if b.serial == self.live), None)
 
 
 class GroupRestore:
@@ -73,25 +92,25 @@ class GroupRestore:
         self._disk = disk
         self._problems: list[str] = []
 
-    def find(self, live: LiveReport) -> Live | list[Part] | None:
+    def find(self, live: LiveReport, *, replay_stages: bool) -> Found | None:
         """Choose, and read this rank's part.
 
         Args:
             live: What this process holds besides windows.
+            replay_stages: Whether stages of a pipeline may be replayed alone; they are if all ranks say so.
 
         Returns:
-            The choice to go on from live state; or the windows to restore, this rank's own first; or None if there is
-            no trace of an earlier run.
+            The choice, and this rank's part of the windows in it; None if there is no trace of an earlier run.
 
         Raises:
             StateLostError: There were windows, but none that all ranks can reach; says what is lost.
             RankLostError: There was state, but no window yet.
             ForeignWindowError: A window is of a run with another number of ranks.
         """
-        reports = self._reports(live)
+        reports, replay_stages = self._reports(live, replay_stages)
         excluded: set[Excluded] = set()
         while True:
-            choice = choose(reports, frozenset(excluded))
+            choice = choose(reports, frozenset(excluded), replay_stages=replay_stages)
             if isinstance(choice, Nothing):
                 if not choice.fresh and any(r.memory or r.held or r.disk for r in reports):
                     raise StateLostError(choice.reason)
@@ -100,16 +119,39 @@ class GroupRestore:
                 self._refuse_if_all_is_lost()
                 self._refuse_if_unreadable()
                 return None
-            if isinstance(choice, Live):
-                return choice
-            parts, problems = self._read(choice)
+            mine = self._mine(choice)
+            if isinstance(choice, Live) and not any(choice.replays):
+                return Found(choice=choice)
+            parts, problems = ([], []) if mine is None else self._read(mine)
             bad = [item for answer in self._ranks.agree("read", problems) for item in answer]
             if not bad:
-                self._drop_later(choice.window)
-                return parts
+                self._settle(choice)
+                return Found(choice=choice, parts=tuple(parts))
             excluded.update(Excluded(owner, tier, rank, last) for owner, tier, rank, last in bad)
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _mine(self, choice: Live | Rollback) -> Replay | None:
+        """What this rank restores."""
+        rank = self._host.rank
+        if isinstance(choice, Live):
+            return choice.replays[rank]
+        return Replay(window=choice.window, sources=choice.sources[rank])
+
+    def _settle(self, choice: Live | Rollback) -> None:
+        """The choice stands."""
+        if isinstance(choice, Rollback):
+            _log.log(
+                logging.INFO if choice.reason and self._host.rank == 0 else logging.DEBUG,
+                "all ranks go back to the window of iterations %d..%d. %s",
+                choice.window.first, choice.window.last, choice.reason,
+            )  # fmt: skip
+            self._drop_later(choice.window, [self._host, *self._peers.held().values(), *self._disks()])
+            return
+        mine = choice.replays[self._host.rank]
+        if mine is not None:
+            # Those of this rank only, which proved unusable: other ranks go on, and keep theirs.
+            self._drop_later(mine.window, [self._host])
 
     def _refuse_if_all_is_lost(self) -> None:
         """Processes that are all new find nothing, as at the start of a job. Only the store knows better."""
@@ -143,7 +185,8 @@ class GroupRestore:
                 "cause, or start anew: give the run another job_id, or delete these windows."
             )
 
-    def _reports(self, live: LiveReport) -> list[RankReport]:
+    def _reports(self, live: LiveReport, replay_stages: bool) -> tuple[list[RankReport], bool]:
+        """What every rank has, and whether all of them let stages be replayed alone."""
         rank = self._ranks.control.rank
         memory, disk = self._windows(self._host), {} if self._disk is None else self._windows(self._disk)
         held = {owner: self._windows(tier) for owner, tier in self._peers.held().items()}
@@ -156,29 +199,36 @@ class GroupRestore:
                 shares.setdefault(owner, {owner}).update(ranks)
         mine = tuple(sorted(shares.get(rank, {rank})))
         on_disk = {owner: _ages(self._windows(self._disk_of(owner))) for owner in mine if self._disk is not None}
+        link = self._ranks.link()
         report = RankReport(
             rank=rank,
             shares=mine,
             live=live.live,
+            live_iteration=live.iteration,
             journal=() if live.live is not None else tuple(b.serial for b in live.boundaries),
             memory=_ages(memory),
             held={owner: _ages(found) for owner, found in held.items()},
             disk=on_disk,
             copies=live.copies,
+            stage=None if link is None else link.stage,
+            logged=None if link is None or live.live is None else link.logged(),
         )
         world = self._ranks.control.world_size
         foreign = sorted({m.world_size for _, m in seen if m.world_size != world})
-        answers = self._ranks.agree("reports", [report.to_json(), foreign])
-        sizes = sorted({size for _, sizes in answers for size in sizes})
+        answers = self._ranks.agree("reports", [report.to_json(), foreign, replay_stages])
+        sizes = sorted({size for _, sizes, _ in answers for size in sizes})
         if sizes:
             raise ForeignWindowError(
                 f"job {self._host.job!r} has windows of a run with {sizes[0]} ranks, this one has {world}. Start as "
                 "many ranks as before, or start afresh with resume='never' or another job_id."
             )
-        reports = [RankReport.from_json(answer) for answer, _ in answers]
+        reports = [RankReport.from_json(answer) for answer, _, _ in answers]
         if all(report.live is None for report in reports):  # run states alone continue nothing
             reports = [dataclasses.replace(report, journal=()) for report in reports]
-        return reports
+        return reports, all(allowed for _, _, allowed in answers)
+
+    def _disks(self) -> list[Tier]:
+        return [] if self._disk is None else [self._disk]
 
     def _disk_of(self, owner: int) -> DirectoryTier:
         assert self._disk is not None
@@ -186,11 +236,10 @@ class GroupRestore:
             return self._disk
         return self._disk.of_rank(owner)
 
-    def _read(self, choice: Rollback) -> tuple[list[Part], list[list[Any]]]:
+    def _read(self, choice: Replay) -> tuple[list[Part], list[list[Any]]]:
         rank, last = self._host.rank, choice.window.last
         parts, problems = [], []
-        sources = sorted(choice.sources[rank], key=lambda source: source.owner != rank)
-        for source in sources:
+        for source in sorted(choice.sources, key=lambda source: source.owner != rank):
             try:
                 tier = self._tier_of(source, last)
                 manifest = tier.read_manifest(last)
@@ -213,9 +262,8 @@ class GroupRestore:
             return self._disk_of(source.owner)
         return self._host if source.owner == self._host.rank else self._peers.held()[source.owner]
 
-    def _drop_later(self, window: Window) -> None:
+    def _drop_later(self, window: Window, tiers: Sequence[Tier]) -> None:
         """Later windows belong to a course that is given up: with another rank's, they could later look common."""
-        tiers: list[Tier] = [self._host, *self._peers.held().values(), *([self._disk] if self._disk else [])]
         for tier in tiers:
             for iteration in tier.windows():
                 if iteration > window.last:

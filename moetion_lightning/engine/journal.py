@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from moetion_lightning.distributed.rank_report import Window
+from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.errors import MoEtionError
 from moetion_lightning.store.tree import FlatTree, load_tree
 
@@ -49,15 +51,20 @@ class Boundary:
 
 @dataclass(frozen=True, kw_only=True)
 class LivePoint:
-    """Continue from living state: nothing is replayed.
+    """Continue from living state: nothing is replayed, but for stages of a pipeline of which no rank lives.
 
     Args:
         boundary: This rank's run state.
-        sources: For each rank, the rank that sends it its model state, or None: it has it.
+        sources: For each rank, the rank that sends it its model state, or None: it has it, or replays.
+        replays: By rank that replays: the window that it restores. All of them replay up to the iteration of the
+            boundary.
+        window: Where this rank restores from, if it replays.
     """
 
     boundary: Boundary
     sources: tuple[int | None, ...]
+    replays: Mapping[int, Window] = field(default_factory=dict)
+    window: RestorePoint | None = None
 
     @property
     def name(self) -> str:

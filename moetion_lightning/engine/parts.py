@@ -10,11 +10,12 @@ from moetion_lightning.core.capture import CaptureThread
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.planner import WindowPlanner
 from moetion_lightning.engine.shares import Shares
+from moetion_lightning.engine.stage_link import StageLink, StageReplay, StageWork
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.engine.token_counts import TokenCounts
 from moetion_lightning.engine.writer import WindowWriter
 
-__all__ = ["Attached", "RunState"]
+__all__ = ["Attached", "RunState", "StageLink", "StageReplay", "StageWork"]
 
 
 class RunState(Protocol):

@@ -154,7 +154,7 @@ class WindowPlanner:
             bytes_per_second=agreed.bytes_per_second,
             capacity_bytes=agreed.capacity_bytes,
             newest=newest,
-            experts=self._experts(),
+            experts=self._experts(policy),
             agree=self._ranks.agree,
         )
         plan = policy.plan(context)
@@ -171,7 +171,7 @@ class WindowPlanner:
         self._routing.captured(plan, iteration)
         return plan
 
-    def _experts(self) -> dict[str, tuple[int, ...]]:
+    def _experts(self, policy: Policy) -> dict[str, tuple[int, ...]]:
         """Experts of each layer on all ranks together."""
         if self._layout.layers is not None:
             return {layer.name: tuple(range(layer.num_experts)) for layer in self._layout.layers}
@@ -179,6 +179,11 @@ class WindowPlanner:
         for op in self.operators.operators:
             if op.layer is not None and op.expert is not None:
                 found.setdefault(op.layer, set()).add(op.expert)
+        if self._layout.parameters is not None and isinstance(policy, PartialExpertsPolicy):  # no other one asks
+            mine = {layer: sorted(experts) for layer, experts in found.items()}
+            for answer in self._ranks.agree("experts", mine):
+                for layer, experts in answer.items():
+                    found.setdefault(layer, set()).update(experts)
         return {layer: tuple(sorted(experts)) for layer, experts in found.items()}
 
     def check_room(self, plan: WindowPlan) -> None:
@@ -247,6 +252,7 @@ class WindowPlanner:
             trainable=live.trainable(),
             sliceable=live.is_elementwise,
             offsets=self._layout.offsets,
+            held=self._layout.parameters,
         )
         self._bus.emit(
             OperatorsFound(

@@ -8,6 +8,7 @@ from typing import Any
 
 from moetion_lightning.core.layouts import MoELayer
 from moetion_lightning.distributed.control import Control, SingleRank
+from moetion_lightning.engine.stage_link import StageLink
 
 __all__ = ["Agreed", "RankLayout", "Ranks"]
 
@@ -17,16 +18,21 @@ class RankLayout:
     """How the training state lies over the ranks. The default: one rank holds everything.
 
     Args:
-        holders: Ranks that hold an identical copy of each parameter (of its local shard), by name.
+        holders: Ranks that hold an identical copy of each parameter (of its local shard), by name. Two sets of ranks
+            may hold different parameters of one name: shards, or a tied parameter that two stages have.
         offsets: Global row of the first local row of each distributed parameter, by name.
         counted: Whether this rank's tokens count (not, where another rank sees the same ones: tensor parallelism).
-        layers: MoE layers as they were before the experts were spread over the ranks; None: look for them.
+        layers: MoE layers as they were before the experts were spread over the ranks; None: look for them. All ranks
+            name the same ones, also those of which they hold nothing.
+        parameters: Names of the parameters that this rank holds (tied ones by their first name); the module's others
+            are placeholders of the right shape that no optimizer updates. None: all.
     """
 
     holders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     offsets: Mapping[str, int] = field(default_factory=dict)
     counted: bool = True
     layers: Sequence[MoELayer] | None = None
+    parameters: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,7 @@ class Ranks:
         address: Address on which this rank serves others; empty: the node's.
         elastic: Whether lost ranks are replaced while the others live on.
         replaced: Whether this process itself replaces a lost one.
+        link: Gives the seam to the stages of a pipeline; None without one.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class Ranks:
         address: str = "",
         elastic: bool = False,
         replaced: bool = False,
+        link: Callable[[], StageLink | None] = lambda: None,
     ) -> None:
         self.control: Control = control if control is not None else SingleRank()
         self.layout = layout
@@ -89,6 +97,7 @@ class Ranks:
         self.address = address
         self.elastic = elastic
         self.replaced = replaced
+        self.link = link
 
     @property
     def alone(self) -> bool:

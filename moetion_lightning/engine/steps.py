@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +51,7 @@ class StepWatcher:
         self._groups: dict[int, list[dict[str, Any]]] = {}
         self._optimizers = tuple(optimizers)
         self._handles: list[Any] = []
+        self._inert = False
         for index, optimizer in enumerate(self._optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._pre_hook(index)))
             self._handles.append(optimizer.register_step_post_hook(self._post_hook(index)))
@@ -63,6 +65,15 @@ class StepWatcher:
         """A step is about to be tried; a gradient scaler may never call the optimizer."""
         self.attempts += 1
 
+    @contextlib.contextmanager
+    def inert(self) -> Iterator[None]:
+        """Steps that are made meanwhile are no steps of the training: nothing is called or counted."""
+        self._inert = True
+        try:
+            yield
+        finally:
+            self._inert = False
+
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
@@ -71,6 +82,8 @@ class StepWatcher:
 
     def _pre_hook(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            if self._inert:
+                return None
             if index not in self._groups:
                 self._groups[index] = [_settings(group) for group in optimizer.param_groups]
             changed = self._with_holding_closure(args, kwargs) if self._closure_first[index] else None
@@ -103,6 +116,8 @@ class StepWatcher:
 
     def _post_hook(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if self._inert:
+                return
             self._done()
             found_inf = getattr(optimizer, "found_inf", None)
             if isinstance(found_inf, Tensor) and bool(found_inf.item()):

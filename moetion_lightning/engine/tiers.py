@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from moetion_lightning.config import EngineConfig, default_memory_dir
-from moetion_lightning.distributed.restore_choice import Live
+from moetion_lightning.distributed.restore_choice import Live, Rollback
 from moetion_lightning.distributed.stable_store import STORE_ERRORS
-from moetion_lightning.engine.group_restore import GroupRestore, LiveReport
+from moetion_lightning.engine.group_restore import GroupRestore, LiveReport, Part
 from moetion_lightning.engine.journal import Journal, LivePoint
 from moetion_lightning.engine.peers import Peers
 from moetion_lightning.engine.persist import Persister
@@ -67,22 +67,23 @@ class Tiers:
         self._persister: Persister | None = None
         self._opened = False
 
-    def open(self, report: Callable[[], LiveReport]) -> RestorePoint | LivePoint | None:
+    def open(self, report: Callable[[], LiveReport], *, replay_stages: bool) -> RestorePoint | LivePoint | None:
         """Open the tiers; find and verify the newest window of this job.
 
         Args:
             report: Says what this process holds besides windows.
+            replay_stages: Whether stages of a pipeline may be replayed alone.
         """
         # A process whose place this one takes may take a while to die.
         self.host.open(wait_seconds=_ALONE_SECONDS if self._ranks.alone else _REPLACED_SECONDS)
         self._opened = True
         try:
-            return self._find(report)
+            return self._find(report, replay_stages)
         except BaseException:  # another attempt opens everything again
             self._let_go(completed=False)
             raise
 
-    def _find(self, report: Callable[[], LiveReport]) -> RestorePoint | LivePoint | None:
+    def _find(self, report: Callable[[], LiveReport], replay_stages: bool) -> RestorePoint | LivePoint | None:
         for stale in clean_stale(
             self.host.base_dir, older_than_seconds=self._config.stale_after_seconds, keep=(self.host.job,)
         ):
@@ -93,17 +94,20 @@ class Tiers:
         if not self._ranks.alone:
             if self.peers is None:
                 self.peers = Peers(self._config, self._ranks, self.host, self._bus)
-            return self.find_together(report, first=True)
+            return self.find_together(report, first=True, replay_stages=replay_stages)
         if self._config.resume == "never":
             return None
         return self._announce(self._choose_alone())
 
-    def find_together(self, report: Callable[[], LiveReport], *, first: bool) -> RestorePoint | LivePoint | None:
+    def find_together(
+        self, report: Callable[[], LiveReport], *, first: bool, replay_stages: bool
+    ) -> RestorePoint | LivePoint | None:
         """All ranks: agree where to continue, at the start and whenever ranks were replaced.
 
         Args:
             report: Says what this process holds besides windows.
             first: Whether this process starts now.
+            replay_stages: Whether stages of a pipeline may be replayed alone.
         """
         assert self.peers is not None
         if self._persister is not None:
@@ -115,18 +119,28 @@ class Tiers:
             return None
         restore = GroupRestore(self._ranks, self.peers, self.host, self._usable_disk())
         mine = report()
-        found = restore.find(mine)
-        if isinstance(found, Live):
-            boundary = next(b for b in mine.boundaries if b.serial == found.iteration)
-            self.origin = "live state" if found.sources[self.host.rank] is None else "live state of a replica"
-            for newest in self.host.windows()[:1]:  # the peers may be others now
-                self.offer_again(self.host.read_manifest(newest))
-            return self._announce(LivePoint(boundary=boundary, sources=found.sources))
+        found = restore.find(mine, replay_stages=replay_stages)
         if found is None:
             return None
-        own, *others = found
-        self.origin = own.origin
-        return self._announce(RestorePoint(own.manifest, own.tier, [(part.manifest, part.tier) for part in others]))
+        window, origin = _opened(found.parts)
+        if isinstance(found.choice, Rollback):
+            assert window is not None  # every rank reads its part
+            self.origin = origin
+            return self._announce(window)
+        return self._announce(self._live_point(found.choice, window, origin, mine))
+
+    def _live_point(self, choice: Live, window: RestorePoint | None, origin: str, mine: LiveReport) -> LivePoint:
+        self.origin = "live state" if choice.sources[self.host.rank] is None else "live state of a replica"
+        if window is not None:
+            self.origin = f"stage replayed from its neighbours' logs, from a window in {origin}"
+        for newest in self.host.windows()[:1]:  # the peers may be others now
+            self.offer_again(self.host.read_manifest(newest))
+        return LivePoint(
+            boundary=next(b for b in mine.boundaries if b.serial == choice.iteration),
+            sources=choice.sources,
+            replays={rank: replay.window for rank, replay in enumerate(choice.replays) if replay is not None},
+            window=window,
+        )
 
     def _usable_disk(self) -> DirectoryTier | None:
         if self.disk is not None and self.disk.completed:
@@ -149,12 +163,13 @@ class Tiers:
         self.point = point
         if isinstance(point, LivePoint):
             _log.info("rank %d continues after iteration %d: %s", self.host.rank, point.boundary.iteration, self.origin)
+            window = None if point.window is None else point.window.manifest
             self._bus.emit(
                 RestoreStarted(
-                    first_iteration=point.boundary.iteration,
-                    last_iteration=point.boundary.iteration,
+                    first_iteration=point.boundary.iteration if window is None else window.first_iteration,
+                    last_iteration=point.boundary.iteration if window is None else window.last_iteration,
                     tier=self.origin,
-                    nbytes=0,
+                    nbytes=0 if point.window is None else point.window.nbytes,
                 )
             )
         if not isinstance(point, RestorePoint):
@@ -307,3 +322,11 @@ class Tiers:
             self.host.close()
             if self.disk is not None:
                 self.disk.close()
+
+
+def _opened(parts: Sequence[Part]) -> tuple[RestorePoint | None, str]:
+    """A restore point of windows that were read, and where this rank's own came from."""
+    if not parts:
+        return None, ""
+    own, *others = parts
+    return RestorePoint(own.manifest, own.tier, [(part.manifest, part.tier) for part in others]), own.origin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,23 @@ class TokenCounts:
         module: The module that trains.
         layers: Its MoE layers, candidates included.
         counted: Whether the tokens of this rank count (not, where another rank sees the same ones).
+        held: Names of the parameters that this rank holds; tokens of layers of which it holds nothing are counted by
+            other ranks, even if a stand-in for their router is called here. None: all.
     """
 
-    def __init__(self, module: nn.Module, layers: Sequence[MoELayer], *, counted: bool = True) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Sequence[MoELayer],
+        *,
+        counted: bool = True,
+        held: Container[str] | None = None,
+    ) -> None:
         self.layers: tuple[MoELayer, ...] = tuple(layers)
         self._counted = counted
-        self._counter = TokenCounter(module, layers)
+        mine = self.layers if held is None else _held_layers(layers, module, held)
+        self._held = frozenset(layer.name for layer in mine)
+        self._counter = TokenCounter(module, mine)
         self._settled = not layers
         self._pending: list[Tensor] = []
         self.popularity = self._new_popularity()
@@ -64,7 +75,7 @@ class TokenCounts:
         """After the first iteration the layers are confirmed by what ran. Returns whether that changed them.
 
         Args:
-            agree: Gives every rank's value: a layer is one if all ranks found it.
+            agree: Gives every rank's value: a layer is one if all ranks that hold it found it.
         """
         if self._settled:
             return False
@@ -72,9 +83,15 @@ class TokenCounts:
         self._counter.settle()
         for layer, reason in self._counter.rejected:
             _log.info("%s is not taken for an MoE layer: %s", layer.name, reason)
-        found = self._counter.layers
-        everywhere = [set(names) for names in agree("layers", [layer.name for layer in found])]
-        confirmed = tuple(layer for layer in found if all(layer.name in names for names in everywhere))
+        found = {layer.name: layer for layer in self._counter.layers}
+        answers = agree("layers", [sorted(self._held), list(found)])
+        votes: dict[str, list[bool]] = {}
+        for held, names in answers:
+            for name in held:
+                votes.setdefault(name, []).append(name in names)
+        # Of this rank's layers as they were found: with the places at which tokens are counted.
+        known = [found.get(layer.name, layer) for layer in self.layers]
+        confirmed = tuple(layer for layer in known if layer.name in votes and all(votes[layer.name]))
         if [layer.name for layer in confirmed] == [layer.name for layer in self.layers]:
             return False
         self.layers = confirmed
@@ -245,9 +262,26 @@ class TokenCounts:
             self.lost.stored[row, expert] = min(stored, int(self.lost.stored[row, expert]))
             self._captured[row, expert] = min(captured, int(self._captured[row, expert]))
 
+    def forget(self) -> None:
+        """What was counted since the last iteration is no part of the training: a stage was replayed."""
+        self._counter.drain()
+        self._pending = []
+
     def close(self) -> None:
         """Remove the hooks."""
         self._counter.remove()
+
+
+def _held_layers(layers: Sequence[MoELayer], module: nn.Module, held: Container[str]) -> tuple[MoELayer, ...]:
+    """The layers of whose parameters this rank holds any; a description may name a tied one differently."""
+    canonical = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {name: canonical[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+
+    def is_held(layer: MoELayer) -> bool:
+        pieces = [*layer.gate, *(piece for pieces in layer.experts for piece in pieces)]
+        return any(names.get(piece.parameter) in held for piece in pieces)
+
+    return tuple(filter(is_held, layers))
 
 
 def _saved(newest: Manifest | None, operators: tuple[Operator, ...]) -> frozenset[str]:

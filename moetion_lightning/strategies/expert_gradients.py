@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad, get_total_norm
 
+from moetion_lightning.strategies.averaging import average_gradients
 from moetion_lightning.strategies.expert_layout import ExpertGroups
 
 __all__ = ["ExpertGradients"]
-
-_BUCKET_BYTES = 64 * 2**20
 
 
 def _scaler(factor: float) -> Callable[[Tensor], Tensor]:
@@ -53,7 +52,6 @@ class ExpertGradients:
             handle.remove()
         self._handles = []
 
-    @torch.no_grad()
     def average(self) -> None:
         """Average the gradients over the replicas; an expert that no replica has used keeps none.
 
@@ -61,21 +59,8 @@ class ExpertGradients:
             All ranks of the job, together.
         """
         replicas = len(self._groups.layout.replica_ranks(self._groups.global_rank))
-        if replicas == 1:
-            return
-        for bucket in _buckets(self._parameters):
-            like = bucket[0]
-            used = torch.tensor([p.grad is not None for p in bucket], dtype=like.dtype, device=like.device)
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            flat = torch.cat([*(grad.reshape(-1) for grad in grads), used])
-            dist.all_reduce(flat, group=self._groups.replica)
-            numbers = flat[-len(bucket) :].tolist()
-            start = 0
-            for parameter, grad, number in zip(bucket, grads, numbers):
-                if number:
-                    grad.copy_((flat[start : start + grad.numel()] / replicas).view_as(grad))
-                    parameter.grad = grad
-                start += grad.numel()
+        if replicas > 1:
+            average_gradients(self._parameters, self._groups.replica, replicas)
 
     @contextlib.contextmanager
     def global_norm(self) -> Iterator[None]:
@@ -116,19 +101,3 @@ class ExpertGradients:
         rest = get_total_norm(shared, norm_type, foreach=foreach).to(device, torch.float64)
         norm: Tensor = torch.linalg.vector_norm(torch.stack([rest, *parts]), norm_type)
         return norm.to(gradients[0].dtype if gradients else torch.float32)
-
-
-def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters of one dtype in pieces of a bounded size; the same on all replicas."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for parameter in parameters:
-        kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-    for kind in kinds.values():
-        bucket: list[nn.Parameter] = []
-        for parameter in kind:
-            bucket.append(parameter)
-            if sum(p.numel() * p.element_size() for p in bucket) >= _BUCKET_BYTES:
-                yield bucket
-                bucket = []
-        if bucket:
-            yield bucket

@@ -1,4 +1,4 @@
-"""Data x expert parallel training of unchanged LightningModules."""
+"""Pipeline x data, or data x expert, parallel training of unchanged LightningModules."""
 
 from __future__ import annotations
 
@@ -28,30 +28,27 @@ from moetion_lightning.strategies.expert_gradients import ExpertGradients
 from moetion_lightning.strategies.expert_layout import ExpertGroups, ExpertLayout
 from moetion_lightning.strategies.expert_parallel import ExpertShards, ShardedLayer, plan_layers
 from moetion_lightning.strategies.expert_state import (
-    OptimizerOrder,
     gather_module_state,
     gather_optimizer_state,
     local_module_state,
+    own_rows,
 )
+from moetion_lightning.strategies.optimizer_order import OptimizerOrder
 
-__all__ = ["MoEtionStrategy"]
+__all__ = ["MoEtionStrategy", "plain_optimizer"]
 
 _logger = logging.getLogger(__name__)
 _MARK = "_moetion_expert_parallel"
 
 
 class MoEtionStrategy(DDPStrategy):
-    """Data x expert parallel training: each rank reads its own batches and holds a part of the experts.
+    """Data parallel training with the experts, or the layers, of an unchanged module spread over ranks.
 
-    The world is ``data x expert``: groups of ``expert_parallel`` neighbouring ranks share the experts of every MoE
-    layer among them, in contiguous blocks, and exchange tokens in each forward and backward pass; every other
-    parameter is replicated and averaged over all ranks as by DDPStrategy. The module is written as for one process.
-    Checkpoints are ordinary full ones, which any other strategy, or another ``expert_parallel``, can load.
-
-    With ``expert_parallel=1`` no tokens travel. Experts that are modules are still averaged apart from DDP, so that an
-    expert without tokens needs no ``find_unused_parameters``.
-
-    What it asks of a run with ``expert_parallel > 1``:
+    **Expert parallel.** The world is ``data x expert``: groups of ``expert_parallel`` neighbouring ranks share the
+    experts of every MoE layer among them, in contiguous blocks, and exchange tokens in each forward and backward pass;
+    every other parameter is replicated and averaged over all ranks as by DDPStrategy. With ``expert_parallel=1`` no
+    tokens travel; experts that are modules are still averaged apart from DDP, so that an expert without tokens needs no
+    ``find_unused_parameters``. What it asks of a run with ``expert_parallel > 1``:
 
     - Every rank runs the same number of forward passes of the module, in validation too.
     - Experts act on rows ``[..., width]`` one by one. The forward of a block that calls expert modules runs twice, and
@@ -61,12 +58,37 @@ class MoEtionStrategy(DDPStrategy):
       ``find_unused_parameters=True``.
     - From setup on the module holds this rank's experts only; a checkpoint has all of them.
 
+    **Pipeline parallel.** The world is ``pipeline x data``: global rank ``pp_rank * data_parallel_size + dp_rank``. The
+    module's own step is cut at its list of layers; each rank runs its stages on ``num_microbatches`` pieces of every
+    batch, under one of torch's schedules. The module is written as for one process, with automatic optimization; what
+    it returns and logs is per micro-batch. What it asks of a run:
+
+    - The layers are called once each, one after the other, and what follows them reads nothing else of them than their
+      last output and side values such as auxiliary losses. What cannot be cut is refused with the first batch.
+    - The loss of a batch is the mean over its micro-batches, as with gradient accumulation. ``training_step`` gives the
+      loss (further entries of a dict stay on the last stage).
+    - All ranks of a pipeline iterate their loaders; the batch of the first stage counts.
+    - From the first training batch on the module holds this rank's stages only; a checkpoint has all of them.
+
+    Checkpoints are ordinary full ones, which any other strategy, or other sizes, can load.
+
     Source:
         GShard, Lepikhin et al. 2020, section 3 (experts sharded over the data-parallel ranks, all-to-all dispatch).
+        GPipe, Huang et al. 2019; PipeDream (1F1B), Narayanan et al. 2019; Megatron-LM (interleaved 1F1B), Narayanan et
+        al. 2021; Zero Bubble, Qi et al. 2024: the schedules of torch.distributed.pipelining.
 
     Args:
         expert_parallel: Ranks that share the experts; must divide the number of ranks.
         specs: Descriptions of MoE layers that are not found by themselves.
+        pipeline_parallel_size: Ranks of a pipeline; must divide the number of ranks.
+        num_microbatches: Pieces of a batch; None: as many as the pipeline has ranks.
+        schedule: ``"1f1b"``, ``"gpipe"``, or with several ``chunks_per_rank`` ``"interleaved_1f1b"``,
+            ``"interleaved_zero_bubble"``, ``"zbv_zero_bubble"``.
+        chunks_per_rank: Stages of each rank.
+        layers: Names of the lists of layers to cut between, in the order of their calls (``"model.layers"``); None:
+            what the module's ``configure_pipeline()`` returns if it has that method, else they are found.
+        balance: Where to cut: so that stages have alike ``"parameters"``, or take alike ``"time"`` (measured with the
+            first batch), or the first layer of each stage.
         accelerator: As for DDPStrategy.
         parallel_devices: As for DDPStrategy.
         cluster_environment: As for DDPStrategy.
@@ -77,7 +99,7 @@ class MoEtionStrategy(DDPStrategy):
         **kwargs: Further arguments of DDPStrategy and DistributedDataParallel.
 
     Raises:
-        ConfigurationError: ``expert_parallel`` is not a positive integer.
+        ConfigurationError: A size is not a positive integer, or settings contradict each other.
 
     Attributes:
         joins_running_job: Set on the rank that replaces a lost one, before ``Trainer.fit``: its setup then sends and
@@ -86,10 +108,25 @@ class MoEtionStrategy(DDPStrategy):
 
     strategy_name = "moetion"
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> MoEtionStrategy:
+        """The strategy for what is asked: pipelines have a class of their own."""
+        if cls is MoEtionStrategy and (kwargs.get("pipeline_parallel_size", 1) != 1 or kwargs.get("num_microbatches")):
+            from moetion_lightning.strategies.pipeline_strategy import PipelineStrategy
+
+            return super().__new__(PipelineStrategy)
+        return super().__new__(cls)
+
     def __init__(
         self,
         expert_parallel: int = 1,
         specs: Sequence[MoESpec] = (),
+        *,
+        pipeline_parallel_size: int = 1,
+        num_microbatches: int | None = None,
+        schedule: str = "1f1b",
+        chunks_per_rank: int = 1,
+        layers: str | list[str] | None = None,
+        balance: str | list[int] = "parameters",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -99,9 +136,15 @@ class MoEtionStrategy(DDPStrategy):
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(expert_parallel, int) or isinstance(expert_parallel, bool) or expert_parallel < 1:
+        _check_sizes(
+            expert_parallel=expert_parallel,
+            pipeline_parallel_size=pipeline_parallel_size,
+            num_microbatches=1 if num_microbatches is None else num_microbatches,
+            chunks_per_rank=chunks_per_rank,
+        )
+        if isinstance(balance, str) and balance not in ("parameters", "time"):
             raise ConfigurationError(
-                f"MoEtionStrategy(expert_parallel={expert_parallel!r}): expected a number of ranks >= 1"
+                f"MoEtionStrategy(balance={balance!r}): expected 'parameters', 'time', or the first layer of each stage"
             )
         super().__init__(
             accelerator=accelerator,
@@ -114,6 +157,12 @@ class MoEtionStrategy(DDPStrategy):
             **kwargs,
         )
         self.expert_parallel = expert_parallel
+        self.pipeline_parallel_size = pipeline_parallel_size
+        self.num_microbatches = pipeline_parallel_size if num_microbatches is None else num_microbatches
+        self.schedule = schedule
+        self.chunks_per_rank = chunks_per_rank
+        self.layers = layers
+        self.balance = balance
         self.joins_running_job = False
         self._specs = tuple(specs)
         self._groups: ExpertGroups | None = None
@@ -125,7 +174,9 @@ class MoEtionStrategy(DDPStrategy):
     @classmethod
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
         """Make the strategy known to Trainer as ``"moetion"``."""
-        strategy_registry.register(cls.strategy_name, cls, description="Data x expert parallel training of MoE models")
+        strategy_registry.register(
+            cls.strategy_name, cls, description="Pipeline, expert and data parallel training of MoE models"
+        )
 
     # --- what others may ask ---------------------------------------------------------------------------------------
 
@@ -133,6 +184,11 @@ class MoEtionStrategy(DDPStrategy):
     def layout(self) -> ExpertLayout:
         """Which rank is where; computed, so that it may be asked without process groups."""
         return ExpertLayout(world_size=self.world_size, expert_parallel=self.expert_parallel)
+
+    @property
+    def spreads_state(self) -> bool:
+        """Whether a rank holds a part of the module only, and ordinary checkpoints are gathered."""
+        return self.expert_parallel > 1
 
     @property
     def expert_layers(self) -> tuple[ShardedLayer, ...]:
@@ -244,8 +300,10 @@ class MoEtionStrategy(DDPStrategy):
             super().setup_optimizers(trainer)
         finally:
             shards.show_placeholders(False)
+        names = shards.names_by_id()
         self._orders = {
-            id(_plain(optimizer)): OptimizerOrder(_plain(optimizer), shards) for optimizer in self.optimizers
+            id(plain_optimizer(optimizer)): OptimizerOrder(plain_optimizer(optimizer), names, shards.is_placeholder)
+            for optimizer in self.optimizers
         }
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
@@ -343,7 +401,7 @@ class MoEtionStrategy(DDPStrategy):
         spread = self._spread_state()
         if spread is None or self._local_state:
             return state
-        order = self._orders[id(_plain(optimizer))]
+        order = self._orders[id(plain_optimizer(optimizer))]
         return gather_optimizer_state(spread[0], order, state, spread[1], self.root_device)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -365,12 +423,19 @@ class MoEtionStrategy(DDPStrategy):
         """
         if self._spread_state() is not None and self._shards is not None:
             states = [
-                self._orders[id(_plain(optimizer))].cut(state, self._shards)
+                self._orders[id(plain_optimizer(optimizer))].cut(state, own_rows(self._shards))
                 for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"])
             ]
             checkpoint = {**checkpoint, "optimizer_states": states}
         super().load_optimizer_state_dict(checkpoint)
 
 
-def _plain(optimizer: Optimizer) -> Optimizer:
+def _check_sizes(**sizes: object) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigurationError(f"MoEtionStrategy({name}={value!r}): expected a number >= 1")
+
+
+def plain_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer without Lightning's wrapper."""
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

@@ -18,7 +18,7 @@ from tests.runs.ranks import TIMEOUT_SECONDS, Ended, environments, suffix
 #: What a run without callbacks knows nothing of.
 _OF_CAPTURES = (
     *("policy", "policy_args", "engine_args", "persist", "break", "kill"),
-    *("slow_sink", "slow_holders", "count_windows", "hosts"),
+    *("slow_sink", "slow_holders", "count_windows", "hosts", "boundary_log"),
 )
 ROOT = Path(__file__).resolve().parents[2]
 

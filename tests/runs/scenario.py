@@ -25,6 +25,7 @@ from moetion_lightning.testing.compare import flatten_state, write_state
 from moetion_lightning.testing.faults import KillAt
 from tests.runs import compiled, network, variants
 from tests.runs.data import Samples, make_loader
+from tests.runs.decoder import Decoder
 from tests.runs.models import Automatic, Manual, Sharded
 from tests.runs.ranks import suffix
 
@@ -69,6 +70,12 @@ DEFAULTS: dict[str, Any] = {
     "strategy": "",
     "strategy_args": {},
     "expert_parallel": 1,
+    "pipeline": {},  # settings of a pipeline, for the strategy "moetion"
+    "boundary_log": None,  # settings of StageBoundaryLogging
+    "num_layers": 6,
+    "dropout": 0.1,
+    "tied": False,
+    "frozen_front": False,
     "width": 16,
     "num_experts": 4,
 }
@@ -140,7 +147,7 @@ def _callbacks(spec: dict[str, Any], out: Path) -> list[Any]:
 
 def _module(spec: dict[str, Any]) -> pl.LightningModule:
     if spec["module"]:
-        kind = {**variants.MODULES, **compiled.MODULES}[spec["module"]]
+        kind = {**variants.MODULES, **compiled.MODULES, "decoder": Decoder}[spec["module"]]
     else:
         kind = Manual if spec["manual"] else Automatic
     if spec["strategy"] == "fsdp2":
@@ -162,7 +169,7 @@ def _strategy(spec: dict[str, Any]) -> Any:
     if spec["strategy"] == "moetion":
         from moetion_lightning.strategies import MoEtionStrategy
 
-        return MoEtionStrategy(expert_parallel=spec["expert_parallel"], **common, **given)
+        return MoEtionStrategy(expert_parallel=spec["expert_parallel"], **spec["pipeline"], **common, **given)
     raise ValueError(f"strategy {spec['strategy']!r}: expected 'ddp', 'fsdp2' or 'moetion'")
 
 
@@ -195,7 +202,9 @@ def _capturing(spec: dict[str, Any], out: Path) -> list[Any]:
     callback = kinds[spec["policy"]](**spec["policy_args"], **common)
     more = {k: v.format(**spec) if isinstance(v, str) else v for k, v in spec["engine_args"].items()}
     callback.config = dataclasses.replace(callback.config, **more)
-    return [callback]
+    if spec["boundary_log"] is None:
+        return [callback]
+    return [callbacks.StageBoundaryLogging(**spec["boundary_log"]), callback]
 
 
 def _slow(kind: str) -> Callable[[Event], None]:

@@ -1,0 +1,224 @@
+"""What each rank of a job still has after a failure, and where others read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from moetion_lightning.errors import ConfigurationError
+
+__all__ = ["Excluded", "RankReport", "Source", "Window", "check_reports", "named_ranks"]
+
+Tier: TypeAlias = Literal["memory", "peer", "disk"]
+
+#: Ranges of ranks that a message lists before it only counts them.
+_LISTED = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A committed window.
+
+    Args:
+        first: Its first iteration, whose whole state it holds.
+        last: Its last iteration, whose dense state a replay ends in.
+    """
+
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        if self.first > self.last:
+            raise ConfigurationError(f"window {self.first}..{self.last}: expected first <= last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """What one rank still has. A rank whose process is new reports for itself, with what its predecessor left.
+
+    ``live`` and ``journal`` count *boundaries*, the states between two iterations. A skipped optimizer step gives a
+    boundary too, so they run ahead of the iterations, which windows and boundary records are counted in.
+
+    Args:
+        rank: The rank.
+        live: Number of the boundary whose dense, consistent state the process holds; None for a new process, and for
+            one whose state is partly overwritten.
+        live_iteration: Iterations that are complete in that state; needed where ``stage`` is given.
+        journal: Boundaries for which a new process can reach this rank's own run state (RNG, data position, counters).
+        memory: This rank's own windows in its own host memory.
+        held: Windows of other ranks that this rank holds in its host memory as replicas, by owner.
+        disk: Windows on storage that this rank can read, by owner: its own, and with shared storage those of its
+            ``shares``.
+        shares: The ranks whose windows together make this rank whole, itself included: replicated state is captured
+            once and spread over them.
+        copies: Other ranks that hold an identical copy of all of this rank's model state. Empty when a part of it is
+            only here.
+        stage: Which place of the pipeline this rank has; ranks of one place are data-parallel replicas, and ranks of
+            different places that are at the same position among them form a pipeline. None without a pipeline.
+        logged: First and last iteration for which this living rank can serve whole boundary records, to the stages
+            before and after it; None if there are none.
+    """
+
+    rank: int
+    shares: tuple[int, ...]
+    live: int | None = None
+    live_iteration: int | None = None
+    journal: tuple[int, ...] = ()
+    memory: tuple[Window, ...] = ()
+    held: Mapping[int, tuple[Window, ...]] = field(default_factory=dict)
+    disk: Mapping[int, tuple[Window, ...]] = field(default_factory=dict)
+    copies: tuple[int, ...] = ()
+    stage: int | None = None
+    logged: tuple[int, int] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """This report as plain JSON values."""
+        return {
+            "rank": self.rank,
+            "live": self.live,
+            "live_iteration": self.live_iteration,
+            "journal": list(self.journal),
+            "memory": _windows_to_json(self.memory),
+            "held": {str(owner): _windows_to_json(windows) for owner, windows in self.held.items()},
+            "disk": {str(owner): _windows_to_json(windows) for owner, windows in self.disk.items()},
+            "shares": list(self.shares),
+            "copies": list(self.copies),
+            "stage": self.stage,
+            "logged": None if self.logged is None else list(self.logged),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RankReport:
+        """The report that :meth:`to_json` described.
+
+        Raises:
+            ConfigurationError: An entry is missing or of another form: the ranks run different versions.
+        """
+        try:
+            return cls(
+                rank=int(value["rank"]),
+                live=_optional(value["live"]),
+                live_iteration=_optional(value["live_iteration"]),
+                journal=tuple(map(int, value["journal"])),
+                memory=_windows_from_json(value["memory"]),
+                held={int(owner): _windows_from_json(windows) for owner, windows in value["held"].items()},
+                disk={int(owner): _windows_from_json(windows) for owner, windows in value["disk"].items()},
+                shares=tuple(map(int, value["shares"])),
+                copies=tuple(map(int, value["copies"])),
+                stage=_optional(value["stage"]),
+                logged=None if value["logged"] is None else (int(value["logged"][0]), int(value["logged"][1])),
+            )
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigurationError(
+                f"A rank's report cannot be read ({type(error).__name__}: {error}): {str(value)[:200]}. Expected the "
+                "form of RankReport.to_json(). Run the same version of moetion_lightning on every rank."
+            ) from error
+
+
+class Excluded(NamedTuple):
+    """A window that must not be read from one place again, because its bytes proved corrupt or out of reach there.
+
+    Args:
+        owner: Rank whose window it is.
+        tier: ``"memory"``: the bytes in the memory of ``rank`` are bad, for everybody. ``"peer"``: other ranks cannot
+            get them from the memory of ``rank``. ``"disk"``: ``rank`` cannot read them from storage.
+        rank: See ``tier``.
+        last: Last iteration of the window.
+    """
+
+    owner: int
+    tier: Tier
+    rank: int
+    last: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a rank reads one owner's window.
+
+    Args:
+        owner: Rank whose window it is.
+        tier: ``"memory"``: the reader's own host memory (its window, or a replica that it holds). ``"peer"``: the host
+            memory of ``peer``. ``"disk"``: storage.
+        peer: The rank to fetch from, or None.
+    """
+
+    owner: int
+    tier: Tier
+    peer: int | None = None
+
+    def excluded(self, reader: int, last: int) -> Excluded:
+        """What to exclude when ``reader`` could not read the window that ends at ``last`` from here."""
+        return Excluded(self.owner, self.tier, reader if self.peer is None else self.peer, last)
+
+
+def check_reports(reports: Sequence[RankReport]) -> None:
+    """Refuse reports that no job can give.
+
+    Raises:
+        ConfigurationError: They are not one for each rank, name ranks that do not exist, or disagree about a pipeline.
+    """
+    world = range(len(reports))
+    if [report.rank for report in reports] != list(world) or not reports:
+        given = [report.rank for report in reports]
+        raise ConfigurationError(f"Reports of the ranks {given[:20]}: expected one of every rank, by rank.")
+    for report in reports:
+        named = {*report.shares, *report.copies, *report.held, *report.disk}
+        if min(named, default=0) < 0 or max(named, default=0) >= len(world):
+            wrong = sorted(rank for rank in named if rank not in world)
+            raise ConfigurationError(
+                f"Rank {report.rank} reports the ranks {wrong[:20]}: expected 0 to {len(world) - 1}. Leave out windows "
+                "of a larger earlier job."
+            )
+        if report.rank not in report.shares:
+            raise ConfigurationError(f"Rank {report.rank} reports shares={report.shares[:20]} without itself.")
+        if report.rank in report.copies:
+            raise ConfigurationError(f"Rank {report.rank} reports itself among its copies={report.copies[:20]}.")
+    _check_stages(reports)
+
+
+def _check_stages(reports: Sequence[RankReport]) -> None:
+    sizes: dict[int | None, int] = {}
+    for report in reports:
+        sizes[report.stage] = sizes.get(report.stage, 0) + 1
+        if report.stage is not None and report.live is not None and report.live_iteration is None:
+            raise ConfigurationError(
+                f"Rank {report.rank} of stage {report.stage} reports live={report.live} without live_iteration: "
+                "expected the iterations that are complete there."
+            )
+    if sizes.keys() == {None}:
+        return
+    if set(sizes) != set(range(len(sizes))) or len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{'no stage' if s is None else f'stage {s}'}: {n} ranks" for s, n in sizes.items())
+        raise ConfigurationError(
+            f"The ranks report {listed[:300]}; expected every rank in one of the stages 0, 1, 2 ..., each with as many "
+            "ranks. A strategy with stages must tell them before the job looks for a state to continue from."
+        )
+
+
+def named_ranks(ranks: Iterable[int]) -> str:
+    """``rank 3`` or ``ranks 0-3, 8``; of very many ranges only the first ones."""
+    ordered = sorted(ranks)
+    ranges: list[list[int]] = []
+    for rank in ordered:
+        if ranges and rank == ranges[-1][1] + 1:
+            ranges[-1][1] = rank
+        else:
+            ranges.append([rank, rank])
+    listed = [str(a) if a == b else f"{a}-{b}" for a, b in ranges[:_LISTED]]
+    rest = sum(b - a + 1 for a, b in ranges[_LISTED:])
+    more = f" and {rest} more" if rest else ""
+    return f"rank{'s'[: len(ordered) > 1]} {', '.join(listed)}{more}"
+
+
+def _optional(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _windows_to_json(windows: Iterable[Window]) -> list[list[int]]:
+    return [[window.first, window.last] for window in windows]
+
+
+def _windows_from_json(value: Iterable[Sequence[int]]) -> tuple[Window, ...]:
+    return tuple(Window(first=int(first), last=int(last)) for first, last in value)

@@ -1,0 +1,114 @@
+"""One ordinary checkpoint of a module whose stages are spread over ranks: gathered on saving, cut apart on loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.pipeline.layout import PipelineGroups
+from moetion_lightning.strategies.optimizer_order import Entries, OptimizerOrder, receive_entries, send_entries
+
+__all__ = ["PipelineState"]
+
+
+class PipelineState:
+    """What of a module's state is whose.
+
+    Args:
+        module: The module.
+        places: By parameter name, the places in the pipeline that hold it; the first one speaks for it.
+        groups: Who is where.
+        device: A device that the backend can send from.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        places: Mapping[str, Sequence[int]],
+        groups: PipelineGroups,
+        device: torch.device,
+    ) -> None:
+        self._module = module
+        self._places = places
+        self._groups = groups
+        self._device = device
+        self._of_module: dict[str, int] = {}
+        for name, holders in places.items():
+            parts = name.split(".")
+            for depth in range(len(parts)):  # every module on the way to it: the first parameter decides
+                self._of_module.setdefault(".".join(parts[:depth]), holders[0])
+
+    def local(self, name: str) -> bool:
+        """Whether this rank holds an entry of the state dict as it is in training."""
+        return self._groups.pp_rank in self._holders(name)
+
+    def _holders(self, name: str) -> Sequence[int]:
+        if name in self._places:
+            return self._places[name]
+        # A buffer changes where the parameters around it are used.
+        owner = name.rpartition(".")[0]
+        while owner and owner not in self._of_module:
+            owner = owner.rpartition(".")[0]
+        return (self._of_module.get(owner, 0),) if owner else (0,)
+
+    def gather(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state dict of the whole module on global rank 0; elsewhere ``state``.
+
+        Ranks:
+            All ranks of the pipeline of rank 0, together; others return at once.
+        """
+        own = {n: {"": v} for n, v in state.items() if isinstance(v, Tensor) and self._speaks_for(n)}
+        gathered = self._gathered(own)
+        for name, fields in gathered.items():
+            state[name] = fields[""]
+        return state
+
+    def gather_optimizer(self, order: OptimizerOrder, state: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer state dict of the whole module on global rank 0; elsewhere ``state``. As :meth:`gather`."""
+        entries = order.entries(state)
+        gathered = self._gathered({name: fields for name, fields in entries.items() if self._speaks_for(name)})
+        return state if self._groups.global_rank else order.whole(state, {**entries, **gathered})
+
+    def _speaks_for(self, name: str) -> bool:
+        return self._holders(name)[0] == self._groups.pp_rank
+
+    def _gathered(self, own: Entries) -> Entries:
+        """What the other places speak for, on rank 0, on the CPU; one entry at a time, so that no device holds all."""
+        layout, rank = self._groups.layout, self._groups.global_rank
+        if layout.dp_rank(rank):
+            return {}
+        if rank:
+            send_entries({"": {"count": len(own)}}, 0, self._device)
+            for name, fields in own.items():
+                send_entries({name: fields}, 0, self._device)
+            return {}
+        found: Entries = {}
+        for peer in layout.pipeline_ranks(0)[1:]:
+            for _ in range(receive_entries(peer, self._device)[""]["count"]):
+                found.update(receive_entries(peer, self._device))
+        return found
+
+    def load(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        """Load this rank's part of a state dict of the whole module.
+
+        Raises:
+            ConfigurationError: Names do not match, and ``strict``.
+        """
+        known = self._module.state_dict()
+        missing, unexpected = sorted(known.keys() - state.keys()), sorted(state.keys() - known.keys())
+        if strict and (missing or unexpected):
+            raise ConfigurationError(
+                f"the checkpoint does not fit {type(self._module).__name__}: missing {missing[:5]}, unexpected "
+                f"{unexpected[:5]}. Load it into the module that it was saved from, or set strict_loading = False"
+            )
+        self._module.load_state_dict({n: v for n, v in state.items() if n in known and self.local(n)}, strict=False)
+
+    def order_of(self, optimizer: Optimizer) -> OptimizerOrder:
+        """Take the parameters of other ranks out of an optimizer, and remember their order."""
+        names = {id(p): n for n, p in self._module.named_parameters()}
+        return OptimizerOrder(optimizer, names, lambda p: id(p) in names and not self.local(names[id(p)]))

@@ -1,0 +1,201 @@
+"""A pipeline trains exactly what one process trains on the same micro-batches: unchanged modules, every schedule.
+
+Bitwise, where the order of summation is that of one process. It is another one, and only then something else than
+``torch.equal`` is asked for, where gradients of two stages are added up (tied parameters), or of replicas.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.runs import pipeline_fit
+
+pytestmark = pytest.mark.slow
+
+CASES: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"dropout": {"dropout": 0.1, "plain": False}, "ragged": {"ragged": True, "plain": False}},
+    2: {
+        "1f1b": {"evaluate": True},
+        "gpipe-six": {"schedule": "gpipe", "num_microbatches": 6},
+        "interleaved": {"schedule": "interleaved_1f1b", "chunks_per_rank": 2},
+        "zero-bubble": {"schedule": "interleaved_zero_bubble", "chunks_per_rank": 2},
+        "zbv": {"schedule": "zbv_zero_bubble", "chunks_per_rank": 2},
+        "accumulate": {"accumulate": 2, "num_microbatches": 2},
+        "ragged": {"ragged": True, "plain": False},
+        "bf16": {"precision": "bf16-mixed"},
+        "fp16": {"precision": "16-mixed"},
+        "frozen": {"frozen_front": True},
+        "fused": {"block": "fused", "optimizer": "sgd"},
+        "bounds": {"balance": [0, 1]},
+        "dropout": {"dropout": 0.1, "plain": False},
+        "tied": {"tied": True},
+        "tied-zbv": {"tied": True, "schedule": "zbv_zero_bubble", "chunks_per_rank": 2},
+        "half": {"steps": 10},
+        "resumed": {"resume": "half"},
+    },
+    3: {
+        "decoder": {"evaluate": True},
+        "mixtral": {"model": "mixtral", "aux": True},
+        "qwen3_moe": {"model": "qwen3_moe", "aux": True, "padded": True},
+        "olmoe": {"model": "olmoe", "aux": True},
+        "gpt_oss": {"model": "gpt_oss", "aux": True},
+        "deepseek_v3": {"model": "deepseek_v3"},
+        "t5": {"model": "t5"},
+        "mixtral-bf16": {"model": "mixtral", "aux": True, "precision": "bf16-mixed"},
+        "dropout": {"dropout": 0.1, "plain": False},
+        "ragged": {"ragged": True, "plain": False},
+        "time": {"balance": "time"},
+        "resumed": {"resume": "2/half"},
+    },
+    4: {"dp2": {"dp": 2}, "dp2-fp16": {"dp": 2, "precision": "16-mixed"}},
+}
+NOT_BITWISE = {"tied", "tied-zbv", "dp2", "dp2-fp16"}
+CASES_OF = [(world, name) for world, cases in CASES.items() for name in cases if cases[name].get("plain", True)]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launch(world: int, folder: Path, cases: dict[str, Any]) -> None:
+    """Run all cases of a world size in one start of its ranks."""
+    port, root, processes = free_port(), Path(__file__).resolve().parents[2], []
+    for rank in range(world):
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "GROUP_RANK": "0",
+            "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.runs.pipeline_fit", str(folder), json.dumps(cases)]
+        with (folder / f"log{rank}").open("w") as log:
+            processes.append(subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(world))
+    assert codes == [0] * world, logs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder of the finished runs of a world size."""
+    base = tmp_path_factory.mktemp("pipeline")
+
+    def of(world: int) -> Path:
+        folder = base / str(world)
+        if not folder.exists():
+            if any("/" in case.get("resume", "") for case in CASES[world].values()):
+                of(2)
+            folder.mkdir()
+            cases = {
+                n: {**c, **({"resume": f"../{c['resume']}"} if "/" in c.get("resume", "") else {})}
+                for n, c in CASES[world].items()
+            }
+            launch(world, folder, cases)
+        return folder
+
+    return of
+
+
+def load(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(path, weights_only=False)
+    return found
+
+
+def differences(actual: Any, expected: Any, where: str = "") -> list[str]:
+    """Everything that is not equal to the bit."""
+    if isinstance(expected, dict):
+        if list(actual) != list(expected):
+            return [f"{where}: {list(actual)} instead of {list(expected)}"]
+        return [d for key in expected for d in differences(actual[key], expected[key], f"{where}/{key}")]
+    if isinstance(expected, (list, tuple)):
+        if len(actual) != len(expected):
+            return [f"{where}: {len(actual)} instead of {len(expected)}"]
+        return [d for i, value in enumerate(expected) for d in differences(actual[i], value, f"{where}/{i}")]
+    if isinstance(expected, Tensor):
+        return [] if torch.equal(actual, expected) else [f"{where}: differs by {(actual - expected).abs().max()}"]
+    return [] if actual == expected else [f"{where}: {actual} instead of {expected}"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The checkpoint and the results of one process that knows nothing of pipelines."""
+    done: dict[str, Path] = {}
+    base = tmp_path_factory.mktemp("plain")
+
+    def of(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        layout = ("schedule", "chunks_per_rank", "balance", "layers", "resume")
+        bare = {k: v for k, v in case.items() if k not in layout}
+        key = json.dumps(bare, sort_keys=True)
+        if key not in done:
+            done[key] = base / str(len(done))
+            # Replicas average over their batches: one process would see them as more micro-batches.
+            size = {**pipeline_fit.COMMON, **bare}["num_microbatches"] * bare.get("dp", 1)
+            pipeline_fit.fit({**bare, "dp": 1, "num_microbatches": size}, done[key], 1, plain=True)
+        return load(done[key].with_suffix(".ckpt")), load(done[key].with_suffix(".rank0"))
+
+    return of
+
+
+@pytest.mark.parametrize(("world", "name"), CASES_OF)
+def test_training_equals_that_of_one_process(world: int, name: str, runs: Any, plain: Any) -> None:
+    """With tied parameters and replicas the sums have another order: there each element is close, as float32 allows."""
+    case = CASES[world][name]
+    expected, results = plain(case)
+    actual = load(runs(world) / f"{name}.ckpt")
+    if name in NOT_BITWISE:
+        for parameter, value in expected["state_dict"].items():
+            torch.testing.assert_close(actual["state_dict"][parameter], value, rtol=0, atol=2e-3, msg=parameter)
+        return
+    assert differences(actual["state_dict"], expected["state_dict"]) == []
+    assert differences(actual["optimizer_states"], expected["optimizer_states"]) == []
+    assert differences(actual["lr_schedulers"], expected["lr_schedulers"]) == []
+    found = load(runs(world) / f"{name}.rank0")
+    assert found["metrics"]["val_loss"] == pytest.approx(results["metrics"]["val_loss"], rel=1e-6)
+    assert differences(found["scale"], results["scale"]) == []
+
+
+@pytest.mark.parametrize("name", ["dropout", "ragged"])
+def test_the_partition_makes_no_difference(name: str, runs: Any) -> None:
+    """Neither to what is dropped nor to how a short batch is cut."""
+    one, two, three = (load(runs(world) / f"{name}.ckpt") for world in (1, 2, 3))
+    assert differences(two["state_dict"], one["state_dict"]) == []
+    assert differences(three["state_dict"], one["state_dict"]) == []
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_knows_the_metrics_and_holds_its_own_stages_only(world: int, runs: Any, plain: Any) -> None:
+    name = {2: "1f1b", 3: "decoder"}[world]
+    found = [load(runs(world) / f"{name}.rank{rank}") for rank in range(world)]
+    _, expected = plain(CASES[world][name])
+    for one in found:
+        assert differences(one["metrics"], found[0]["metrics"]) == []
+        assert one["best"] == found[0]["best"]
+        assert one["test"] == found[0]["test"]
+        assert differences(one["predictions"], expected["predictions"]) == []
+        assert one["metrics"]["val_seen"] == pytest.approx(expected["metrics"]["val_seen"], rel=1e-6)
+    # One element stands for each parameter of another rank.
+    assert sum(one["elements"] for one in found) < 1.1 * expected["elements"]
+    assert max(one["elements"] for one in found) < 0.7 * expected["elements"]
+
+
+def test_a_checkpoint_loads_without_a_pipeline(runs: Any) -> None:
+    module = pipeline_fit.module_of({**pipeline_fit.COMMON, **CASES[2]["1f1b"]})
+    saved = load(runs(2) / "1f1b.ckpt")
+    module.load_state_dict(saved["state_dict"])
+    optimizer = module.configure_optimizers()["optimizer"]
+    optimizer.load_state_dict(saved["optimizer_states"][0])
