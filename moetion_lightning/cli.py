@@ -39,7 +39,8 @@ looking
   jobs        jobs whose state is in this machine's memory
   clean       remove what dead jobs left there
   demo        train, kill, restart, compare bit for bit with a run that never failed
-  demo ranks  kill one rank of several; it is replaced while the others live on
+  demo ranks     kill one rank of several; it is replaced while the others live on
+  demo pipeline  kill one stage of three; it alone is replayed, from its neighbours' logs
 
 examples
   moetion fit --config recipe:tiny_moe_cpu --trainer.max_steps 20
@@ -47,6 +48,7 @@ examples
   moetion fit --config mine.yaml --model my_package.MyModule
   moetion explain recipe:qwen3_moe_tiny
   moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
+  moetion launch --nproc-per-node 3 -m moetion_lightning fit --config recipe:pipeline_moe_cpu
   moetion demo
 
 Each command has its own --help.  moetion --version shows the version.

@@ -44,6 +44,7 @@ __all__ = [
     "StageReplayFinished",
     "StageReplayStarted",
     "StepSkipped",
+    "TokensCounted",
     "WindowCommitted",
     "WindowPersisted",
     "WindowReplicated",
@@ -281,7 +282,16 @@ class PartialExpertsRestored(Event):
     iteration: int
     stale: dict[str, int]
     lost_tokens: int
+    lost_by_layer: dict[str, int]
     plt: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensCounted(Event):
+    """A window may begin: expert assignments of all ranks since the last time, up to `iteration`, by MoE layer."""
+
+    iteration: int
+    tokens: dict[str, list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,17 +51,13 @@ class Elastic:
             except StageReplayError as error:
                 _log.warning("rank %d: %s", self._ranks.control.rank, _first_line(error))
                 error.__traceback__ = error.__context__ = error.__cause__ = None
-                again_together = True
+                self._restore_again()
             except Exception as error:
                 if not self._is_loss(error):
                     raise
                 _log.warning("rank %d: %s", self._ranks.control.rank, _first_line(error))
                 # Frames of the failed iteration hold references to the broken groups.
                 error.__traceback__ = error.__context__ = error.__cause__ = None
-                again_together = False
-            if again_together:  # nobody was lost: the groups are whole
-                self.attempt(self._restore)
-            else:
                 self._go_back()
             work = again
 
@@ -81,6 +77,15 @@ class Elastic:
                 if not self._newer(_NOTICE_SECONDS):
                     raise
                 self._advance()
+
+    def _restore_again(self) -> None:
+        """Nobody was lost, and the groups are whole: only the state is not."""
+        try:
+            self._restore()
+        except RankLostError:
+            if not self._newer(_NOTICE_SECONDS):
+                raise
+            self._go_back()
 
     def _go_back(self) -> None:
         leave_groups(self._trainer, self._groups)

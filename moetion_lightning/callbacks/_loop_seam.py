@@ -96,7 +96,8 @@ class LoopSeam:
         """
         with contextlib.nullcontext() if weights and not gathers_state(self._trainer) else self._without_weights():
             checkpoint = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        for key in [k for k in checkpoint if "hyper_parameters" in k or k.startswith(("hparams_", "datamodule_hparams"))]:
+        ours = ("hparams_", "datamodule_hparams")
+        for key in [k for k in checkpoint if "hyper_parameters" in k or k.startswith(ours)]:
             del checkpoint[key]
         checkpoint["optimizer_states"] = [
             {**state, "state": {}} if "state" in state else state for state in checkpoint["optimizer_states"]
@@ -195,8 +196,9 @@ class LoopSeam:
         """Put counters and extras back once more, right before the first batch is fetched.
 
         Restoring a checkpoint in mid-epoch makes the loops take branches (validation that is skipped or caught up,
-        schedulers that step or do not) that belong to checkpoints written elsewhere in the loop. Here the state is known
-        to be that between two batches, so the loops are told that they are not restarting, and every counter is exact.
+        schedulers that step or do not) that belong to checkpoints written elsewhere in the loop. Here the state is
+        known to be that between two batches, so the loops are told that they are not restarting, and every counter
+        is exact.
         """
         warnings.filterwarnings("ignore", message=_RESUME_WARNING)
         epoch_loop = self._trainer.fit_loop.epoch_loop

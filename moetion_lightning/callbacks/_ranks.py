@@ -35,8 +35,8 @@ def make_ranks(trainer: Trainer, module: LightningModule) -> Ranks:
     if not isinstance(strategy, (DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy)):
         raise ConfigurationError(
             f"Trainer(strategy=...) is {type(strategy).__name__} with {trainer.world_size} processes: expected "
-            'DDPStrategy ("ddp"), ModelParallelStrategy (FSDP2 and tensor parallel) or MoEtionStrategy ("moetion": data '
-            "and expert parallel)."
+            'DDPStrategy ("ddp"), ModelParallelStrategy (FSDP2 and tensor parallel) or MoEtionStrategy ("moetion": '
+            "pipeline, expert and data parallel)."
         )
     groups = current_groups()
     if groups is not None and not isinstance(strategy, DDPStrategy) and not can_outlive_groups():

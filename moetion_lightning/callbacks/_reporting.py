@@ -53,7 +53,8 @@ class Reporter:
             _log.log(
                 logging.INFO if resized else logging.DEBUG,
                 "window of %d iterations (%s): at most %.1f MB per iteration, %.1f MB per window; dense: %.1f MB",
-                event.window, event.reason, event.heaviest_bytes / 1e6, event.total_bytes / 1e6, event.dense_bytes / 1e6,
+                event.window, event.reason, event.heaviest_bytes / 1e6, event.total_bytes / 1e6,
+                event.dense_bytes / 1e6,
             )  # fmt: skip
         elif isinstance(event, CaptureFinished):
             self.metrics["moetion/captured_mb"] = event.nbytes / 1e6
@@ -80,7 +81,7 @@ class Reporter:
             self._last_line = now
 
     def is_due(self, every_n_batches: int) -> bool:
-        """Whether to log after this batch: in Lightning's own interval, and for every new window (logging is not free)."""
+        """Whether to log after this batch: in Lightning's own interval, and for every new window."""
         self._batches += 1
         committed = self.metrics.get("moetion/committed_step")
         due = committed != self._logged_step or self._batches % max(1, every_n_batches) == 0

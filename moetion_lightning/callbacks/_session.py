@@ -181,15 +181,15 @@ class Session:
         self.engine.living.allowed = not averaging
         if averaging and gathers_state(self._trainer):
             raise ConfigurationError(
-                f"a weight-averaging callback with {type(self._trainer.strategy).__name__}: the averaged weights are kept "
-                "whole, the strategy spreads them over the ranks. Remove the callback, or use strategy='ddp'."
+                f"a weight-averaging callback with {type(self._trainer.strategy).__name__}: the averaged weights are "
+                "kept whole, the strategy spreads them over the ranks. Remove the callback, or use strategy='ddp'."
             )
         if getattr(self._trainer.precision_plugin, "scaler", None) is not None:
             self.engine.may_skip_gradients = False
             if self.engine.config.skip_frozen_gradients:
                 self.engine.say_once(
-                    "skip_frozen_gradients=True has no effect with a gradient scaler: whether a step is skipped depends "
-                    "on all gradients. Replays compute them all."
+                    "skip_frozen_gradients=True has no effect with a gradient scaler: whether a step is skipped "
+                    "depends on all gradients. Replays compute them all."
                 )
         if not cuts_at_first_batch(self._trainer):
             self.engine.attach(self._module, self._trainer.optimizers, self._specs)
@@ -243,4 +243,3 @@ class Session:
             self._data.remove()
             if self._jsonl is not None:
                 self._jsonl.close()
-

@@ -25,8 +25,8 @@ class DenseInMemoryCheckpoint(EngineCallback):
         resume: "auto" continues from the newest snapshot of this job, "never" starts afresh.
         sharding: How state that several ranks hold is dealt out to them: "auto", "equal", "adaptive", or "none" (each
             rank captures its own copy).
-        replicas: Copies of each rank's snapshots in the memory of ranks on other failure domains; "auto" is 1 where there
-            are several domains, else 0.
+        replicas: Copies of each rank's snapshots in the memory of ranks on other failure domains; "auto" is 1 where
+            there are several domains, else 0.
         failure_domain: What fails together with this rank; None takes its node (or what the launcher was told).
         interface: Address on which this rank serves its snapshots to other ranks; None takes loopback on one node, else
             the address of the node's host name.

@@ -40,11 +40,11 @@ class PartialExpertsCheckpoint(EngineCallback):
         specs: Descriptions of MoE blocks that are not found by themselves.
         sharding: How state that several ranks hold is dealt out to them: "auto", "equal", "adaptive", or "none" (each
             rank captures its own copy).
-        replicas: Copies of each rank's checkpoints in the memory of ranks on other failure domains; "auto" is 1 where there
-            are several domains, else 0.
+        replicas: Copies of each rank's checkpoints in the memory of ranks on other failure domains; "auto" is 1 where
+            there are several domains, else 0.
         failure_domain: What fails together with this rank; None takes its node (or what the launcher was told).
-        interface: Address on which this rank serves its checkpoints to other ranks; None takes loopback on one node, else
-            the address of the node's host name.
+        interface: Address on which this rank serves its checkpoints to other ranks; None takes loopback on one node,
+            else the address of the node's host name.
         events_path: JSONL file for the events of the run; None for none.
         log_metrics: Show numbers in progress bar and loggers.
         sinks: Callables that get every event.

@@ -24,15 +24,15 @@ class StageBoundaryLogging(Callback):
 
     Every rank keeps what it sends over its stage boundaries, activations and gradients, in its own host memory, for as
     long as the newest committed window of the stages may need it. When all ranks of a stage are lost, under
-    ``moetion launch``, the new processes restore that stage's window and replay it from their neighbours' logs; all other
-    stages keep their state and wait. Without it, all stages go back to a window together.
+    ``moetion launch``, the new processes restore that stage's window and replay it from their neighbours' logs; all
+    other stages keep their state and wait. Without it, all stages go back to a window together.
 
     Add it beside ``SparseExpertCheckpoint`` in a Trainer with ``MoEtionStrategy(pipeline_parallel_size=...)``.
 
     Args:
-        max_bytes: Host memory that the log of one rank may take. When it is full the oldest iterations are given up, which
-            is said once: a stage that needs them is then recovered by a rollback of all. None: a tenth of the node's
-            memory, shared by its ranks.
+        max_bytes: Host memory that the log of one rank may take. When it is full the oldest iterations are given up,
+            which is said once: a stage that needs them is then recovered by a rollback of all. None: a tenth of the
+            node's memory, shared by its ranks.
         log_metrics: Whether the bytes of an iteration go to the loggers.
 
     Raises:
@@ -65,8 +65,8 @@ class StageBoundaryLogging(Callback):
         if not isinstance(strategy, PipelineStrategy):
             raise ConfigurationError(
                 f"StageBoundaryLogging in Trainer(strategy={type(strategy).__name__}): expected "
-                "MoEtionStrategy(pipeline_parallel_size=...) with 2 ranks or more, whose stages have boundaries. Remove "
-                "the callback, or change the strategy"
+                "MoEtionStrategy(pipeline_parallel_size=...) with 2 ranks or more, whose stages have boundaries. "
+                "Remove the callback, or change the strategy"
             )
         if self._link is None:
             memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

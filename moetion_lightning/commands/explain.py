@@ -1,7 +1,8 @@
 """``moetion explain``: the table of operators of a recipe, a YAML file, or any importable module.
 
 A recipe or YAML file is really run for one optimizer step, without any of its callbacks and loggers, so that tokens,
-optimizer state and the dtypes that the forward consumes are observed. A bare module is looked at as it is.
+optimizer state and the dtypes that the forward consumes are observed. Of a pipeline the table shows the whole module,
+and which stage would hold what. A bare module is looked at as it is.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +28,27 @@ if TYPE_CHECKING:
 
     from moetion_lightning.core.explain import Explanation
 
-__all__ = ["explain", "load_module", "observe_recipe"]
+__all__ = ["Observed", "explain", "load_module", "observe_recipe"]
 
 _LEFT_OUT = (
     *("strategy", "num_nodes", "callbacks", "logger", "profiler"),
     *("limit_val_batches", "max_epochs", "max_time", "val_check_interval"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What one step of a configuration showed.
+
+    Args:
+        explanation: Its operators.
+        module: The module that was trained.
+        pipeline: Arguments of its strategy, if that is a pipeline.
+    """
+
+    explanation: Explanation
+    module: nn.Module
+    pipeline: Mapping[str, Any] | None
 
 
 def explain(args: Sequence[str]) -> int:
@@ -53,11 +70,17 @@ def explain(args: Sequence[str]) -> int:
     options, overrides = parser.parse_known_args(args)
 
     target: str = options.target
+    stages = ""
     if target.startswith(PREFIX) or target.endswith((".yaml", ".yml")):
         path = recipe_path(target) if target.startswith(PREFIX) else Path(target)
         if not path.is_file():
             raise ConfigurationError(f"no such file: {path}")
-        result = observe_recipe(path, overrides, window=options.window)
+        observed = observe_recipe(path, overrides, window=options.window)
+        result = observed.explanation
+        if observed.pipeline is not None:
+            from moetion_lightning.commands.stages import describe_stages
+
+            stages = describe_stages(observed.module, observed.pipeline, result.rows)
     else:
         if overrides:
             parser.error(f"unrecognized arguments: {' '.join(overrides)} (arguments of a class go into --init)")
@@ -67,6 +90,8 @@ def explain(args: Sequence[str]) -> int:
     from moetion_lightning.core.explain import format_explanation
 
     print(format_explanation(result, max_rows=None if options.all else 60))
+    if stages:
+        print(stages)
     return 0
 
 
@@ -115,7 +140,7 @@ def load_module(target: str, init: str = "{}", *, meta: bool = False) -> nn.Modu
     return found
 
 
-def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4) -> Explanation:
+def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4) -> Observed:
     """Run one optimizer step of a configuration and explain the model that it trained.
 
     Args:
@@ -135,6 +160,7 @@ def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4
         raise ConfigurationError(f"{path} has no `model:`; expected a configuration of `moetion fit`")
     config.pop("ckpt_path", None)
     trainer = config["trainer"] = dict(config.get("trainer") or {})
+    strategy = trainer.get("strategy")
     for key in _LEFT_OUT:
         trainer.pop(key, None)
     observer = OperatorObserver(window=window)
@@ -146,7 +172,15 @@ def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4
         with _quiet(), program_arguments(["--config", str(stripped), *overrides]):
             cli = LightningCLI(run=False, save_config_callback=None, trainer_defaults={"callbacks": [observer]})
             cli.trainer.fit(cli.model, cli.datamodule)
-    return observer.explanation
+    return Observed(explanation=observer.explanation, module=cli.model, pipeline=_pipeline(strategy))
+
+
+def _pipeline(strategy: Any) -> Mapping[str, Any] | None:
+    """Arguments of a strategy, as a configuration names it, if it is a pipeline."""
+    if not isinstance(strategy, Mapping):
+        return None
+    given = strategy.get("init_args") or {}
+    return given if given.get("pipeline_parallel_size", 1) > 1 else None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from moetion_lightning.demo.stage import (
     Progress,
     Tail,
     add_common_arguments,
+    check_windows,
     finish,
     folders,
     last_output,
@@ -33,13 +34,13 @@ from moetion_lightning.demo.stage import (
     run_child,
     total,
 )
-from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import recipe_path
 
 __all__ = ["DemoOptions", "main", "run"]
 
 _MORE = """\
-moetion demo ranks: several ranks train, one is killed, and it alone is replaced; see moetion demo ranks --help
+moetion demo ranks     several ranks train, one is killed, and it alone is replaced; see moetion demo ranks --help
+moetion demo pipeline  a pipeline of three stages, one is killed, and it alone is replayed from its neighbours' logs
 """
 
 
@@ -66,12 +67,7 @@ class DemoOptions:
     model: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        needed = self.window * (self.kill_after_windows + 2) + 2
-        if self.window < 2 or self.kill_after_windows < 1 or self.steps < needed:
-            raise ConfigurationError(
-                f"{self.steps} steps with windows of {self.window}, killed after {self.kill_after_windows} "
-                f"windows; expected a window of at least 2, a kill after at least 1 window, and at least {needed} steps"
-            )
+        check_windows(self.steps, self.window, self.kill_after_windows)
 
 
 def main(args: Sequence[str]) -> int:
@@ -87,7 +83,8 @@ def main(args: Sequence[str]) -> int:
         prog="moetion demo",
         description="Train, kill with SIGKILL, restart, compare.",
         epilog=_MORE,
-        usage="moetion demo [OPTIONS]\n       moetion demo ranks [OPTIONS]",
+        usage="moetion demo [OPTIONS]\n       moetion demo ranks [OPTIONS]\n       moetion demo pipeline [OPTIONS]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_common_arguments(parser, steps=60, kill_after_windows=5)
     parser.add_argument("--small", action="store_true", help="the recipe's own small model, for a quick run")

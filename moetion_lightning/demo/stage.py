@@ -28,6 +28,7 @@ __all__ = [
     "Progress",
     "Tail",
     "add_common_arguments",
+    "check_windows",
     "finish",
     "folders",
     "last_output",
@@ -69,6 +70,25 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, steps: int, kill_af
         help=f"committed windows before the kill ({kill_after_windows})",
     )
     add("--dir", type=Path, help="keep configurations, logs and results in this folder")
+
+
+def check_windows(steps: int, window: int, kill_after_windows: int) -> None:
+    """Check that the kill falls into the run, with a window to go back to and steps to go on with.
+
+    Args:
+        steps: Optimizer steps of the whole run.
+        window: Iterations of a window.
+        kill_after_windows: Committed windows before the kill.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    needed = window * (kill_after_windows + 2) + 2
+    if window < 2 or kill_after_windows < 1 or steps < needed:
+        raise ConfigurationError(
+            f"{steps} steps with windows of {window}, killed after {kill_after_windows} "
+            f"windows; expected a window of at least 2, a kill after at least 1 window, and at least {needed} steps"
+        )
 
 
 @contextlib.contextmanager

@@ -65,7 +65,8 @@ class WindowSupply:
     def sources(self, age: Age, readers: Iterable[int]) -> list[tuple[Source, ...]]:
         """Where each reader reads each of its shares: own memory, the owner's, the least used replica's, storage."""
         used = [0] * len(self._reports)
-        made: dict[tuple[int, int | None], Source] = {}
+        made: dict[tuple[int, int], Source] = {}
+        on_disk = [Source(owner=owner, tier="disk") for owner in range(len(self._reports))]
         fetchable = [remote.get(age, []) for remote in self._remote]
 
         def source(reader: int, owner: int) -> Source:
@@ -73,7 +74,7 @@ class WindowSupply:
                 return Source(owner=owner, tier="memory")
             peers = fetchable[owner]
             if not peers:
-                return Source(owner=owner, tier="disk")
+                return on_disk[owner]
             peer = owner if owner in peers else min(peers, key=used.__getitem__)
             used[peer] += 1
             if (owner, peer) not in made:

@@ -19,7 +19,7 @@ from moetion_lightning.engine.shares import Shares
 from moetion_lightning.engine.tiers import Tiers
 from moetion_lightning.engine.token_counts import TokenCounts
 from moetion_lightning.engine.writer import WindowHeader
-from moetion_lightning.events import EventBus, OperatorsFound, ScheduleMade
+from moetion_lightning.events import EventBus, OperatorsFound, ScheduleMade, TokensCounted
 from moetion_lightning.store.format import Manifest
 from moetion_lightning.store.tree import FlatTree, flatten_tree
 
@@ -133,7 +133,9 @@ class WindowPlanner:
                 "digests": "" if self._ranks.alone else self._shares.digest(self.operators.operators, self._sizes),
             }
         )
-        self._routing.add(agreed.tokens)
+        counted = self._routing.add(agreed.tokens)
+        if counted:
+            self._bus.emit(TokensCounted(iteration=iteration, tokens=counted))
         return agreed
 
     def plan(self, policy: Policy, iteration: int, newest: Manifest | None, agreed: Agreed) -> WindowPlan:

@@ -107,17 +107,26 @@ class TokenCounts:
         stacked = torch.stack(counts) if counts else torch.zeros(0, *shape, dtype=torch.int64)
         return base64.b64encode(zlib.compress(stacked.numpy().tobytes(), 1)).decode()
 
-    def add(self, ranks: Sequence[str]) -> None:
-        """Sum what :meth:`pending` gave on every rank, iteration by iteration."""
+    def add(self, ranks: Sequence[str]) -> dict[str, list[int]]:
+        """Sum what :meth:`pending` gave on every rank, iteration by iteration.
+
+        Returns:
+            The tokens of each expert by layer, over all these iterations; nothing if there was none.
+        """
         shape = self.lost.unsaved.shape
         if not shape.numel():
-            return
+            return {}
         total = sum(
             np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.int64).reshape(-1, *shape) for text in ranks
         )
-        for counts in torch.from_numpy(np.array(total)):
+        iterations = torch.from_numpy(np.array(total))
+        for counts in iterations:
             self.popularity.update(counts)
             self.lost.count(counts)
+        if not len(iterations):
+            return {}
+        rows = iterations.sum(dim=0).tolist()
+        return {layer.name: row[: layer.num_experts] for layer, row in zip(self.layers, rows)}
 
     def _on_host(self, counts: Tensor) -> Tensor:
         shape = self.lost.unsaved.shape
@@ -236,8 +245,14 @@ class TokenCounts:
             if carried.iteration < iteration
         }
         self._agree_on_stored(point.manifest, agree)
+        before = self.lost.lost.clone()
         lost = self.lost.restored()
-        bus.emit(PartialExpertsRestored(iteration=iteration, stale=stale, lost_tokens=lost, plt=self.lost.plt))
+        by_layer = dict(zip((layer.name for layer in self.layers), (self.lost.lost - before).tolist()))
+        bus.emit(
+            PartialExpertsRestored(
+                iteration=iteration, stale=stale, lost_tokens=lost, lost_by_layer=by_layer, plt=self.lost.plt
+            )
+        )
         oldest = max(stale.values(), default=0)
         _log.warning(
             "partial experts: %d experts are restored from older checkpoints (up to %d iterations behind), %d tokens "

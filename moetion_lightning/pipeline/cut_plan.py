@@ -163,7 +163,10 @@ class CutPlan:
         return {name: tuple(held) for name, held in stages.items() if len(held) > 1}
 
     def describe(self) -> dict[str, Any]:
-        """Everything in the plan, as values that JSON can hold; structures as text."""
+        """What ranks must agree on, as values that JSON can hold; structures as text.
+
+        Not which buffers change: that may differ with the data.
+        """
         return {
             "bounds": list(self.bounds),
             "layer_names": list(self.layer_names),
@@ -179,8 +182,6 @@ class CutPlan:
             "forms": [
                 [repr(form.structure), [[tap.name, repr(tap.structure)] for tap in form.taps]] for form in self.forms
             ],
-            "true_buffers": [list(names) for names in self.true_buffers],
-            "junk_buffers": [list(names) for names in self.junk_buffers],
         }
 
     def digest(self) -> str:

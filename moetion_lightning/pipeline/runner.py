@@ -23,8 +23,9 @@ from moetion_lightning.pipeline.trace_free import trace_free
 
 __all__ = ["PipelineRunner", "StageShapes", "Step"]
 
-#: Runs the user's step on a micro-batch (its index and the stage are given) and returns what the step returns.
-Step = Callable[[Any, int, int], Any]
+#: Runs the user's step on a micro-batch and returns what the step returns. The second argument says whether what it
+#: logs counts: on the last stage, except where only shapes are wanted.
+Step = Callable[[Any, bool], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,8 @@ class PipelineRunner:
     def _runner_of(self, stage: int) -> Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...] | Tensor]:
         def run(index: int, received: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
             layers = self.shapes[signature(self._micro_batches[index])].layers
-            done = self._run(stage, index, received, layers[: self.plan.bounds[stage]])
+            counts = stage == self.layout.num_stages - 1
+            done = self._run(stage, index, received, layers[: self.plan.bounds[stage]], counts=counts)
             if stage < self.layout.num_stages - 1:
                 return done.payload
             self._results[index] = done.result
@@ -191,13 +193,15 @@ class PipelineRunner:
 
         return run
 
-    def _run(self, stage: int, index: int, received: Sequence[Tensor], stubs: Sequence[LayerSpec]) -> StageRun:
+    def _run(
+        self, stage: int, index: int, received: Sequence[Tensor], stubs: Sequence[LayerSpec], *, counts: bool
+    ) -> StageRun:
         step, micro_batch = self._step, self._micro_batches[index]
         assert step is not None
         return self._interceptor.run(
             self.plan,
             stage,
-            lambda: step(micro_batch, index, stage),
+            lambda: step(micro_batch, counts),
             received=received,
             stubs=stubs,
             seed=self._seed + index,
@@ -220,7 +224,7 @@ class PipelineRunner:
                 header, received = receive_message(self._rank_of(stage - 1), self._device)
                 shapes = StageShapes.from_json(header)
             inputs = [t.detach().requires_grad_(s.requires_grad) for t, s in zip(received, shapes.payloads[-1])]
-            done = self._run(stage, index, inputs, shapes.layers)
+            done = self._run(stage, index, inputs, shapes.layers, counts=False)
             if stage == self.layout.num_stages - 1:
                 break
             shapes, received = shapes.followed_by(done), [tensor.detach() for tensor in done.payload]

@@ -117,7 +117,7 @@ def make_schedule(
         loss: Called on the last stage with its output and the micro-batch's index (a tensor ``[1]``).
     """
     cls = kind.cls if kind.runs(num_micro_batches, pipeline_parallel_size) else ScheduleGPipe
-    given = list(stages) if kind.interleaved else stages[0]
+    given: Any = list(stages) if kind.interleaved else stages[0]
     schedule = cls(given, num_micro_batches, loss_fn=loss, scale_grads=False)
     for name in _READY:
         if hasattr(schedule, name):

@@ -79,7 +79,7 @@ class StageBody(nn.Module):
         return self._run(int(micro_batch), received)
 
 
-class BoundaryStage(PipelineStage):  # type: ignore[misc]
+class BoundaryStage(PipelineStage):
     """A stage whose receive buffers are made for each micro-batch, from shapes that the caller knows.
 
     Args:
@@ -112,7 +112,7 @@ class BoundaryStage(PipelineStage):  # type: ignore[misc]
         self.chunks = len(inputs)
         self._specs_in, self._specs_out = inputs, outputs
         if hasattr(self, "_stage_meta"):  # how many of the backward's inputs are received ones
-            self._stage_meta.inputs = (None,) * max(map(len, inputs))
+            self._stage_meta.inputs = (None,) * max(map(len, inputs))  # type: ignore[assignment]  # counted only
 
     # --- negotiation that torch would do: nothing is left to negotiate ----------------------------------------------
 

@@ -108,7 +108,7 @@ class MoEtionStrategy(DDPStrategy):
 
     strategy_name = "moetion"
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> MoEtionStrategy:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """The strategy for what is asked: pipelines have a class of their own."""
         if cls is MoEtionStrategy and (kwargs.get("pipeline_parallel_size", 1) != 1 or kwargs.get("num_microbatches")):
             from moetion_lightning.strategies.pipeline_strategy import PipelineStrategy
@@ -428,6 +428,10 @@ class MoEtionStrategy(DDPStrategy):
             ]
             checkpoint = {**checkpoint, "optimizer_states": states}
         super().load_optimizer_state_dict(checkpoint)
+
+
+# LightningCLI offers the arguments of __new__ instead of those of __init__, unless it wraps the one of `object`.
+MoEtionStrategy.__new__.__wrapped__ = object.__new__  # type: ignore[attr-defined]
 
 
 def _check_sizes(**sizes: object) -> None:

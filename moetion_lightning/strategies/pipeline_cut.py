@@ -209,7 +209,9 @@ class Cut:
         self.runner.drop()
 
 
-def _split(module: LightningModule, batch: Any, wanted: int, kind: ScheduleKind, pipeline_parallel_size: int) -> Any:
+def _split(
+    module: LightningModule, batch: Any, wanted: int, kind: ScheduleKind, pipeline_parallel_size: int
+) -> list[Any]:
     own = getattr(module, "split_batch", None)
     if own is not None:
         return list(own(batch, wanted))

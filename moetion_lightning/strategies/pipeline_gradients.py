@@ -123,14 +123,16 @@ class PipelineGradients:
         """The norm of the parameters' norms, in the order of one process: the same bits."""
         names = {id(p.grad): name for name, p in self._parameters.items() if p.grad is not None}
         device = next(iter(self._parameters.values())).device if self._parameters else torch.device("cpu")
-        table = torch.zeros(2, len(self._position), dtype=torch.float32, device=device)
+        table = torch.zeros(2, len(self._position), dtype=torch.float64, device=device)  # holds each norm as it is
         for gradient in gradients:
             name = names[id(gradient)]
             if self._tied.get(name, (self._groups.pp_rank,))[0] == self._groups.pp_rank:
                 table[0, self._position[name]] = torch.linalg.vector_norm(gradient, norm_type)
                 table[1, self._position[name]] = 1
         dist.all_reduce(table, group=self._groups.pipeline)
-        return torch.linalg.vector_norm(table[0][table[1] > 0], norm_type)
+        norms = table[0][table[1] > 0].to(gradients[0].dtype if gradients else torch.float32)
+        total: Tensor = torch.linalg.vector_norm(norms, norm_type)
+        return total
 
     def stage_norm(self) -> float:
         """Norm of this rank's own gradients, for a replay to be checked against."""

@@ -211,6 +211,7 @@ class PipelineLink:
         announced = Announced(routes, me, headers)
         problems = announced.problems()
         if not self._all_can(not problems):
+            cut.runner.shapes = {}  # as on all others
             return problems or ["the records of another rank that replays are not whole"]
         start, stop = routes.replaying[me]
         with self._in_replay(routes) as traffic:
@@ -281,6 +282,7 @@ class PipelineLink:
                     group[key] = value
         if control.scale is not None:
             self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": float.fromhex(control.scale)})
+            self._scaler.scale(torch.zeros((), device=self._strategy.root_device))  # it exists from its first use on
 
     def _step(self, control: Control, work: StageWork) -> None:
         """Clip and step as Lightning does, with the norm of the original run."""

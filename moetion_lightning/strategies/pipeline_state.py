@@ -37,6 +37,9 @@ class PipelineState:
         self._places = places
         self._groups = groups
         self._device = device
+        first = {id(p): name for name, p in module.named_parameters()}
+        # A tied parameter is in the state dict under all of its names.
+        self._first_name = {name: first[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
         self._of_module: dict[str, int] = {}
         for name, holders in places.items():
             parts = name.split(".")
@@ -48,6 +51,7 @@ class PipelineState:
         return self._groups.pp_rank in self._holders(name)
 
     def _holders(self, name: str) -> Sequence[int]:
+        name = self._first_name.get(name, name)
         if name in self._places:
             return self._places[name]
         # A buffer changes where the parameters around it are used.

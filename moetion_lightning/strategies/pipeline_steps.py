@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import xxhash
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -87,14 +88,14 @@ class PipelineSteps:
             What the user's step returned, by micro-batch, where the last stage is; empty elsewhere.
         """
         strategy, module = self._strategy, cut.module
-        last = strategy.pipeline_layout.num_stages - 1
+        self._share_buffers(cut)
         rest = step_arguments(module, number) if arguments is None else arguments
         micro_batches = cut.split(batch, strategy.num_microbatches, strategy.kind, strategy.pipeline_parallel_size)
         divisor = len(micro_batches) * accumulated
         scaler = getattr(strategy.precision_plugin, "scaler", None)
 
-        def step(micro_batch: Any, index: int, stage: int) -> Any:
-            noting = cut.logs.noting() if stage == last else contextlib.nullcontext()
+        def step(micro_batch: Any, counts: bool) -> Any:
+            noting = cut.logs.noting() if counts else contextlib.nullcontext()
             with strategy.precision_plugin.train_step_context(), noting:
                 return module.training_step(micro_batch, *rest)
 
@@ -156,6 +157,14 @@ class PipelineSteps:
         replaced = iter(shared)
         return map_tensors(batch, lambda tensor: next(replaced)), seed
 
+    def _share_buffers(self, cut: Cut) -> None:
+        """Replicas begin a batch with the buffers of the first one, as under DistributedDataParallel."""
+        layout = self._strategy.pipeline_layout
+        if layout.data_parallel_size > 1:
+            for name, buffer in cut.module.named_buffers():
+                if cut.state.local(name):
+                    dist.broadcast(buffer.detach(), group=self._strategy.pipeline_groups.replica, group_src=0)
+
     def _seed(self, cut: Cut) -> int:
         """Of one batch: follows from the run's seed and the position, so that nobody's generators move."""
         strategy = self._strategy
@@ -165,7 +174,8 @@ class PipelineSteps:
 
     def _share_results(self, cut: Cut, results: list[Any]) -> tuple[list[Tensor], bool, list[Any]]:
         """Losses and logged values of the last stage, on all ranks of the pipeline."""
-        strategy, found = self._strategy, None
+        strategy = self._strategy
+        found: Any = None
         device = strategy.root_device
         if cut.runner.is_last:
             losses = [loss_of(result).detach() for result in results]

@@ -112,7 +112,7 @@ class StepLogs:
                         f"self.log({name!r}, {type(entry.metric).__name__}(...)): assign the metric to an attribute of "
                         "the module in __init__, so that every rank has it"
                     )
-                cached = entry.metric._forward_cache
+                cached: Any = entry.metric._forward_cache
                 is_number = isinstance(cached, Tensor) and cached.numel() == 1
                 metric = [paths[id(entry.metric)], float(cached).hex() if is_number else None]
             value = _number(_REDUCTIONS[entry.reduction](torch.stack(entry.values))) if entry.values else None
@@ -141,7 +141,7 @@ class StepLogs:
             found = self._module.get_submodule(path)
             assert isinstance(found, Metric)
             if cached is not None:
-                found._forward_cache = torch.tensor(float.fromhex(cached), device=device)
+                vars(found)["_forward_cache"] = torch.tensor(float.fromhex(cached), device=device)
             self._module.log(name, found, **given, metric_attribute=path)
 
 

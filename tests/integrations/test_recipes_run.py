@@ -15,7 +15,15 @@ from moetion_lightning.cli import main
 from moetion_lightning.recipes import Recipe, list_recipes, recipe_path
 from moetion_lightning.testing.compare import compare_losses, compare_states, read_losses, read_state
 
-RECIPES = [pytest.param(r, id=r.name, marks=[pytest.mark.hf] if "_tiny" in r.name else []) for r in list_recipes()]
+
+def _marked(recipe: Recipe) -> object:
+    return pytest.param(recipe, id=recipe.name, marks=[pytest.mark.hf] if "CausalLM" in recipe.path.read_text() else [])
+
+
+RECIPES = [_marked(recipe) for recipe in list_recipes()]
+PIPELINES = [_marked(recipe) for recipe in list_recipes() if recipe.name.startswith("pipeline_")]
+#: What one process can run too.
+ALONE = [_marked(recipe) for recipe in list_recipes() if not recipe.name.startswith("pipeline_")]
 RECORDING = "moetion_lightning.testing.recording"
 ONE_RANK = ("--trainer.devices", "1", "--trainer.strategy", "auto")
 
@@ -46,7 +54,7 @@ def own_memory(memory_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return memory_dir
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ALONE)
 def test_recipe_runs_and_its_weights_move(
     recipe: Recipe, own_memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,7 +66,7 @@ def test_recipe_runs_and_its_weights_move(
     assert values[-1] < values[0]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ALONE)
 def test_recipe_with_its_callback_equals_the_run_without_any(
     recipe: Recipe, own_memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,9 +84,12 @@ def test_recipe_is_explained(recipe: Recipe, capsys: pytest.CaptureFixture[str])
     assert main(["explain", f"recipe:{recipe.name}", "--all"]) == 0
     out = capsys.readouterr().out
     tokens = [int(line.split()[-1].replace(",", "")) for line in out.splitlines() if "/expert/" in line]
-    assert len(tokens) == 16  # 2 layers of 8 experts
-    assert sum(tokens) % (8 * 64 * 2 * 2) == 0  # every token of 8 x 64 goes to 2 experts in each of 2 layers
+    model = yaml.safe_load(recipe.path.read_text())["model"]["init_args"]
+    layers = model["num_layers"] if "num_layers" in model else model["config"]["num_hidden_layers"]
+    assert len(tokens) == layers * 8
+    assert sum(tokens) % (8 * 64 * 2 * layers) == 0  # every token of 8 x 64 goes to 2 experts in each layer
     assert sum(tokens) > 0
+    assert ("pipeline of 3 ranks, 3 stages" in out) == recipe.name.startswith("pipeline_")
 
 
 def test_loss_recorder_names_every_sample(tmp_path: Path, own_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +102,58 @@ def test_loss_recorder_names_every_sample(tmp_path: Path, own_memory: Path, monk
     assert [line["global_step"] for line in lines] == [1, 2, 3]
 
 
+def _fit_ranks(name: str, folder: Path, launcher: list[str], *, callbacks: bool = True) -> None:
+    """Run a recipe of several ranks for 5 steps: under a launcher that says how many, or started by Lightning."""
+    folder.mkdir(exist_ok=True)
+    config = yaml.safe_load(recipe_path(name).read_text())
+    trainer = config["trainer"]
+    trainer.update(max_steps=5, logger=False, enable_progress_bar=False, default_root_dir=str(folder))
+    trainer["callbacks"] = [
+        *(trainer["callbacks"] if callbacks else []),
+        {"class_path": f"{RECORDING}.LossRecorder", "init_args": {"path": str(folder / "losses.jsonl")}},
+        {"class_path": f"{RECORDING}.FinalState", "init_args": {"path": str(folder / "final")}},
+    ]
+    if launcher[:1] == ["launch"]:
+        del trainer["devices"]
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m"]
+    if launcher[:1] == ["torchrun"]:
+        command += ["torch.distributed.run", *launcher[1:], "-m"]
+    elif launcher:
+        command += ["moetion_lightning", *launcher, "-m"]
+    done = subprocess.run(
+        [*command, "moetion_lightning", "fit", "--config", str(path)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", PIPELINES)
+def test_pipeline_recipe_equals_the_run_without_callbacks_under_torchrun(
+    recipe: Recipe, own_memory: Path, tmp_path: Path
+) -> None:
+    """Capturing windows and logging boundaries changes nothing, and the launcher makes no difference."""
+    launched, plain = tmp_path / "launched", tmp_path / "plain"
+    _fit_ranks(recipe.name, launched, ["launch", "--nproc-per-node", "3"])
+    _fit_ranks(recipe.name, plain, ["torchrun", "--standalone", "--nproc-per-node", "3"], callbacks=False)
+    held = []
+    for rank in range(3):
+        assert compare_states(launched / f"final-{rank}", plain / f"final-{rank}").differences == ()
+        assert compare_losses(launched / f"losses-{rank}.jsonl", plain / f"losses-{rank}.jsonl").equal
+        tensors = read_state(launched / f"final-{rank}")[0]
+        held.append({name for name, tensor in tensors.items() if name.startswith("parameter:") and tensor.numel()})
+    assert [held[0] & held[1], held[1] & held[2]] == [set(), set()]  # each rank has its own stage
+    values = [float.fromhex(v[-1]) for v in read_losses(launched / "losses-0.jsonl").values()]
+    assert len(values) == 5
+    assert values[-1] < values[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "launcher"),
@@ -101,29 +164,7 @@ def test_loss_recorder_names_every_sample(tmp_path: Path, own_memory: Path, monk
     ],
 )
 def test_recipe_of_ranks_runs_on_two(name: str, launcher: str, own_memory: Path, tmp_path: Path) -> None:
-    config = yaml.safe_load(recipe_path(name).read_text())
-    config["trainer"].update(max_steps=5, logger=False, enable_progress_bar=False, default_root_dir=str(tmp_path))
-    config["trainer"]["callbacks"] += [
-        {"class_path": f"{RECORDING}.LossRecorder", "init_args": {"path": str(tmp_path / "losses.jsonl")}},
-        {"class_path": f"{RECORDING}.FinalState", "init_args": {"path": str(tmp_path / "final")}},
-    ]
-    if launcher:
-        del config["trainer"]["devices"]  # the launcher says how many
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "moetion_lightning"]
-    if launcher:
-        command += ["launch", "--nproc-per-node", "2", "-m", "moetion_lightning"]
-    root = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run(
-        [*command, "fit", "--config", str(path)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    _fit_ranks(name, tmp_path, ["launch", "--nproc-per-node", "2"] if launcher else [])
     losses = [read_losses(tmp_path / f"losses-{rank}.jsonl") for rank in (0, 1)]
     assert [len(found) for found in losses] == [5, 5]
     assert losses[0] != losses[1]  # each rank has its own batches

@@ -32,7 +32,7 @@ class Layer(nn.Module):
 
 
 class Decoder(Automatic):
-    """Embedding, a positional parameter used directly, layers, a norm, a head (with the embedding's weights, if tied)."""
+    """Embedding, a positional parameter used directly, layers, a norm, a head (which may share the embedding)."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)

@@ -133,6 +133,75 @@ def _rng_of_another_rank() -> None:
     run_state.set_rng = set_rng
 
 
+def _flipped_record() -> None:
+    """One bit of one value that a neighbour has logged is another one."""
+    import torch
+
+    from moetion_lightning.pipeline.stage_replay import Source
+
+    original, flipped = Source.tensors, []
+
+    def tensors(self: Any, iteration: int, rank: int) -> Any:
+        found = original(self, iteration, rank)
+        position = next(i for i, tensor in enumerate(found) if tensor.is_floating_point())
+        if not flipped:
+            flipped.append(iteration)
+            found[position] = found[position].clone()
+            found[position].view(-1)[:1].view(torch.int32)[0] ^= 1 << 20
+        return found
+
+    Source.tensors = tensors
+
+
+def _unseen_record() -> None:
+    """A neighbour's log lacks a record."""
+    from moetion_lightning.pipeline.stage_replay import Source
+
+    original = Source.describe
+
+    def describe(self: Any, rank: int) -> Any:
+        headers = original(self, rank)
+        headers[-1]["records"] = headers[-1]["records"][1:]
+        return headers
+
+    Source.describe = describe
+
+
+def _unverified() -> None:
+    from moetion_lightning.strategies.pipeline_link import PipelineLink
+
+    original = PipelineLink._replay_iteration
+
+    def replay(self: Any, *args: Any) -> list[str]:
+        original(self, *args)
+        return []
+
+    PipelineLink._replay_iteration = replay
+
+
+def _flipped_record_unverified() -> None:
+    _flipped_record()
+    _unverified()
+
+
+def _missing_micro_batch() -> None:
+    """The records of one micro-batch are missing, and another one's are taken for them."""
+    from moetion_lightning.pipeline.stage_replay import Announced
+
+    _unverified()
+    original = Announced.receive
+
+    def receive(self: Any, iteration: int, device: Any) -> Any:
+        found = original(self, iteration, device)
+        swapped = {
+            (key, source): found.records[key._replace(micro_batch=0), source] if key.micro_batch == 1 else tensors
+            for (key, source), tensors in found.records.items()
+        }
+        return dataclasses.replace(found, records=swapped)
+
+    Announced.receive = receive
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -149,4 +218,8 @@ SABOTAGE = {
     "window": _window,
     "keep_older": _keep_older,
     "rng_of_another_rank": _rng_of_another_rank,
+    "flipped_record": _flipped_record,
+    "unseen_record": _unseen_record,
+    "flipped_record_unverified": _flipped_record_unverified,
+    "missing_micro_batch": _missing_micro_batch,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,8 @@ def test_help_fits_one_screen(args: list[str], capsys: pytest.CaptureFixture[str
 def test_help_names_every_command() -> None:
     for command in ("fit", "validate", "test", "predict", "recipes", "explain", "inspect", "jobs", "clean", "demo"):
         assert f"  {command}  " in HELP
+    for kind in ("ranks", "pipeline"):
+        assert f"  demo {kind}  " in HELP
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,6 +207,63 @@ def test_explain_takes_a_dense_module_with_a_notice(capsys: pytest.CaptureFixtur
 def test_explain_says_what_it_expected(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *args]) == 2
     assert message in capsys.readouterr().err
+
+
+PIPELINE = """\
+  strategy:
+    class_path: moetion_lightning.strategies.MoEtionStrategy
+    init_args: {pipeline_parallel_size: 2, %s}
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers"),
+    [
+        ("num_microbatches: 2", ["blocks.0 .. blocks.1, embed, position", "blocks.2 .. blocks.3, norm, head"]),
+        ("balance: [0, 1]", ["blocks.0, embed, position", "blocks.1 .. blocks.3, norm, head"]),
+        ("balance: time", ["blocks.0 .. blocks.1, embed, position", "blocks.2 .. blocks.3, norm, head"]),
+        (
+            "schedule: zbv_zero_bubble, chunks_per_rank: 2",
+            ["blocks.0, embed, position", "blocks.1", "blocks.2", "blocks.3, norm, head"],
+        ),
+    ],
+)
+def test_explain_shows_the_stages_of_a_pipeline(
+    settings: str, layers: list[str], config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = CONFIG.replace("num_layers: 1", "num_layers: 4").replace("model:\n", PIPELINE % settings + "model:\n")
+    config.write_text(text)
+    assert main(["explain", str(config)]) == 0
+    out = capsys.readouterr().out
+    table = [line.split() for line in out.splitlines() if re.match(r" +\d +\d  blocks", line)]
+    assert [" ".join(row[2:-4]) for row in table] == layers
+    assert [row[1] for row in table] == (["0", "1"] if len(layers) == 2 else ["0", "1", "1", "0"])
+    total = re.search(r"(\d+) operators, .* ([\d,]+) trainable elements", out)
+    assert total is not None
+    assert sum(int(row[-4]) for row in table) == int(total[1])
+    assert sum(int(row[-3].replace(",", "")) for row in table) == int(total[2].replace(",", ""))
+    assert ("balance is 'time'" in out) == ("time" in settings)
+
+
+def test_explain_of_an_impossible_pipeline_is_told(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = CONFIG.replace("num_layers: 1", "num_layers: 4").replace(
+        "model:\n", PIPELINE % "balance: [0, 4]" + "model:\n"
+    )
+    config.write_text(text)
+    assert main(["explain", str(config)]) == 2
+    assert "expected the first layer of each of 2 stages" in capsys.readouterr().err
+
+
+def test_strategy_of_ours_takes_its_arguments_from_the_command_line(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(CONFIG.replace("model:\n", PIPELINE % "num_microbatches: 4" + "model:\n"))
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(config), "--trainer.strategy.init_args.schedule", "gpipe", "--print_config"])
+    assert done.value.code == 0
+    given = yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"]["init_args"]
+    assert (given["pipeline_parallel_size"], given["num_microbatches"], given["schedule"]) == (2, 4, "gpipe")
+    assert (given["expert_parallel"], given["balance"]) == (1, "parameters")
 
 
 def test_jobs_of_an_empty_machine(memory_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

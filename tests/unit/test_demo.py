@@ -11,8 +11,11 @@ import torch
 import yaml
 
 from moetion_lightning.cli import main
-from moetion_lightning.demo import ranks, single
-from moetion_lightning.demo.ranks import RanksOptions, Recovery
+from moetion_lightning.demo import pipeline, ranks, single
+from moetion_lightning.demo.job import Job, compare
+from moetion_lightning.demo.pipeline import PipelineOptions
+from moetion_lightning.demo.ranks import RanksOptions
+from moetion_lightning.demo.recovery import Recovery
 from moetion_lightning.demo.single import DemoOptions
 from moetion_lightning.demo.stage import DemoError, KillMidWindow, Tail, finish
 from moetion_lightning.errors import ConfigurationError
@@ -90,19 +93,42 @@ def test_impossible_demo_of_ranks_is_refused(tmp_path: Path, change: dict[str, A
         RanksOptions(folder=tmp_path, memory_dir=tmp_path, **change)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "expert"])
+def _jobs(folder: Path, strategy: str) -> list[Job]:
+    common = {"folder": folder, "memory_dir": folder / "memory"}
+    if strategy == "pipeline":
+        return [pipeline.make_job(PipelineOptions(**common), name) for name in ("failing", "twin")]
+    return [ranks.make_job(RanksOptions(**common, strategy=strategy), name) for name in ("failing", "twin")]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "expert", "pipeline"])
 def test_both_jobs_run_the_same_configuration(tmp_path: Path, strategy: str) -> None:
-    options = RanksOptions(folder=tmp_path, memory_dir=tmp_path / "memory", strategy=strategy)
-    texts = []
-    for name in ("failing", "twin"):
-        run = ranks._Run(options, name)
-        texts.append((run.folder / "config.yaml").read_text().replace(str(run.folder), "FOLDER"))
+    texts = [
+        (job.folder / "config.yaml").read_text().replace(str(job.folder), "FOLDER") for job in _jobs(tmp_path, strategy)
+    ]
     assert texts[0] == texts[1]
     assert "FOLDER/events.jsonl" in texts[0]
+    assert "total_steps: 40" in texts[0]
 
 
-def test_help_shows_both_demonstrations(capsys: pytest.CaptureFixture[str]) -> None:
-    for args, word in ((["demo", "--help"], "moetion demo ranks"), (["demo", "ranks", "--help"], "--strategy")):
+def test_job_of_a_pipeline_logs_its_boundaries_and_says_how_much(tmp_path: Path) -> None:
+    config = yaml.safe_load((_jobs(tmp_path, "pipeline")[0].folder / "config.yaml").read_text())
+    names = [c["class_path"].rpartition(".")[2] for c in config["trainer"]["callbacks"]]
+    assert names == ["SparseExpertCheckpoint", "StageBoundaryLogging", "LossRecorder", "FinalState", "BoundaryLogSize"]
+
+
+@pytest.mark.parametrize("change", [{"steps": 20}, {"kill_rank": 3}, {"standby": -1}])
+def test_impossible_demo_of_a_pipeline_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        PipelineOptions(folder=tmp_path, memory_dir=tmp_path, **change)
+
+
+def test_help_shows_all_demonstrations(capsys: pytest.CaptureFixture[str]) -> None:
+    for args, word in (
+        (["demo", "--help"], "moetion demo ranks"),
+        (["demo", "--help"], "moetion demo pipeline"),
+        (["demo", "ranks", "--help"], "--strategy"),
+        (["demo", "pipeline", "--help"], "--stage"),
+    ):
         with pytest.raises(SystemExit) as done:
             main(args)
         assert done.value.code == 0
@@ -141,8 +167,49 @@ def test_recovery_without_a_newcomer_or_a_new_step_is_an_error() -> None:
         Recovery.of(_LOSS[:-1], killed=2, kill_time=5.0)
 
 
-def _write_run(run: ranks._Run, loss: float) -> None:
-    for rank, (final, losses) in enumerate(zip(run.final, run.losses)):
+_STAGE_LOSS = [
+    *(_event(rank, 10 + rank, 1.0, "IterationFinished", iteration=14) for rank in (0, 1, 2)),
+    *(_event(rank, 10 + rank, 9.0, "RestoreStarted", tier="live state") for rank in (0, 2)),
+    _event(1, 99, 9.0, "RestoreStarted", tier="logs of its neighbours"),
+    _event(
+        1, 99, 9.5, "StageReplayFinished", stage=1, first_iteration=9, last_iteration=14, seconds=0.5, verified=True
+    ),
+    *(_event(rank, 99 if rank == 1 else 10 + rank, 9.6, "RestoreApplied", iteration=14) for rank in (0, 1, 2)),
+    _event(1, 99, 10.0, "IterationFinished", iteration=15),
+]
+
+
+def _stage_rows(folder: Path, events: list[dict[str, Any]]) -> dict[str, str]:
+    options = PipelineOptions(folder=folder, memory_dir=folder / "memory")
+    job = pipeline.make_job(options, "failing")
+    for rank in range(3):
+        (job.folder / f"boundary-log-{rank}.json").write_text(json.dumps({"step_bytes": 10_000, "most_bytes": 1e6}))
+    return dict(pipeline._table(options, job, Recovery.of(events, killed=1, kill_time=5.0)))
+
+
+def test_table_of_a_lost_stage_says_who_replayed_what(tmp_path: Path) -> None:
+    rows = _stage_rows(tmp_path, _STAGE_LOSS)
+    assert rows["stage 0"] == "process 10: the same process; replayed 0 steps"
+    assert rows["stage 1"] == "process 11: replaced by process 99; replayed 5 steps in 0.5 s, verified"
+    assert rows["state of stage 1"] == "logs of its neighbours"
+    assert rows["steps that the other stages did again"] == "0"
+    assert rows["boundary log a step, by stage"] == "0.01 / 0.01 / 0.01 MB (most ever held: 1.0 MB)"
+
+
+def test_lost_stage_that_did_not_recover_alone_is_an_error(tmp_path: Path) -> None:
+    """A rollback of all stages is exact too, but not what is to be shown."""
+    rolled_back = [event for event in _STAGE_LOSS if event["event"] != "StageReplayFinished"]
+    with pytest.raises(DemoError, match=r"stages \[\] were replayed .* expected stage 1 alone"):
+        _stage_rows(tmp_path, rolled_back)
+
+
+def test_replay_that_was_not_exact_is_told(tmp_path: Path) -> None:
+    events = [{**event, "verified": False} if "verified" in event else event for event in _STAGE_LOSS]
+    assert _stage_rows(tmp_path, events)["stage 1"].endswith("NOT verified")
+
+
+def _write_run(job: Job, loss: float) -> None:
+    for rank, (final, losses) in enumerate(zip(job.final, job.losses)):
         tensors = {"parameter:w": torch.full((3,), float(rank)), "optimizer:0:w:exp_avg": torch.zeros(3)}
         write_state(final, tensors, {"optimizer:0:group0:lr": "0x1p-3"})
         losses.write_text(json.dumps({"epoch": 0, "batch_idx": 0, "loss": loss.hex()}) + "\n")
@@ -153,7 +220,7 @@ def test_one_different_element_of_one_rank_is_not_equal(
     tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = RanksOptions(folder=tmp_path, memory_dir=tmp_path / "memory", ranks=2, kill_rank=1)
-    failing, twin = ranks._Run(options, "failing"), ranks._Run(options, "twin")
+    failing, twin = ranks.make_job(options, "failing"), ranks.make_job(options, "twin")
     _write_run(failing, 1.0)
     _write_run(twin, 1.0)
     if change == "loss":
@@ -162,7 +229,7 @@ def test_one_different_element_of_one_rank_is_not_equal(
         tensors = {"parameter:w": torch.full((3,), 1.0), "optimizer:0:w:exp_avg": torch.zeros(3)}
         tensors[change][1] += 1e-7
         write_state(twin.final[1], tensors, {"optimizer:0:group0:lr": "0x1p-3"})
-    assert finish([], ranks._compare(failing, twin)) == (0 if change == "nothing" else 1)
+    assert finish([], compare(failing, twin)) == (0 if change == "nothing" else 1)
     out = capsys.readouterr().out
     assert ("NOT EQUAL" in out) == (change != "nothing")
     assert change in ("nothing", "loss") or f"{change}: 1 of 3 elements differ" in out

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchmetrics import CatMetric, MeanMetric
 
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.intercept import Interceptor
@@ -99,6 +100,25 @@ def test_random_number_generators_are_not_moved() -> None:
     pipeline.train(IDS)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
+
+
+def test_metrics_inside_of_the_module_keep_their_states() -> None:
+    class Measured(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.every = MeanMetric(), CatMetric()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            loss = super().forward(ids)
+            self.mean.update(loss.detach())
+            self.every(loss.detach())
+            return loss
+
+    module = Measured()
+    first = module(IDS[0])
+    VirtualPipeline(module, plain_step, IDS[1], 2, layers="layers")
+    assert torch.equal(module.mean.compute(), first)
+    assert torch.equal(module.every.compute().reshape(()), first)
 
 
 def test_junk_never_reaches_buffers() -> None:

@@ -15,7 +15,8 @@ from moetion_lightning.recipes.data import StdlibText, read_stdlib_bytes
 from moetion_lightning.recipes.models import ByteMoE, CausalLM, MoELayer, warmup_cosine
 
 RECIPES = list_recipes()
-RANKS = {"ddp_moe_cpu", "expert_parallel_moe_cpu", "fsdp2_moe_cpu"}
+PIPELINES = {"pipeline_moe_cpu": 3, "pipeline_qwen3_moe_cpu": 3}
+RANKS = {"ddp_moe_cpu": 2, "expert_parallel_moe_cpu": 2, "fsdp2_moe_cpu": 2, **PIPELINES}
 NAMES = {"bf16_mixed", "mixtral_tiny", "partial_experts", "qwen3_moe_tiny", "tiny_moe_cpu", *RANKS}
 
 
@@ -56,7 +57,18 @@ def test_recipe_of_several_ranks_names_its_launcher(recipe: Recipe) -> None:
     text = recipe.path.read_text(encoding="utf-8")
     module = "-m moetion_lightning fit --config recipe:" + recipe.name
     assert re.search(rf"^#\s+elastic:\s+moetion launch --nproc-per-node \d {module}$", text, re.M)
-    assert yaml.safe_load(text)["trainer"]["devices"] == 2
+    assert yaml.safe_load(text)["trainer"]["devices"] == RANKS[recipe.name]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_recipe_of_a_pipeline_names_torchrun_and_logs_its_boundaries(name: str) -> None:
+    text = recipe_path(name).read_text(encoding="utf-8")
+    assert re.search(
+        rf"^#\s+restarts:\s+torchrun --nproc-per-node {PIPELINES[name]} -m moetion_lightning fit", text, re.M
+    )
+    trainer = yaml.safe_load(text)["trainer"]
+    assert trainer["strategy"]["init_args"]["pipeline_parallel_size"] == PIPELINES[name]
+    assert "moetion_lightning.callbacks.StageBoundaryLogging" in [c["class_path"] for c in trainer["callbacks"]]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)

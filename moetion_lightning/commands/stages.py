@@ -1,0 +1,104 @@
+"""Which pipeline stage each layer and operator of a configuration would be on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from moetion_lightning.core.explain import OperatorRow, format_bytes
+from moetion_lightning.pipeline.balance import balance, check_bounds, layer_weights
+from moetion_lightning.pipeline.layer_list import LayerList, find_layers
+from moetion_lightning.pipeline.layout import PipelineLayout
+from moetion_lightning.pipeline.schedules import schedule_kind
+
+__all__ = ["describe_stages"]
+
+_SHOWN = 4  # modules outside of the layers, by name
+_NOTES = (
+    "note: the slots above are those of one process; each rank schedules a window of its own operators",
+    "note: what is outside of the layers follows the order of registration here; the first batch shows who uses it",
+)
+_TIMED = "note: balance is 'time', which is measured with the first batch; shown is 'parameters'"
+
+
+def describe_stages(module: nn.Module, settings: Mapping[str, Any], rows: Sequence[OperatorRow]) -> str:
+    """A table of the stages, as text.
+
+    Args:
+        module: The whole module.
+        settings: Arguments of ``MoEtionStrategy(pipeline_parallel_size=...)``.
+        rows: The module's operators.
+
+    Raises:
+        ConfigurationError: The module has no layers to cut between, too few, or settings contradict each other.
+    """
+    size = settings["pipeline_parallel_size"]
+    chunks = settings.get("chunks_per_rank", 1)
+    number = settings.get("num_microbatches") or size
+    kind = schedule_kind(settings.get("schedule", "1f1b"), chunks, number, size)
+    layout = PipelineLayout(
+        world_size=size, pipeline_parallel_size=size, chunks_per_rank=chunks, v_shaped=kind.v_shaped
+    )
+    layers = find_layers(module, settings.get("layers"))
+    wanted = settings.get("balance", "parameters")
+    if isinstance(wanted, str):
+        bounds = balance(layer_weights(module, layers), layout.num_stages)
+    else:
+        bounds = check_bounds(wanted, len(layers), layout.num_stages)
+    title = f"pipeline of {size} ranks, {layout.num_stages} stages, schedule {kind.name}, {number} micro-batches"
+    table = [("stage", "rank", "layers", "operators", "elements", "full")]
+    for stage, held in enumerate(_members(module, layers, bounds, rows)):
+        elements, full = sum(row.elements for row in held), sum(row.full_bytes for row in held)
+        numbers = (str(len(held)), f"{elements:,}", format_bytes(full))
+        table.append((str(stage), str(layout.owner(stage)), _contents(layers, bounds, stage, held), *numbers))
+    notes = (*_NOTES, _TIMED) if wanted == "time" else _NOTES
+    return "\n".join(["", title, *_aligned(table), *notes])
+
+
+def _contents(layers: LayerList, bounds: Sequence[int], stage: int, held: Sequence[OperatorRow]) -> str:
+    last = (bounds[stage + 1] if stage + 1 < len(bounds) else len(layers)) - 1
+    first = bounds[stage]
+    own = layers.names[first] if first == last else f"{layers.names[first]} .. {layers.names[last]}"
+    others = list(dict.fromkeys(_owner(row) for row in held if _layer_of(row, layers) is None))
+    more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
+    return ", ".join([own, *others[:_SHOWN], *more])
+
+
+def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return [
+        "  ".join(cell.ljust(w) if column == 2 else cell.rjust(w) for column, (cell, w) in enumerate(zip(row, widths)))
+        for row in table
+    ]
+
+
+def _members(
+    module: nn.Module, layers: LayerList, bounds: Sequence[int], rows: Sequence[OperatorRow]
+) -> list[list[OperatorRow]]:
+    stage_of = [sum(bound <= index for bound in bounds[1:]) for index in range(len(layers))]
+    names = [name for name, _ in module.named_modules()]
+    first = names.index(layers.names[0])
+    members: list[list[OperatorRow]] = [[] for _ in bounds]
+    for row in rows:
+        index = _layer_of(row, layers)
+        if index is None:
+            index = 0 if _registered(row, names) < first else len(layers) - 1
+        members[stage_of[index]].append(row)
+    return members
+
+
+def _layer_of(row: OperatorRow, layers: LayerList) -> int | None:
+    owner = _owner(row) + "."
+    return next((index for index, name in enumerate(layers.names) if owner.startswith(name + ".")), None)
+
+
+def _owner(row: OperatorRow) -> str:
+    """The module of an operator: its name is ``MODULE/KIND...``."""
+    return row.name.partition("/")[0]
+
+
+def _registered(row: OperatorRow, names: Sequence[str]) -> int:
+    owner = _owner(row)
+    return names.index(owner) if owner in names else -1
