@@ -6,7 +6,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean setup
+.PHONY: help demo test check bench docs clean setup
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +18,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.moetion-test-stamp
 DEV_STAMP := $(VENV)/.moetion-dev-stamp
 BENCH_STAMP := $(VENV)/.moetion-bench-stamp
+DOCS_STAMP := $(VENV)/.moetion-docs-stamp
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet
 # The exact versions need Python 3.11; an older interpreter takes what the lower bounds give.
 CONSTRAIN = $(shell $(PY) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
@@ -31,7 +32,7 @@ help:  ## Show the targets
 demo: $(STAMP)  ## Train a small MoE, kill it, watch it come back bit for bit
 	@$(PY) -m moetion_lightning demo $(ARGS)
 
-test: $(STAMP)  ## Run all tests
+test: $(DOCS_STAMP)  ## Run all tests
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup --durations 15 $(ARGS)
 
 check: $(DEV_STAMP)  ## Lint, type check, fast tests (about a minute)
@@ -46,10 +47,14 @@ bench: $(BENCH_STAMP)  ## Measure overhead, recovery, replicas, failover; tables
 	  found=1; echo "== $$script"; $(PY) "$$script" $(ARGS); done; \
 	[ "$$found" = 1 ] || { echo "no benchmark scripts in benchmarks/"; exit 1; }
 
+docs: $(DOCS_STAMP)  ## Build the documentation into site/ (no network); every warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 setup: $(STAMP)  ## Only create the environment
 
 clean:  ## Remove caches and build outputs (keeps the environment)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs
 	find . -path './.venv*' -prune -o -path ./.git -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 $(PY):
@@ -73,4 +78,8 @@ $(DEV_STAMP): $(STAMP)
 
 $(BENCH_STAMP): $(STAMP)
 	$(PIP) $(CONSTRAIN) -e '.[test,bench]'
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) $(CONSTRAIN) -e '.[test,docs]'
 	@touch $@

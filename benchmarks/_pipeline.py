@@ -44,16 +44,27 @@ _NO_BOUND = 2**62
 
 
 class LogClock:
-    """Adds up the time that a rank spends for its log, but for what it waits for others in the all-gather."""
+    """Adds up the time that a rank spends for its log, but for what it waits for others in the all-gather.
+
+    Attributes:
+        records: Seconds of recording, sealing and freeing.
+        norms: Seconds of the norms of the stage's gradients, against which a replay is checked.
+    """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.records = self.norms = 0.0
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds += time.perf_counter() - started
+        self.records += time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def norming(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.norms += time.perf_counter() - started
 
 
 class _Recording(NetworkTraffic):
@@ -64,7 +75,7 @@ class _Recording(NetworkTraffic):
         self._clock = clock
 
     def record(self, boundary: int, direction: Direction, micro_batch: int, tensors: Sequence[Tensor]) -> None:
-        with self._clock.running():
+        with self._clock.recording():
             self._log.record(boundary, direction, micro_batch, tensors)
 
 
@@ -175,18 +186,18 @@ class Stage:
         losses = self._run(batch, iteration)
         losses = broadcast_json(losses, self.runner.last_place, self._groups.pipeline, CPU)
         if logging:
-            with self.clock.running():
+            with self.clock.recording():
                 assert self.log is not None
                 self.log.end_round(Round(batch=(batch,), index=iteration, seed=iteration, losses=tuple(losses)))
         self.gradients.reduce()
         norm = 0.0
         if logging:
-            with self.clock.running():
+            with self.clock.norming():
                 norm = self.gradients.stage_norm()
         self.optimizer.step()
         if logging:
             control = self._control(norm)
-            with self.clock.running():
+            with self.clock.recording():
                 assert self.log is not None
                 self.log.seal(control)
 
@@ -206,7 +217,7 @@ class Stage:
         micro_batches = split_batch(batch, self.num_micro_batches)
         results = self.runner.train(
             micro_batches,
-            lambda micro_batch, index, stage: self._step(micro_batch),
+            lambda micro_batch, counts: self._step(micro_batch),
             scale=lambda loss: loss / self.num_micro_batches,
             seed=seed,
         )

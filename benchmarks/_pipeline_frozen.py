@@ -66,16 +66,16 @@ class _Replayed:
         )  # fmt: skip
 
     def _iterate(self, number: int) -> tuple[float, float]:
-        """Seconds of the forward and backward passes, and of the optimizer's step."""
+        """CPU seconds of the forward and backward passes, and of the optimizer's step: less noisy than wall time."""
         batch = make_tokens(number, self._micro_batches * self._samples, self._seq_len)
         for parameter in self._model.parameters():
             parameter.grad = None
-        started = time.perf_counter()
+        started = time.process_time()
         for tokens in batch.split(self._samples):
             (language_loss(self._model, tokens) / self._micro_batches).backward()
-        passed = time.perf_counter()
+        passed = time.process_time()
         self._optimizer.step()
-        return passed - started, time.perf_counter() - passed
+        return passed - started, time.process_time() - passed
 
     def _state(self) -> list[Tensor]:
         found = []
@@ -85,7 +85,7 @@ class _Replayed:
         return found
 
     def replay(self, *, skip: bool) -> dict[str, Any]:
-        """Replay the window; seconds by iteration, and the share of the elements whose gradients were skipped."""
+        """Replay the window; CPU seconds by iteration, and the share of the elements whose gradients were skipped."""
         reconstruction = Reconstruction(self._live, self._slots, skip_gradients=skip)
         reconstruction.begin()
         total = sum(p.numel() for p in self._model.parameters())
@@ -132,7 +132,7 @@ def run_frozen(
 
 
 def saving(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds saved, as shares: of the replay, and for each frozen operator of what its replay costs.
+    """CPU seconds saved, as shares: of the replay, and for each frozen operator of what its replay costs.
 
     An operator's share of the computing is taken to be its share of the elements.
     """

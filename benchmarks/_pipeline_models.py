@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +13,14 @@ from torch.nn import functional as F
 
 from moetion_lightning.recipes.models import ByteMoE
 
-__all__ = ["Device", "EmulatedPipeline", "language_loss", "make_language_model", "make_tokens"]
+__all__ = [
+    "Device",
+    "EmulatedPipeline",
+    "Workload",
+    "language_loss",
+    "make_language_model",
+    "make_tokens",
+]
 
 _BALANCE_WEIGHT = 0.01
 
@@ -111,3 +120,40 @@ class EmulatedPipeline(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden.square().mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a rank trains.
+
+    Args:
+        module: The whole module.
+        step: Gives the loss of a micro-batch.
+        batch: The batch of an iteration, with so many samples.
+        device: The emulated one, if it is.
+    """
+
+    module: nn.Module
+    step: Callable[[Tensor], Tensor]
+    batch: Callable[[int, int], Tensor]
+    device: Device | None = None
+
+    @classmethod
+    def computing(cls, *, seq_len: int, **sizes: int) -> Workload:
+        """The language model."""
+        model = make_language_model(seq_len=seq_len, **sizes)
+        return cls(
+            module=model,
+            step=lambda tokens: language_loss(model, tokens),
+            batch=lambda number, samples: make_tokens(number, samples, seq_len),
+        )
+
+    @classmethod
+    def emulated(cls, num_stages: int, *, seq_len: int, d_model: int, device: Device) -> Workload:
+        """Emulated devices, between which as much passes as between stages of the language model."""
+        model = EmulatedPipeline(num_stages, d_model, device)
+
+        def batch(number: int, samples: int) -> Tensor:
+            return torch.randn(samples, seq_len, d_model, generator=torch.Generator().manual_seed(number))
+
+        return cls(module=model, step=model.loss, batch=batch, device=device)

@@ -18,6 +18,8 @@ from moetion_lightning.distributed.live_copy import receive_state, send_state
 
 __all__ = ["Case", "run_case", "summarise"]
 
+_COPIES = 3  # in each round: they are short
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -140,7 +142,7 @@ def run_case(rank: int, case: Case) -> dict[str, list[dict[str, Any]]]:
         for stage in places[number % len(places) :] + places[: number % len(places)]:
             found[f"replay {stage}"].append(me.replay(stage))
         if case.replicas > 1:
-            found["copy"].append(me.copy())
+            found["copy"] += [me.copy() for _ in range(_COPIES)]
     return found
 
 
@@ -172,7 +174,7 @@ def summarise(case: Case, ranks: list[dict[str, list[dict[str, Any]]]]) -> dict[
         }
     ratios = [ratio for stage in stages.values() for ratio in stage["ratio"]]
     work = [share for stage in stages.values() for share in stage["work"]]
-    copies = [max(rank["copy"][number]["seconds"] for rank in ranks) for number in rounds if ranks[0]["copy"]]
+    copies = [max(found["seconds"] for found in one) for one in zip(*(rank["copy"] for rank in ranks))]
     return {
         "stages": case.stages, "replicas": case.replicas, "micro_batches": case.micro_batches, "bound": case.bound,
         "rollback_seconds": [seconds for seconds, *_ in rollbacks], "replays": stages,

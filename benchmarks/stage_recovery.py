@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="only print the markdown of the last results")
     args = parser.parse_args(argv)
     args.cases, args.model = list(_CASES), {"d_model": 256, "d_expert": 512, "num_layers": 2}
-    args.samples, args.seq_len, args.frozen_rounds = 2, 128, 7
+    args.samples, args.seq_len, args.frozen_rounds = 2, 128, 9
     if args.quick:
         args.forward_ms, args.backward_ms, args.iterations, args.rounds = 2.0, 4.0, 2, 1
         args.cases, args.model = [(3, 3, 1), (2, 2, 2)], {"d_model": 32, "d_expert": 64, "num_layers": 2}
@@ -116,9 +116,9 @@ def markdown(results: dict[str, Any]) -> str:
     s = results["settings"]
     about = (
         f"{machine_line(results)} **Emulated: one device per stage**, which sleeps {s['forward_ms']:g} ms for a "
-        f"forward and {s['backward_ms']:g} ms for a backward of a micro-batch instead of computing; real 1F1B schedule, "
-        f"messages over gloo, logs and replay; every final state is compared bit for bit. {s['iterations']} iterations "
-        f"are repeated, {s['rounds']} rounds; medians over rounds and stages (range)."
+        f"forward and {s['backward_ms']:g} ms for a backward of a micro-batch instead of computing; real 1F1B "
+        f"schedule, messages over gloo, logs and replay; every final state is compared bit for bit. "
+        f"{s['iterations']} iterations are repeated, {s['rounds']} rounds; medians over rounds and stages (range)."
     )
     parts = [about, _replay_table(results), "### The way below the bound: a living peer", _copy_table(results)]
     parts += ["### Frozen operators (not emulated: one process computes)", _frozen_table(results), "### Goals"]
@@ -147,8 +147,8 @@ def _replay_table(results: dict[str, Any]) -> str:
 
 def _copy_table(results: dict[str, Any]) -> str:
     header = [
-        "stages", "M", "pipelines", "copy of a stage's state, MB", "copy, ms", "replay by all peers of the stage, ms",
-        "rollback, ms", "copy / replay",
+        "stages", "M", "pipelines", "copy of a stage's state, MB", "copy, ms (range)",
+        "replay by the stage's peers, emulated, ms", "rollback, emulated, ms", "copy / replay",
     ]  # fmt: skip
     cells = []
     for row in results["rows"]:
@@ -158,7 +158,8 @@ def _copy_table(results: dict[str, Any]) -> str:
         replayed = statistics.median(seconds for stage in row["replays"].values() for seconds in stage["seconds"])
         cells.append([
             str(row["stages"]), str(row["micro_batches"]), str(row["replicas"]), f"{results['settings']['copy_mb']:g}",
-            f"{1e3 * copied:.0f}", f"{1e3 * replayed:.0f}", f"{1e3 * statistics.median(row['rollback_seconds']):.0f}",
+            f"{1e3 * copied:.0f} ({1e3 * min(row['copy_seconds']):.0f}..{1e3 * max(row['copy_seconds']):.0f})",
+            f"{1e3 * replayed:.0f}", f"{1e3 * statistics.median(row['rollback_seconds']):.0f}",
             f"{copied / replayed:.3f}",
         ])  # fmt: skip
     return markdown_table(header, cells)
@@ -166,7 +167,7 @@ def _copy_table(results: dict[str, Any]) -> str:
 
 def _frozen_table(results: dict[str, Any]) -> str:
     frozen = results["frozen"]
-    header = ["of a replay with all gradients", "forward, backward and step", "forward and backward"]
+    header = ["CPU time, of a replay with all gradients", "forward, backward and step", "forward and backward"]
     share = f"{100 * frozen['skipped_share']:.0f} %"
     return markdown_table(header, [
         [f"saved (window of {frozen['window']}, {share} of the elements skipped on average)",

@@ -38,6 +38,7 @@ looking
   inspect     windows, slots, operators, sizes and ages under a path; verifies checksums
   jobs        jobs whose state is in this machine's memory
   clean       remove what dead jobs left there
+  report      one HTML page about a run from its events: time line, failures, effective training time
   demo        train, kill, restart, compare bit for bit with a run that never failed
   demo ranks     kill one rank of several; it is replaced while the others live on
   demo pipeline  kill one stage of three; it alone is replayed, from its neighbours' logs
@@ -61,6 +62,7 @@ _OWN = {
     "inspect": ("moetion_lightning.commands.state", "inspect"),
     "jobs": ("moetion_lightning.commands.state", "jobs"),
     "clean": ("moetion_lightning.commands.state", "clean"),
+    "report": ("moetion_lightning.commands.report", "report"),
     "demo": ("moetion_lightning.demo", "main"),
     "launch": ("moetion_lightning.commands.launch", "launch"),
     "rendezvous": ("moetion_lightning.commands.launch", "rendezvous"),

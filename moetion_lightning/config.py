@@ -11,9 +11,11 @@ from typing import Literal
 from moetion_lightning.errors import ConfigurationError
 
 __all__ = [
+    "AUTOMATIC_VARIABLE",
     "EngineConfig",
     "LaunchedProcess",
     "TorchrunWorker",
+    "automatic_setting",
     "child_environment",
     "default_memory_dir",
     "job_id_from_environment",
@@ -26,6 +28,8 @@ __all__ = [
     "valid_job_id",
 ]
 
+#: Set this to a recipe's name, a YAML file's path, or "default": every Lightning Trainer then gets these callbacks.
+AUTOMATIC_VARIABLE = "MOETION"
 #: Set this to give a job an explicit identity, e.g. the id that the cluster's scheduler gave it.
 JOB_ID_VARIABLE = "MOETION_JOB_ID"
 #: Set this to keep the host-memory tier somewhere else than /dev/shm.
@@ -46,6 +50,12 @@ NODE_TIMEOUT_VARIABLE = "MOETION_NODE_TIMEOUT"
 def job_id_from_environment() -> str | None:
     """The job identity given by the environment, if any."""
     return os.environ.get(JOB_ID_VARIABLE) or None
+
+
+def automatic_setting() -> str | None:
+    """Which callbacks every Lightning Trainer shall get, if the environment asks for some."""
+    value = os.environ.get(AUTOMATIC_VARIABLE, "").strip()
+    return None if value.lower() in ("", "0", "false", "off", "no") else value
 
 
 def default_memory_dir() -> Path | None:

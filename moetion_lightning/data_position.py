@@ -32,7 +32,11 @@ def loader_parts(loader: object) -> dict[str, object]:
         part = getattr(loader, role, None)
         if part is not None:
             parts[role] = part
-    inner = getattr(parts.get("batch_sampler"), "sampler", None)
+    role, batches = "batch_sampler", parts.get("batch_sampler")
+    while (dealt := getattr(batches, "batch_sampler", None)) is not None:  # it deals out another one's (Accelerate)
+        role, batches = f"inner_{role}", dealt
+        parts[role] = batches
+    inner = getattr(batches, "sampler", None)
     if inner is not None:
         parts["inner_sampler"] = inner
     for role in ("collate_fn", "worker_init_fn"):
@@ -108,6 +112,20 @@ class LoaderPosition:
             self._stateful = dataset
         # Workers that live on carry their generators from pass to pass: only all passes bring them back.
         self._keeps_workers = bool(getattr(loader, "persistent_workers", False)) and not self._in_process
+
+    @property
+    def keeps_workers(self) -> bool:
+        """Whether workers live on from pass to pass, with generators that only all passes bring back."""
+        return self._keeps_workers
+
+    @property
+    def drawn(self) -> int:
+        """Batches drawn in the present pass."""
+        return self._passes[-1].drawn if self._passes else 0
+
+    def generators(self) -> dict[str, object]:
+        """The generators of the loader's parts, by name."""
+        return find_generators(loader_parts(self._loader))
 
     def snapshot(self) -> dict[str, Any]:
         """The position before the next batch is drawn (plain values and tensors)."""
@@ -259,11 +277,15 @@ def release(loader: Any) -> None:
         del loader.__dict__[_ATTRIBUTE]
 
 
-def make_resumable(loader: Any) -> tuple[Any, LoaderPosition]:
+def make_resumable(loader: Any, kind: type[LoaderPosition] = LoaderPosition) -> tuple[Any, LoaderPosition]:
     """Follow a loader from now on.
 
     A ``DataLoader`` stays the same object; its class becomes a subclass of its own that differs in ``__iter__`` alone.
     Other iterables are wrapped.
+
+    Args:
+        loader: The loader.
+        kind: What follows a ``DataLoader``.
 
     Returns:
         The loader to use from now on, and its position.
@@ -283,7 +305,7 @@ def make_resumable(loader: Any) -> tuple[Any, LoaderPosition]:
 
         namespace = {"__iter__": __iter__, "__doc__": base.__doc__, "__module__": base.__module__}
         _classes[base] = type(base.__name__, (base,), namespace)
-    position = LoaderPosition(loader)
+    position = kind(loader)
     object.__setattr__(loader, _ATTRIBUTE, position)
     object.__setattr__(loader, "__class__", _classes[base])
     return loader, position

@@ -3,6 +3,7 @@
 import moetion_lightning.strategies  # noqa: F401  so that Trainer(strategy="moetion") is known where a callback is
 from moetion_lightning.callbacks.dense_in_memory_checkpoint import DenseInMemoryCheckpoint
 from moetion_lightning.callbacks.dense_reconstruction import DenseReconstruction
+from moetion_lightning.callbacks.fault_tolerance_monitor import FaultToleranceMonitor
 from moetion_lightning.callbacks.partial_experts_checkpoint import PartialExpertsCheckpoint
 from moetion_lightning.callbacks.sparse_expert_checkpoint import SparseExpertCheckpoint
 from moetion_lightning.callbacks.stage_boundary_logging import StageBoundaryLogging
@@ -10,6 +11,7 @@ from moetion_lightning.callbacks.stage_boundary_logging import StageBoundaryLogg
 __all__ = [
     "DenseInMemoryCheckpoint",
     "DenseReconstruction",
+    "FaultToleranceMonitor",
     "PartialExpertsCheckpoint",
     "SparseExpertCheckpoint",
     "StageBoundaryLogging",

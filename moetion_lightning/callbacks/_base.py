@@ -105,7 +105,7 @@ class EngineCallback(Callback):
             config=self._effective_config(trainer),
             policy=self._policy(),
             specs=self._specs,
-            sinks=self._sinks,
+            sinks=(*self._sinks, *_listeners(trainer)),
             events_path=self._events_path,
             log_metrics=self._log_metrics and self.captures(),
         )
@@ -152,3 +152,8 @@ class EngineCallback(Callback):
         session, self._session = self._session, None
         if session is not None:
             session.close(completed=completed)
+
+
+def _listeners(trainer: Trainer) -> list[Sink]:
+    """Callbacks beside the capturing one that want the events of its run: those with ``on_moetion_event(event)``."""
+    return [c.on_moetion_event for c in trainer.callbacks if hasattr(c, "on_moetion_event")]  # type: ignore[attr-defined]

@@ -19,13 +19,13 @@ from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._elastic import Elastic
 from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, gathers_state, make_ranks
-from moetion_lightning.callbacks._reporting import Reporter, show_log_lines
 from moetion_lightning.callbacks._run_state import LightningRunState
 from moetion_lightning.config import EngineConfig
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.policy import Policy
 from moetion_lightning.distributed.groups import current_groups
 from moetion_lightning.engine import Engine, LivePoint, RestorePoint, derive_job_id
+from moetion_lightning.engine.reporting import Reporter, show_log_lines
 from moetion_lightning.errors import ConfigurationError, RankLostError
 from moetion_lightning.events import EventBus, JsonlSink, Sink
 
@@ -87,7 +87,7 @@ class Session:
         job = derive_job_id(config.job_id, trainer.default_root_dir)
         self.engine = Engine(config, policy, bus=bus, job=job, ranks=self.ranks)
         self._point: RestorePoint | LivePoint | None = None
-        self._begun = self._trained = False
+        self._begun = self._trained = self._attached = False
         self._loops = LoopSeam(trainer)
         self._data = DataSeam(trainer)
         self.run_state = LightningRunState(trainer, module, self._loops, self._data)
@@ -204,7 +204,8 @@ class Session:
         if self._begun:
             self.engine.boundary(self.run_state)
             return
-        if not self._trained and cuts_at_first_batch(self._trainer):
+        if cuts_at_first_batch(self._trainer) and not self._attached:
+            self._attached = True
             self.engine.attach(self._module, self._trainer.optimizers, self._specs)
             self.engine.check_run_state(self.run_state)
         if self._elastic is not None:

@@ -62,7 +62,7 @@ class StageBoundaryLogging(Callback):
             ConfigurationError: The strategy is no pipeline.
         """
         strategy: Any = trainer.strategy
-        if not isinstance(strategy, PipelineStrategy):
+        if not isinstance(strategy, PipelineStrategy) or strategy.pipeline_parallel_size == 1:
             raise ConfigurationError(
                 f"StageBoundaryLogging in Trainer(strategy={type(strategy).__name__}): expected "
                 "MoEtionStrategy(pipeline_parallel_size=...) with 2 ranks or more, whose stages have boundaries. "

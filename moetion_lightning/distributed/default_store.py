@@ -9,9 +9,16 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from moetion_lightning.distributed.control import StoreControl
 
-__all__ = ["default_control"]
+__all__ = ["default_control", "default_world"]
 
 _runs = 0
+
+
+def default_world() -> tuple[int, int]:
+    """This process's rank in the default process group, and the group's size; ``(0, 1)`` without one."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def default_control(timeout_seconds: float = 1800.0) -> StoreControl:

@@ -1,7 +1,7 @@
 """Metrics of fault-tolerant Mixture-of-Experts training, by the conventions of torchmetrics.
 
 Each keeps sums only: they add up over ranks, survive in ``state_dict`` and go on after a restart.
-:class:`~moetion_lightning.callbacks.FaultToleranceMonitor` feeds them from the events of a run; they work without it too.
+:class:`~moetion_lightning.callbacks.FaultToleranceMonitor` feeds them from the events of a run; they work without it.
 """
 
 from moetion_lightning.metrics.checkpoint_stall import CheckpointStall

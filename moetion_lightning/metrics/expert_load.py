@@ -22,7 +22,7 @@ class ExpertLoad(Metric):
     .. math:: \text{load}_e = \frac{\text{tokens}_e}{\sum_i \text{tokens}_i}
 
     Tokens are expert assignments: with top-k routing each token counts k times. Counts are 64-bit integers and add up
-    over ranks; give each rank its own tokens, or construct with ``sync_on_compute=False`` where they are summed already.
+    over ranks: give each rank its own tokens, or construct with ``sync_on_compute=False`` where they are summed before.
 
     Args:
         num_experts: Experts of one layer, for values ``[num_experts]``; or of each of several layers, for values

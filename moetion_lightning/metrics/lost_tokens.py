@@ -23,8 +23,8 @@ class ProportionOfLostTokens(Metric):
 
     Over MoE layers i and failures j; a token is lost where the expert that saw it comes back from a state that is older
     than the restored iteration. The denominator are all expert assignments of the training, before any capacity drop.
-    Lossy policies have it (:class:`~moetion_lightning.callbacks.PartialExpertsCheckpoint`); with exact recovery it is 0.
-    In the source's experiments the validation loss stayed comparable up to 0.0375.
+    Only lossy policies (:class:`~moetion_lightning.callbacks.PartialExpertsCheckpoint`) make it more than 0. In the
+    source's experiments the validation loss stayed comparable up to 0.0375.
 
     Args:
         num_layers: MoE layers.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moetion_lightning.distributed.messages import broadcast_json, receive_message, send_message
+from moetion_lightning.errors import MoEtionError
 from moetion_lightning.pipeline.cut_plan import CutPlan
 from moetion_lightning.pipeline.evaluation import EvalMessage
 from moetion_lightning.pipeline.intercept import Interceptor
@@ -160,6 +161,10 @@ class PipelineRunner:
                 micro_batch=indices, target=indices if self.is_last else None, losses=losses, return_outputs=False
             )
             return [self._results[index] for index in range(count)] if self.is_last else []
+        except RuntimeError as error:  # torch wraps whatever a stage raises
+            if isinstance(error.__cause__, MoEtionError):
+                raise error.__cause__ from None
+            raise
         finally:
             self._micro_batches, self._step, self._results = (), None, {}
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetion_lightning.core.routing import repeated_forward
 from moetion_lightning.core.run_state import find_generators, get_rng, set_rng
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.specs import same_bits
@@ -129,6 +130,7 @@ def trace_free(module: nn.Module) -> Iterator[ModuleState]:
     """
     state = ModuleState(module)
     try:
-        yield state
+        with repeated_forward():  # tokens are counted when it is run for good
+            yield state
     finally:
         state.put_back()

@@ -50,6 +50,12 @@ class PipelineStrategy(MoEtionStrategy):
                 f"MoEtionStrategy(pipeline_parallel_size={self.pipeline_parallel_size}, expert_parallel="
                 f"{self.expert_parallel}): expected one of them, not both together. Set the other one to 1"
             )
+        if self._ddp_kwargs:
+            _logger.warning(
+                "MoEtionStrategy(%s) has no effect with pipeline_parallel_size or num_microbatches: stages are not "
+                "wrapped in DistributedDataParallel. Remove it",
+                ", ".join(f"{name}={value!r}" for name, value in self._ddp_kwargs.items()),
+            )
         self.kind = schedule_kind(
             self.schedule, self.chunks_per_rank, self.num_microbatches, self.pipeline_parallel_size
         )

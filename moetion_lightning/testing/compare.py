@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moetion_lightning.core.local import local
+from moetion_lightning.pipeline.hollow import is_hollow
 
 __all__ = [
     "Comparison",
@@ -53,6 +54,7 @@ def flatten_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> tu
 
     Of distributed tensors it takes this rank's shard, so that each rank's state is written and compared by itself.
     FSDP2 modules are resharded for that: after a forward without backward (validation) they show gathered weights.
+    Of a pipeline it takes the parameters of this rank's stages.
 
     Args:
         module: The module that trained.
@@ -67,7 +69,8 @@ def flatten_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> tu
         if callable(reshard):
             reshard()
     names = {id(p): name for name, p in module.named_parameters()}
-    tensors: dict[str, Tensor] = {f"parameter:{name}": local(p) for name, p in module.named_parameters()}
+    held = ((name, p) for name, p in module.named_parameters() if not is_hollow(p))
+    tensors: dict[str, Tensor] = {f"parameter:{name}": local(p) for name, p in held}
     tensors.update({f"buffer:{name}": local(b) for name, b in module.named_buffers()})
     scalars: dict[str, Any] = {}
     for index, optimizer in enumerate(optimizers):

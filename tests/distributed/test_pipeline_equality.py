@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.runs import pipeline_fit
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline_equality")]  # one start serves many tests
 
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     1: {"dropout": {"dropout": 0.1, "plain": False}, "ragged": {"ragged": True, "plain": False}},

@@ -60,6 +60,33 @@ def test_ettr_runs(tmp_path: Path) -> None:
     assert [kill["rank"] for kill in row["kills"] if kill["at"] is not None]
 
 
+@pytest.mark.slow
+def test_boundary_log_runs(tmp_path: Path) -> None:
+    results = run("boundary_log", tmp_path)
+    emulated, row = results["rows"]
+    assert emulated["emulated"]
+    assert emulated["iteration_seconds"] > 0.036  # 4 + 2 micro-batches, one after the other, of 6 ms
+    assert row["traffic_with"]["sends"] == row["traffic_without"]["sends"]
+    assert row["traffic_with"]["send_bytes"] == row["traffic_without"]["send_bytes"]
+    first, middle, last = (rank["iteration_bytes"]["4"] for rank in row["ranks"])
+    assert middle["sent"] == first["sent"] + last["sent"]
+    assert all(rank["iteration_bytes"]["3"]["batch"] == first["batch"] for rank in row["ranks"])
+    assert results["goals"][-1]["met"]  # the log holds exactly what is sent
+
+
+@pytest.mark.slow
+def test_stage_recovery_runs(tmp_path: Path) -> None:
+    """Final states are compared bit for bit by the script itself; how long it takes says nothing in so short a run."""
+    results = run("stage_recovery", tmp_path)
+    alone, replicated = results["rows"]
+    assert alone["work"] == [pytest.approx(1 / 3)] * 2
+    assert replicated["work"] == [pytest.approx(1 / 2)] * 2
+    assert sorted(alone["replays"]) == ["0", "1", "2"]
+    assert len(replicated["copy_seconds"]) == 3
+    assert results["frozen"]["exact"]
+    assert 0 < results["frozen"]["skipped_share"] < results["frozen"]["frozen_share"] < 1
+
+
 def test_failures_are_the_same_for_all(benchmark_module: Any) -> None:
     ettr = benchmark_module("ettr")
     schedule = ettr.failures(10.0, 200.0, 3, 5)
@@ -126,3 +153,80 @@ def test_replication_ratios(benchmark_module: Any) -> None:
     (goal,) = replication.goals([row], 4)
     assert goal["met"]
     assert goal["measured"] == "0.250"
+
+
+def test_boundary_log_ratios(benchmark_module: Any) -> None:
+    """Blocks by turns: one without the log, then one with and three without; the slowest rank's time counts."""
+    boundary_log = benchmark_module("boundary_log")
+
+    def block(seconds: float) -> dict[str, Any]:
+        counts = {"sends": 4.0, "send_bytes": 80.0, "collectives": 2.0, "faults": 0.0}
+        return {"seconds": seconds, "cpu": 2 * seconds, "record_seconds": 0.1, "norm_seconds": 0.2, **counts}
+
+    fast = {"blocks": [block(0.5) for _ in range(9)]}
+    slow = {"blocks": [block(seconds) for seconds in (1.0, 3.0, 2.0, 1.0, 1.0, 2.0, 3.0, 4.0, 1.0)]}
+    row = boundary_log.summarise([fast, slow])
+    assert row["ratio"]["range"] == [pytest.approx(1.0), pytest.approx(2.0)]
+    assert row["noise"]["range"] == [pytest.approx(2 / 3), pytest.approx(2.0)]
+    assert row["cpu_ratio"]["median"] == pytest.approx((3.5 / 2 + 1.0) / 2)
+    assert row["norm_share"] == pytest.approx(0.4)
+    assert row["traffic_with"] == row["traffic_without"] == {
+        "sends": [8.0, 8.0], "send_bytes": [160.0, 160.0], "collectives": [4.0, 4.0],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("median", "error", "met"),
+    [(1.0, 0.005, True), (1.02, 0.02, None), (1.1, 0.01, False), (1.0, 0.2, None), (1.0, None, None)],
+)
+def test_boundary_log_says_when_noise_hides_the_answer(
+    benchmark_module: Any, median: float, error: float | None, met: bool | None
+) -> None:
+    assert benchmark_module("boundary_log").verdict({"median": median, "error": error}) is met
+
+
+def test_stage_recovery_ratios(benchmark_module: Any) -> None:
+    def found(seconds: float, count: int) -> dict[str, Any]:
+        return {"seconds": seconds, "forwards": count, "backwards": count}
+
+    recovery, script = benchmark_module("_pipeline_recovery"), benchmark_module("stage_recovery")
+    case = recovery.Case(
+        stages=2, micro_batches=3, iterations=1, rounds=2, forward_seconds=0.0, backward_seconds=0.0, samples=1,
+        width=1, copy_bytes=0,
+    )  # fmt: skip
+    assert case.bound == pytest.approx(3 / 4)
+    back = [found(4.0, 3), found(8.0, 3)]
+    lost = {"rollback": back, "replay 1": [found(3.0, 3), found(8.0, 3)], "copy": []}
+    served = {"rollback": back, "replay 1": [found(2.0, 0), found(1.0, 0)], "copy": []}
+    row = recovery.summarise(case, [served, lost])
+    assert row["ratio_range"] == [0.75, 1.0]
+    assert row["work"] == [0.5, 0.5]
+    frozen = {"saved_of_skipped": {"median": 0.3}}
+    goals = script.goals({"rows": [row], "frozen": frozen})
+    assert [goal["met"] for goal in goals] == [False, True, False]
+
+
+def test_saving_of_frozen_gradients(benchmark_module: Any) -> None:
+    """Half of the elements are skipped, which saves a quarter of the time: half of what they cost."""
+    kept = {"passes": [6.0], "steps": [2.0], "skipped": [0.0], "frozen": [0.6], "exact": True}
+    skipped = {"passes": [4.5], "steps": [1.5], "skipped": [0.5], "frozen": [0.6], "exact": True}
+    found = benchmark_module("_pipeline_frozen").saving([{"full": kept, "skip": skipped}])
+    assert found["saved"]["median"] == pytest.approx(0.25)
+    assert found["saved_of_skipped"]["median"] == pytest.approx(0.5)
+    assert found["saved_passes"]["median"] == pytest.approx(0.25)
+    assert found["exact"]
+
+
+def test_rank_that_fails_ends_the_whole_job(benchmark_module: Any) -> None:
+    """In a process of its own: ranks are forked, which a process that has computed must not be."""
+    code = (
+        "import sys; from _pipeline_job import run_ranks\n"
+        "def work(rank):\n"
+        "    import torch.distributed as dist\n"
+        "    if rank: raise ValueError('this rank is broken')\n"
+        "    dist.barrier()\n"
+        "try: run_ranks(2, work, timeout_seconds=60)\n"
+        "except RuntimeError as error: sys.exit('rank 1 of 2' in str(error) and 'is broken' in str(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, timeout=90)
+    assert done.returncode == 1

@@ -147,8 +147,8 @@ def test_pipeline_recipe_equals_the_run_without_callbacks_under_torchrun(
         assert compare_states(launched / f"final-{rank}", plain / f"final-{rank}").differences == ()
         assert compare_losses(launched / f"losses-{rank}.jsonl", plain / f"losses-{rank}.jsonl").equal
         tensors = read_state(launched / f"final-{rank}")[0]
-        held.append({name for name, tensor in tensors.items() if name.startswith("parameter:") and tensor.numel()})
-    assert [held[0] & held[1], held[1] & held[2]] == [set(), set()]  # each rank has its own stage
+        held.append({name for name in tensors if name.endswith(":exp_avg")})
+    assert sum(map(len, held)) == len(set().union(*held)) > 0  # each rank trains its own stage
     values = [float.fromhex(v[-1]) for v in read_losses(launched / "losses-0.jsonl").values()]
     assert len(values) == 5
     assert values[-1] < values[0]

@@ -142,6 +142,10 @@ def _callbacks(spec: dict[str, Any], out: Path) -> list[Any]:
             made.append(variants.History(out / f"history{spec['suffix']}"))
         elif name == "finetuning":
             made.append(variants.UnfreezeBlocks())
+        elif name == "monitor":
+            from tests.runs.monitored import RecordingMonitor
+
+            made.append(RecordingMonitor(out / f"monitor{spec['suffix']}.jsonl"))
     return made
 
 

@@ -2,12 +2,13 @@
 
 Protocol: one JSON line in (``{"specs": [...], "logs": [...], "envs": [...], "timeout_seconds": s}``, an item for each
 rank), one JSON line out when all have ended (the fields of :class:`tests.runs.ranks.Ended`). A rank is a process of
-its own with its own pid; killing it is a real SIGKILL.
+its own with its own pid; killing it is a real SIGKILL. ``runner`` in a spec names the module whose ``run(spec)`` it is.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ def main() -> None:
     torch.set_num_threads(1)
 
     def fork(spec: dict[str, Any], log: str, environment: dict[str, str]) -> int:
+        runner = importlib.import_module(spec.get("runner", scenario.__name__))
         pid = os.fork()
         if pid:
             os.setpgid(pid, pid)
@@ -47,7 +49,7 @@ def main() -> None:
             os.dup2(descriptor, 2)
             os.environ.update(environment)
             groups.install()
-            scenario.run(spec)
+            runner.run(spec)
             code = 0
         except BaseException:
             traceback.print_exc()

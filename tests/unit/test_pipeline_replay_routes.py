@@ -293,7 +293,7 @@ def test_other_iterations_than_needed_are_refused(offered: list[int]) -> None:
 def test_a_replay_of_nothing_needs_nothing() -> None:
     routes = routes_of([2], span=(6, 6))
     headers = headers_for(2, routes, {})
-    assert headers == {0: [], 1: [], 3: []}
+    assert headers == {source: [] for source in routes.sources(2, {})}
     assert Announced(routes, 2, headers).problems() == []
 
 

@@ -303,10 +303,11 @@ def make_runner(module: nn.Module, name: str, chunks: int) -> PipelineRunner:
     return PipelineRunner(module, interceptor, plan, groups, CPU, SCHEDULES[name], lambda result: result)
 
 
-def train(runner: PipelineRunner, module: nn.Module, batches: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    for parameter in module.parameters():
-        parameter.grad = None
-    losses = runner.train(batches, lambda batch, index, stage: module(batch), scale=lambda loss: loss, seed=3)
+def train(
+    runner: PipelineRunner, module: nn.Module, batches: list[Tensor], factor: int = 1
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    module.zero_grad()
+    losses = runner.train(batches, lambda batch, counts: module(batch), scale=lambda loss: loss * factor, seed=3)
     gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     return [loss.detach() for loss in losses], gradients
 
@@ -336,8 +337,8 @@ def test_a_runner_that_failed_and_was_dropped_computes_the_same_again(group: Non
     runner = make_runner(copied := copy.deepcopy(module), "interleaved_1f1b", 3)
     batches = ids_of(6, 6)
 
-    def failing(batch: Tensor, index: int, stage: int) -> Tensor:
-        if (index, stage) == (1, 2):
+    def failing(batch: Tensor, counts: bool) -> Tensor:
+        if counts and batch is batches[1]:
             raise ZeroDivisionError
         result: Tensor = copied(batch)
         return result
@@ -351,15 +352,24 @@ def test_a_runner_that_failed_and_was_dropped_computes_the_same_again(group: Non
     check_equal(plain_gradients(module, plain_step, batches), train(runner, copied, batches))
 
 
+def test_what_a_step_logs_counts_once_for_each_micro_batch(group: None) -> None:
+    module, counted, batches = Decoder(), [], ids_of(6, 5, 6)
+    runner = make_runner(module, "interleaved_1f1b", 3)
+
+    def step(batch: Tensor, counts: bool) -> Any:
+        counted.extend([batch] if counts else [])
+        return module(batch)
+
+    runner.train(batches, step, scale=lambda loss: loss, seed=3)
+    assert all(a is b for a, b in zip(counted, batches, strict=True))
+
+
 def test_scale_makes_what_the_backward_starts_from(group: None) -> None:
     module = Decoder()
     runner = make_runner(module, "interleaved_1f1b", 2)
     losses, once = train(runner, module, ids_of(6))
-    for parameter in module.parameters():
-        parameter.grad = None
-    scaled = runner.train(ids_of(6), lambda b, i, s: module(b), scale=lambda loss: loss * 4, seed=3)
+    scaled, gradients = train(runner, module, ids_of(6), factor=4)
     assert torch.equal(scaled[0], losses[0])
-    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     assert gradients.keys() == once.keys()
     assert all(torch.equal(gradients[name], gradient * 4) for name, gradient in once.items())
 

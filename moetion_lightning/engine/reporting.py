@@ -47,6 +47,7 @@ class Reporter:
         self._logged_step: float | None = None
 
     def __call__(self, event: Event) -> None:
+        """Take note of one event."""
         if isinstance(event, ScheduleMade):
             resized = self._window != event.window
             self._window = event.window

@@ -1,0 +1,216 @@
+"""Numbers of fault tolerance in the loggers, over all failures of a job."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moetion_lightning.callbacks._base import EngineCallback
+from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.events import Event, IterationFinished, PartialExpertsRestored, TokensCounted
+from moetion_lightning.metrics import (
+    CheckpointStall,
+    EffectiveTrainingTimeRatio,
+    ExpertLoad,
+    ProportionOfLostTokens,
+)
+from moetion_lightning.metrics.functional import expert_load_imbalance
+
+__all__ = ["FaultToleranceMonitor"]
+
+
+class FaultToleranceMonitor(Callback):
+    """Logs how much of the time training goes forward, what checkpoints cost it, and how experts are loaded.
+
+    Add it beside a capturing callback; order does not matter. To every logger of the Trainer go
+
+    * ``moetion/ettr``: share of the wall time since the first start in which training went forward;
+    * ``moetion/lost_seconds``: wall time of no iteration that counts: starts, lost work, the time between processes;
+    * ``moetion/stall_seconds_per_iteration``, ``moetion/stall_share``: waiting for captures;
+    * ``moetion/expert_imbalance``: tokens of the busiest expert over the mean, of the layer where that is largest;
+    * ``moetion/plt``: proportion of lost tokens, which only ``PartialExpertsCheckpoint`` can make more than 0.
+
+    The numbers survive SIGKILL. They are part of the state that windows carry, so after a failure they go back with
+    training, and what is done again is counted again: each iteration counts once, with the seconds of its last
+    execution. Wall time must not go back. It is kept as a sum together with the instant up to which it was summed; the
+    first iteration after a restart adds all that has passed since then: the lost work, the time without a process, the
+    restart. An attempt that dies before its first whole window leaves nothing behind, and counting begins anew, as
+    training does; ``moetion report`` has that, too. Time that a job was stopped on purpose also counts.
+
+    An iteration ends where the next one begins, so the last one of a fit is in no number. Seconds are means over ranks;
+    tokens are summed over ranks already.
+
+    Args:
+        every_n_steps: Optimizer steps between two entries in the logs; None takes the Trainer's ``log_every_n_steps``.
+        progress_bar: Whether ``ettr`` is shown in the progress bar, too.
+
+    Attributes:
+        ettr: The ratio of this rank, a ``torchmetrics.Metric``.
+        stall: The stalls of this rank.
+        expert_load: Tokens of all ranks by layer and expert; None before the first were counted.
+        lost_tokens: The proportion of lost tokens; None as long as ``expert_load`` is.
+
+    Raises:
+        ConfigurationError: ``every_n_steps`` is not positive; at setup: nothing in the Trainer captures or restores.
+
+    Ranks:
+        All ranks log at the same step, together.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, progress_bar: bool = False) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigurationError(f"FaultToleranceMonitor(every_n_steps={every_n_steps}): expected a number >= 1")
+        self.every_n_steps = every_n_steps
+        self.progress_bar = progress_bar
+        #: What was logged last.
+        self.values: dict[str, float] = {}
+        # Without a cache: ranks that were started at different times must all take part in every synchronization.
+        self.ettr = EffectiveTrainingTimeRatio(compute_with_cache=False)
+        self.stall = CheckpointStall(compute_with_cache=False)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.ettr.reset()
+        self.stall.reset()
+        self.expert_load: ExpertLoad | None = None
+        self.lost_tokens: ProportionOfLostTokens | None = None
+        self._layers: tuple[str, ...] = ()
+        self._counted_until = time.time()
+        self._num_iterations = 0
+        self._logged_step = 0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the MoE layers, in the order of the metrics' rows."""
+        return self._layers
+
+    @property
+    def tokens(self) -> dict[str, list[int]]:
+        """Expert assignments of all ranks so far, by layer."""
+        if self.expert_load is None:
+            return {}
+        widths, rows = self._widths(self.expert_load), self.expert_load.tokens.tolist()
+        return {name: row[:width] for name, width, row in zip(self._layers, widths, rows)}
+
+    @property
+    def lost_seconds(self) -> float:
+        """Wall time of this rank that belongs to no iteration that counts."""
+        return float(self.ettr.wall_seconds - self.stall.iteration_seconds)
+
+    # --- listening -----------------------------------------------------------------------------------------------
+
+    def on_moetion_event(self, event: Event) -> None:
+        """The capturing callback beside this one hands over every event of the run."""
+        if isinstance(event, IterationFinished):
+            self._iteration_finished(event)
+        elif isinstance(event, TokensCounted):
+            self._tokens_counted(event.tokens)
+        elif isinstance(event, PartialExpertsRestored) and self.lost_tokens is not None:
+            lost = [event.lost_by_layer.get(name, 0) for name in self._layers]
+            self.lost_tokens.update(lost=torch.tensor(lost))
+
+    def _iteration_finished(self, event: IterationFinished) -> None:
+        now = time.time()
+        useful = max(0.0, event.seconds - event.stall_seconds)
+        self.ettr.update(useful_seconds=useful, wall_seconds=max(0.0, now - self._counted_until))
+        self.stall.update(event.stall_seconds, event.seconds)
+        self._counted_until = now
+        self._num_iterations += 1
+
+    def _tokens_counted(self, tokens: dict[str, list[int]]) -> None:
+        widths = tuple(len(row) for row in tokens.values())
+        load, lost = self.expert_load, self.lost_tokens
+        if load is None or lost is None or tuple(tokens) != self._layers or widths != load.num_experts:
+            # Every rank is told the sums over all ranks: to sum again would be wrong.
+            load = self.expert_load = ExpertLoad(widths, sync_on_compute=False)
+            lost = self.lost_tokens = ProportionOfLostTokens(len(tokens), sync_on_compute=False)
+            self._layers = tuple(tokens)
+        counts = torch.zeros_like(load.tokens)
+        for row, values in enumerate(tokens.values()):
+            counts[row, : len(values)] = torch.tensor(values)
+        load.update(counts)
+        lost.update(total=counts.sum(dim=1))
+
+    @staticmethod
+    def _widths(load: ExpertLoad) -> tuple[int, ...]:
+        assert isinstance(load.num_experts, tuple)
+        return load.num_experts
+
+    # --- over failures -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "useful_seconds": float(self.ettr.useful_seconds),
+            "wall_seconds": float(self.ettr.wall_seconds),
+            "counted_until": self._counted_until,
+            "stall_seconds": float(self.stall.stall_seconds),
+            "iteration_seconds": float(self.stall.iteration_seconds),
+            "num_iterations": self._num_iterations,
+            "tokens": self.tokens,
+            "lost_tokens": [] if self.lost_tokens is None else self.lost_tokens.lost.tolist(),
+            "logged_step": self._logged_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._begin_anew()
+        self.ettr.update(state_dict["useful_seconds"], state_dict["wall_seconds"])
+        self._num_iterations = state_dict["num_iterations"]
+        self.stall.update(state_dict["stall_seconds"], state_dict["iteration_seconds"], self._num_iterations)
+        self._counted_until = state_dict["counted_until"]
+        self._logged_step = state_dict["logged_step"]
+        if state_dict["tokens"]:
+            self._tokens_counted(state_dict["tokens"])
+            assert self.lost_tokens is not None
+            self.lost_tokens.update(lost=torch.tensor(state_dict["lost_tokens"]))
+
+    # --- hooks of Lightning --------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not any(isinstance(c, EngineCallback) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                "FaultToleranceMonitor in Trainer(callbacks=...) without a callback whose events it could count: add "
+                "SparseExpertCheckpoint(), PartialExpertsCheckpoint() or DenseInMemoryCheckpoint()"
+            )
+        self._begin_anew()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every = self.every_n_steps or max(1, getattr(trainer, "log_every_n_steps", 50))
+        if trainer.global_step // every > self._logged_step // every and self._log(trainer) and self.progress_bar:
+            ettr = self.values["moetion/ettr"]
+            pl_module.log("moetion/ettr", ettr, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self._logged_step:
+            self._log(trainer)
+
+    def _log(self, trainer: Trainer) -> bool:
+        """All ranks: hand the values to the loggers. Returns whether there are any yet."""
+        if not self._num_iterations:
+            return False
+        self._logged_step = trainer.global_step
+        if trainer.world_size > 1:  # a backend like NCCL sums on its own devices only
+            self.ettr.to(trainer.strategy.root_device)
+            self.stall.to(trainer.strategy.root_device)
+        ettr, stall = self.ettr.compute(), self.stall.compute()
+        self.ettr.to("cpu")  # nobody waits for a device where events arrive
+        self.stall.to("cpu")
+        self.values = {
+            "moetion/ettr": float(ettr),
+            "moetion/lost_seconds": self.lost_seconds,
+            "moetion/stall_seconds_per_iteration": float(stall["seconds_per_iteration"]),
+            "moetion/stall_share": float(stall["share"]),
+        }
+        if self.expert_load is not None and self.lost_tokens is not None:
+            imbalance = expert_load_imbalance(self.expert_load.tokens, self._widths(self.expert_load))
+            self.values["moetion/expert_imbalance"] = float(imbalance.max())
+            self.values["moetion/plt"] = float(self.lost_tokens.compute())
+        for logger in trainer.loggers:
+            logger.log_metrics(self.values, step=trainer.global_step - 1)  # Lightning counts steps from zero there
+        return True

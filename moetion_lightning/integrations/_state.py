@@ -1,0 +1,103 @@
+"""The part of the training state that a loop adds to modules and optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
+from moetion_lightning.errors import ForeignWindowError
+from moetion_lightning.integrations._gradients import LastingGradients
+from moetion_lightning.integrations._parts import Parts
+
+__all__ = ["LoopPosition", "LoopState"]
+
+
+class LoopPosition(Protocol):
+    """Where the loop stands: counters and data."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """Between two batches, before the next one is asked for."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue there."""
+        ...
+
+    def parts(self) -> dict[str, object]:
+        """Objects that may hold generators, by name."""
+        ...
+
+
+class LoopState:
+    """Captures and restores it; a :class:`~moetion_lightning.engine.RunState`.
+
+    Args:
+        parts: What the run consists of.
+        position: Where the loop stands.
+    """
+
+    def __init__(self, parts: Parts, position: LoopPosition) -> None:
+        self._parts = parts
+        self._position = position
+        self._gradients = LastingGradients(parts.parameters(), parts.optimizers)
+
+    def capture(self, *, weights: bool) -> dict[str, Any]:
+        """The state between two batches, as nested plain values and live tensors.
+
+        Args:
+            weights: Whether the weights may be among them.
+        """
+        parts = self._parts
+        return {
+            "position": self._position.snapshot(),
+            "stateful": {name: thing.state_dict() for name, thing in parts.stateful.items()},
+            "extra_states": {name: module.get_extra_state() for name, module in _with_extra_state(parts.module)},
+            "buckets": {prefix: bucket_order(ddp) for prefix, ddp in parts.wrappers.items()},
+            # Whether the next forward takes over rank 0's buffers.
+            "sync_buffers": {prefix: ddp.require_forward_param_sync for prefix, ddp in parts.wrappers.items()},
+            "gradients": self._gradients.capture(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Before the engine restores, and before the first forward.
+
+        Args:
+            state: What :meth:`capture` gave.
+
+        Raises:
+            ForeignWindowError: Other objects were captured than there are now.
+        """
+        parts = self._parts
+        there, here = set(state["stateful"]), set(parts.stateful)
+        if there != here:
+            only, where = (there - here, "in the window") if there - here else (here - there, "in this run")
+            raise ForeignWindowError(
+                f"the state of {sorted(only)} is only {where}. Give and register the same schedulers, scalers and "
+                "objects as before, or start afresh with resume='never' or another job_id."
+            )
+        for name, thing in parts.stateful.items():
+            thing.load_state_dict(state["stateful"][name])
+        for name, module in _with_extra_state(parts.module):
+            if name in state["extra_states"]:
+                module.set_extra_state(state["extra_states"][name])
+        for prefix, ddp in parts.wrappers.items():
+            set_bucket_order(ddp, state["buckets"][prefix])
+            ddp.require_forward_param_sync = state["sync_buffers"][prefix]
+        self._position.restore(state["position"])
+
+    def generators(self) -> Mapping[str, object]:
+        """Objects whose attributes may be random number generators."""
+        parts = self._parts
+        return {"module": parts.module, "run": parts, **parts.stateful, **self._position.parts()}
+
+    def remove(self) -> None:
+        """Take hooks back."""
+        self._gradients.remove()
+
+
+def _with_extra_state(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that put something of their own into ``state_dict()``."""
+    return [(n, m) for n, m in module.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state]

@@ -1,0 +1,286 @@
+"""The loop of a Hugging Face ``Trainer``: counters, data position, and where they are put back.
+
+Private names of transformers are used only here; they are those of 5.3 and later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers.trainer
+from torch import Tensor
+from transformers.trainer_callback import ExportableState
+
+from moetion_lightning.errors import ConfigurationError, UnsupportedStateError
+from moetion_lightning.integrations._loaders import Followed, follow
+
+__all__ = ["TrainerLoop"]
+
+_log = logging.getLogger(__name__)
+
+#: Fields of ``TrainerState`` that training changes; the others follow from the arguments.
+_STATE = (
+    *("epoch", "global_step", "num_input_tokens_seen", "total_flos", "log_history"),
+    *("best_metric", "best_global_step", "best_model_checkpoint", "stateful_callbacks"),
+)
+#: The loop's own counters.
+_COUNTERS = (
+    *("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"),
+    *("_initial_global_step", "_initial_num_input_tokens_seen", "current_flos"),
+)
+_NEEDED = ("_init_training_state", "_run_epoch", "get_batch_samples", "training_step", "_save_checkpoint", "_evaluate")
+_INCOMPLETE = "checkpoint-is-incomplete.txt"  # which the Trainer's checkpoint at SIGTERM leaves in the folder
+
+
+class TrainerLoop:
+    """Where the loop of one trainer stands; a :class:`~._state.LoopPosition`.
+
+    An update's batches are drawn before ``on_step_begin``, where the state is captured: the data position is noted
+    before they are drawn, and a restarted loop draws them again before everything else is put back.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        ConfigurationError: This version of transformers has another loop.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        absent = [name for name in _NEEDED if not hasattr(trainer, name)]
+        if absent:
+            raise ConfigurationError(
+                f"MoEtionTrainerCallback in {type(trainer).__name__}: it has no {absent[0]}(); expected the Trainer of "
+                "transformers 5.3 or later. Upgrade transformers."
+            )
+        self._trainer = trainer
+        self._patched: list[str] = []
+        self._followed: Followed | None = None
+        self._source: Any = None
+        self._to_come: Mapping[str, Any] | None = None
+        self._epoch = 0
+        self._drawn = 0  # batches of the present epoch
+        self._before_update: dict[str, Any] = {}
+
+    def remove(self) -> None:
+        """Leave the trainer as it was."""
+        for name in reversed(self._patched):
+            self._trainer.__dict__.pop(name, None)
+        self._patched = []
+        if self._followed is not None:
+            self._followed.release()
+            self._followed = None
+
+    def _patch(self, name: str, replacement: Any) -> None:
+        setattr(self._trainer, name, replacement)
+        self._patched.append(name)
+
+    # --- while it runs -------------------------------------------------------------------------------------------
+
+    def follow(self, record_loss: Callable[[Tensor], None], replaying: Callable[[], bool]) -> None:
+        """Note data positions and losses from now on; write no checkpoint while the state is not whole.
+
+        Args:
+            record_loss: Gets the loss of each micro-batch.
+            replaying: Whether the state is not whole.
+        """
+        trainer = self._trainer
+        run_epoch, draw, train, save = (
+            trainer._run_epoch, trainer.get_batch_samples, trainer.training_step, trainer._save_checkpoint,
+        )  # fmt: skip
+
+        def following_run_epoch(**kwargs: Any) -> Any:
+            return self._run_epoch(run_epoch, kwargs)
+
+        def noting_get_batch_samples(*args: Any, **kwargs: Any) -> Any:
+            assert self._followed is not None
+            self._before_update = {"epoch": self._epoch, "batches": self._drawn, "data": self._followed.snapshot()}
+            batches, *rest = draw(*args, **kwargs)
+            self._drawn += len(batches)
+            return (batches, *rest)
+
+        def recording_training_step(*args: Any, **kwargs: Any) -> Any:
+            loss = train(*args, **kwargs)
+            record_loss(loss)
+            return loss
+
+        def whole_save_checkpoint(model: Any, trial: Any) -> None:
+            if replaying():
+                self._skip_checkpoint(trial)
+            else:
+                save(model, trial)
+
+        self._patch("_run_epoch", following_run_epoch)
+        self._patch("get_batch_samples", noting_get_batch_samples)
+        self._patch("training_step", recording_training_step)
+        self._patch("_save_checkpoint", whole_save_checkpoint)
+
+    def _run_epoch(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        loader = kwargs["train_dataloader"]
+        if self._source is not loader:
+            if self._followed is not None:
+                self._followed.release()
+            self._followed, self._source = follow(loader), loader
+        assert self._followed is not None
+        self._epoch, self._drawn = kwargs["epoch"], 0
+        to_come, self._to_come = self._to_come, None
+        undo: Callable[[], None] = lambda: None  # noqa: E731
+        if to_come is not None:
+            self._followed.restore(to_come["data"])
+            self._drawn = to_come["batches"]
+            # Anything but None: the Trainer then counts from the batches that are done.
+            kwargs = {**kwargs, "resume_from_checkpoint": "", "steps_trained_in_current_epoch": self._drawn}
+            undo = self._skip_nothing()
+        try:
+            return original(**{**kwargs, "train_dataloader": _FollowedLoader(loader, self._followed, undo)})
+        finally:
+            undo()
+            self._followed.finish()
+
+    def _skip_nothing(self) -> Callable[[], None]:
+        """Let the Trainer not skip batches itself: the loader continues by itself. Returns what undoes it."""
+        args, names = self._trainer.args, vars(transformers.trainer)
+        original, ignore = names["skip_first_batches"], args.ignore_data_skip
+        names["skip_first_batches"] = lambda loader, num_batches=0: loader
+        args.ignore_data_skip = False
+
+        def undo() -> None:
+            names["skip_first_batches"] = original
+            args.ignore_data_skip = ignore
+
+        return undo
+
+    def _skip_checkpoint(self, trial: Any) -> None:
+        """The checkpoint of a step that is done again was written before; what else saving does is done again."""
+        trainer, state = self._trainer, self._trainer.state
+        if trainer.hp_search_backend is None and trial is None:
+            trainer.store_flos()
+        run_dir = Path(trainer._get_output_dir(trial=trial))
+        folder = run_dir / f"checkpoint-{state.global_step}"
+        _log.info("%s is not written: this step is being replayed, and was saved before", folder)
+        if state.best_global_step:
+            best = run_dir / f"checkpoint-{state.best_global_step}"
+            if best.exists():
+                state.best_model_checkpoint = str(best)
+        for callback in [*self._exportable(), trainer.control]:
+            name, known = type(callback).__name__, state.stateful_callbacks
+            if isinstance(known.get(name), list):
+                known[name].append(callback.state())
+            else:
+                known[name] = callback.state()
+        if (folder / _INCOMPLETE).exists() and not (folder / "trainer_state.json").exists():
+            shutil.rmtree(folder)  # begun for SIGTERM: as a checkpoint it would be found, and be empty
+
+    # --- where it stands -----------------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """As of ``on_step_begin``; the data position is that before the update's batches were drawn."""
+        trainer = self._trainer
+        return {
+            **self._before_update,
+            "state": self._to_json({name: getattr(trainer.state, name) for name in _STATE}, "TrainerState"),
+            "control": dataclasses.asdict(trainer.control),
+            "counters": {name: getattr(trainer, name) for name in _COUNTERS if hasattr(trainer, name)},
+            "callbacks": [
+                [type(callback).__name__, self._to_json(callback.state()["attributes"], type(callback).__name__)]
+                for callback in self._exportable()
+            ],
+        }
+
+    def continue_at(self, position: Mapping[str, Any], shown: str) -> None:
+        """Begin the loop there: before the Trainer makes its state.
+
+        Args:
+            position: What :meth:`snapshot` gave.
+            shown: Where it comes from, for messages.
+        """
+        trainer = self._trainer
+        original = trainer._init_training_state
+
+        def init_training_state(max_steps: int, per_epoch: int, num_epochs: int, *args: Any) -> tuple[int, int]:
+            original(max_steps, per_epoch, num_epochs, None, *args[1:])
+            self._restore_state(position)
+            trainer.__dict__.pop("_init_training_state", None)
+            return position["epoch"], position["batches"]
+
+        def evaluate(*args: Any, **kwargs: Any) -> None:
+            _log.info("eval_on_start=True: not done again, training continues from %s", shown)
+
+        self._to_come = position
+        self._patch("_init_training_state", init_training_state)
+        self._patch("_load_rng_state", lambda checkpoint: None)
+        self._patch("_evaluate", evaluate)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """At the first ``on_step_begin``: the same batches are drawn, and the Trainer has begun all that begins."""
+        trainer = self._trainer
+        for name in ("_load_rng_state", "_evaluate"):
+            trainer.__dict__.pop(name, None)
+        self._restore_state(state)
+        for name, value in state["counters"].items():
+            setattr(trainer, name, value.to(trainer.args.device) if isinstance(value, Tensor) else value)
+        for name, value in state["control"].items():
+            setattr(trainer.control, name, value)
+        saved: dict[str, list[str]] = {}
+        for name, attributes in state["callbacks"]:
+            saved.setdefault(name, []).append(attributes)
+        for callback in self._exportable():
+            of_kind = saved.get(type(callback).__name__)
+            for name, value in (json.loads(of_kind.pop(0)) if of_kind else {}).items():
+                setattr(callback, name, value)
+
+    def parts(self) -> dict[str, object]:
+        """Objects that may hold generators."""
+        trainer = self._trainer
+        found: dict[str, object] = {"trainer": trainer}
+        found |= {f"callback{i}": callback for i, callback in enumerate(trainer.callback_handler.callbacks)}
+        if self._followed is not None:
+            found |= {f"loader.{role}": part for role, part in self._followed.parts().items()}
+        return found
+
+    def _restore_state(self, position: Mapping[str, Any]) -> None:
+        for name, value in json.loads(position["state"]).items():
+            setattr(self._trainer.state, name, value)
+
+    def _exportable(self) -> list[Any]:
+        """Callbacks that say what their state is."""
+        return [c for c in self._trainer.callback_handler.callbacks if isinstance(c, ExportableState)]
+
+    @staticmethod
+    def _to_json(value: object, owner: str) -> str:
+        try:
+            return json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise UnsupportedStateError(
+                f"{owner} holds a value that is no plain number, text, list or mapping ({error}); the Trainer could "
+                "not write it into trainer_state.json either. Log and keep plain values."
+            ) from error
+
+
+class _FollowedLoader:
+    """Stands for the training loader while the Trainer runs an epoch.
+
+    Args:
+        loader: The loader.
+        followed: Its position.
+        begun: Called when it is iterated.
+    """
+
+    def __init__(self, loader: Any, followed: Followed, begun: Callable[[], None]) -> None:
+        self._moetion = (loader, followed, begun)
+
+    def __iter__(self) -> Iterator[Any]:
+        _, followed, begun = self._moetion
+        begun()
+        return followed.iterate()
+
+    def __len__(self) -> int:
+        return len(self._moetion[0])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_moetion"][0], name)

@@ -1,0 +1,128 @@
+"""Exact sparse checkpointing of Lightning Fabric loops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moetion_lightning.distributed.torchrun import separate_restarts
+from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.integrations._instance_patch import InstancePatches
+from moetion_lightning.integrations._parts import Parts
+from moetion_lightning.integrations._settings import Settings
+from moetion_lightning.integrations.loop import GuidedLoop
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["FabricCheckpointing"]
+
+_STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
+
+
+class FabricCheckpointing(GuidedLoop):
+    """A callback for ``Fabric(callbacks=[...])`` that captures a Fabric loop and recovers it bit for bit.
+
+    ::
+
+        run = FabricCheckpointing(window=8)
+        fabric = Fabric(callbacks=[run])
+        fabric.launch()
+        model, optimizer = fabric.setup(model, optimizer)
+        loader = fabric.setup_dataloaders(loader)
+        run.track(optimizer, scheduler=scheduler)
+        for step, batch in run.steps(loader, epochs=3):
+            ...
+        run.close()
+
+    Fabric tells a callback of modules, not of optimizers: hence :meth:`track`. A window that was found is put in place
+    when the loop begins, over whatever ``fabric.load`` has loaded before; ``resume="never"`` prefers that. Call neither
+    ``fabric.save`` while :attr:`replaying`, nor ``fabric.load`` inside the loop.
+
+    Ranks: all of them, in the same order. With ``strategy="ddp"`` or ``ModelParallelStrategy`` (FSDP2).
+
+    Args:
+        **settings: As of ``SparseExpertCheckpoint``, see :class:`~._settings.Settings`.
+
+    Raises:
+        ConfigurationError: A setting is unknown or out of range.
+    """
+
+    _remedy = "give it to Fabric(callbacks=[...]), and call fabric.setup() first"
+
+    def __init__(self, **settings: Unpack[Settings]) -> None:
+        where = type(self).__name__
+        separate_restarts()
+        self._fabric: Any = None
+        self._modules: list[nn.Module] = []
+        self._optimizers: list[Any] = []
+        self._schedulers: list[Any] = []
+        self._patches = InstancePatches()
+        super().__init__(settings, where)
+
+    # --- hooks of Fabric -----------------------------------------------------------------------------------------
+
+    def on_after_setup(self, fabric: Any, module: nn.Module) -> None:
+        """Fabric has set a module up."""
+        if self._opened is not None and self._opened.begun:
+            raise ConfigurationError("fabric.setup() after the loop has begun: set all modules up before run.steps()")
+        if fabric is not self._fabric:
+            self._adopt(fabric)
+        self._modules.append(module)
+
+    def _adopt(self, fabric: Any) -> None:
+        names = {kind.__name__ for kind in type(fabric.strategy).__mro__}
+        if fabric.world_size > 1 and not names & _STRATEGIES:
+            raise ConfigurationError(
+                f"Fabric(strategy=...) is {type(fabric.strategy).__name__} with {fabric.world_size} processes: "
+                'expected DDPStrategy ("ddp") or ModelParallelStrategy (FSDP2).'
+            )
+        self._fabric = fabric
+        self._open(Path.cwd())
+        original = fabric.backward
+
+        def backward(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+            self.record_loss(tensor)
+            original(tensor, *args, **kwargs)
+
+        self._patches.put(fabric, "backward", backward)
+
+    # --- what a script calls -------------------------------------------------------------------------------------
+
+    def track(self, *optimizers: Optimizer, scheduler: Any = None) -> None:
+        """Say what else trains: after ``fabric.setup``.
+
+        Args:
+            *optimizers: All optimizers, as ``fabric.setup`` returned them.
+            scheduler: Learning-rate scheduler, or several.
+        """
+        self._optimizers += optimizers
+        several = scheduler if isinstance(scheduler, (list, tuple)) else [scheduler]
+        self._schedulers += [one for one in several if one is not None]
+
+    def close(self, *, completed: bool = True) -> None:
+        """See :meth:`GuidedLoop.close`."""
+        self._patches.undo()
+        super().close(completed=completed)
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _parts(self) -> Parts:
+        where = self._where
+        if not self._optimizers:
+            raise ConfigurationError(
+                f"{where} knows no optimizer: call run.track(optimizer, scheduler=...) after fabric.setup()"
+            )
+        parts = Parts.of(self._modules[0] if len(self._modules) == 1 else self._modules, where)
+        parts.add_optimizers(self._optimizers, where)
+        parts.add_all("scheduler", self._schedulers, where)
+        scaler = getattr(self._fabric.strategy.precision, "scaler", None)
+        parts.add_all("scaler", scaler, where)
+        parts.scales = scaler is not None and scaler.is_enabled()
+        return parts
+
+    def _autocast(self) -> bool:
+        return type(self._fabric.strategy.precision).__name__ == "MixedPrecision"

@@ -1,0 +1,332 @@
+"""Exact sparse checkpointing of hand-written training loops."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moetion_lightning.errors import ConfigurationError, ForeignWindowError
+from moetion_lightning.integrations._loaders import Followed, follow
+from moetion_lightning.integrations._parts import Parts
+from moetion_lightning.integrations._run import Run
+from moetion_lightning.integrations._settings import RunSettings, Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+__all__ = ["GuidedLoop", "SparseCheckpointing"]
+
+_NO_MORE = object()
+
+
+class _Position:
+    """Where the loop stands.
+
+    Attributes:
+        step: Batches that are done, over the whole training.
+        epoch: Epochs that are done.
+        loaders: The loaders of the present epoch.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.epoch = 0
+        self.loaders: list[Followed] = []
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"step": self.step, "epoch": self.epoch, "loaders": [loader.snapshot() for loader in self.loaders]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The counters alone."""
+        self.step, self.epoch = int(state["step"]), int(state["epoch"])
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.load(state)
+        if len(state["loaders"]) != len(self.loaders):
+            raise ForeignWindowError(
+                f"the window was captured in a loop over {len(state['loaders'])} loaders, this one has "
+                f"{len(self.loaders)}. Undo the change, or start afresh with resume='never' or another job_id."
+            )
+        for loader, saved in zip(self.loaders, state["loaders"]):
+            loader.restore(saved)
+
+    def parts(self) -> dict[str, object]:
+        return {
+            f"loader{index}.{role}": part
+            for index, loader in enumerate(self.loaders)
+            for role, part in loader.parts().items()
+        }
+
+
+class GuidedLoop:
+    """What the adapters of hand-written loops have in common: the loop asks :meth:`steps` for its batches.
+
+    An iteration ends when the loop asks for the next batch: the optimizer and the schedulers have stepped, and the
+    weights have not moved since. After a failure the first batch is the one at which the window begins that was found;
+    the loop then trains as ever, and after at most two windows it is where it was.
+
+    Args:
+        settings: Keyword settings.
+        where: The user's call, for messages.
+    """
+
+    def __init__(self, settings: Settings, where: str) -> None:
+        self._where = where
+        self._settings = RunSettings.read(settings, where)
+        self._registered: dict[str, Any] = {}
+        self._position = _Position()
+        self._in_epochs = False
+        self._iterated = False  # this epoch, or outside of epochs() at all
+        self._opened: Run | None = None
+
+    def _open(self, root_dir: str | os.PathLike[str]) -> None:
+        """Look for a window, when process groups exist."""
+        self._opened = Run(self._settings, self._where, self._all_parts, root_dir)
+        if self._opened.saved is not None:
+            self._position.load(self._opened.saved["position"])
+
+    @property
+    def _run(self) -> Run:
+        if self._opened is None:
+            raise ConfigurationError(f"{self._where} is not set up yet: {self._remedy}")
+        return self._opened
+
+    #: What to do before anything can be asked.
+    _remedy = ""
+
+    def _parts(self) -> Parts:
+        """What the run consists of, but for what the user registers."""
+        raise NotImplementedError
+
+    def _all_parts(self) -> Parts:
+        parts = self._parts()
+        for name, thing in self._registered.items():
+            parts.add(name, thing, f"{self._where}.register")
+        return parts
+
+    def _autocast(self) -> bool:
+        """Whether the forward may cast parameters to 16 bits."""
+        return True
+
+    # --- what a script asks --------------------------------------------------------------------------------------
+
+    @property
+    def resuming(self) -> bool:
+        """Whether a window was found from which training will continue: other checkpoints need not be loaded."""
+        return self._run.saved is not None
+
+    @property
+    def replaying(self) -> bool:
+        """Whether steps are done again to make the state whole: nothing should be saved from it now."""
+        return self._run.replaying
+
+    @property
+    def step(self) -> int:
+        """Batches that are done, over the whole training."""
+        return self._position.step
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return self._position.epoch
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Newest numbers for a progress bar or a logger."""
+        return dict(self._run.reporter.metrics)
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def register(self, **things: Any) -> None:
+        """Capture and restore further objects of the script.
+
+        Args:
+            **things: Objects with ``state_dict()`` and ``load_state_dict()`` (counters, averages of the weights), or
+                random number generators of torch, numpy or python, by a name that stays the same.
+
+        Raises:
+            ConfigurationError: Something cannot be saved, a name is taken, or training has begun.
+        """
+        if self._opened is not None and self._opened.begun:
+            raise ConfigurationError(f"register({', '.join(things)}): call it before the loop begins")
+        for name, thing in things.items():
+            Parts(module=nn.Module()).add(name, thing, f"{self._where}.register")  # refuses what cannot be saved
+            if name in self._registered:
+                raise ConfigurationError(f"register({name}=...): this name is taken; choose another one")
+            self._registered[name] = thing
+
+    def epochs(self, num_epochs: int) -> Iterator[int]:
+        """Number the epochs, from the one in which training continues: ``for epoch in run.epochs(3):``.
+
+        What follows the loop over :meth:`steps` in an epoch (validation, a scheduler) belongs to it, and is done again
+        if the window begins before it.
+
+        Args:
+            num_epochs: Epochs of the whole training.
+
+        Yields:
+            The epoch's number, from 0.
+        """
+        self._in_epochs = True
+        while self.epoch < num_epochs:
+            self._iterated = False
+            yield self.epoch
+            self._finish_epoch()
+            self._run.boundary()
+
+    def steps(self, *loaders: Any, epochs: int = 1) -> Iterator[tuple[int, Any]]:
+        """Go through the batches that are not done yet: ``for step, batch in run.steps(loader, epochs=3):``.
+
+        Args:
+            *loaders: Where batches come from: ``DataLoader`` objects (of torch, or prepared by Fabric or Accelerate) or
+                other iterables. With several, a batch is a tuple with one of each, until one of them has no more.
+            epochs: Passes over the loaders. Samplers with ``set_epoch`` are told the epoch, if there are several.
+                Inside of :meth:`epochs` it is one.
+
+        Yields:
+            The step (batches done before it, over the whole training) and the batch.
+
+        Raises:
+            ConfigurationError: It is called twice, or again in one epoch.
+        """
+        if not loaders:
+            raise ConfigurationError(f"{self._where}.steps(): expected at least one loader")
+        if self._iterated:
+            raise ConfigurationError(
+                f"{self._where}.steps() is called again: which passes are done already could not be told after a "
+                "restart. Write `for epoch in run.epochs(3): for step, batch in run.steps(loader): ...`, or "
+                "`for step, batch in run.steps(loader, epochs=3): ...`."
+            )
+        if self._in_epochs and epochs != 1:
+            raise ConfigurationError(f"steps(epochs={epochs!r}) inside of epochs(): give the number to epochs() alone")
+        self._iterated = True
+        return self._steps(loaders, epochs)
+
+    def record_loss(self, loss: Tensor) -> None:
+        """Note the loss of a batch: after a failure, replayed steps are verified by it.
+
+        Args:
+            loss: 0-d tensor, on any device.
+        """
+        self._run.record_loss(loss)
+
+    def close(self, *, completed: bool = True) -> None:
+        """Training is over: remove its windows, so that the same command starts afresh. Harmless if called again.
+
+        Args:
+            completed: False keeps them: the same command then continues.
+        """
+        for loader in self._position.loaders:
+            loader.release()
+        if self._opened is not None:
+            self._opened.close(completed=completed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(completed=kind is None)
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _steps(self, loaders: Sequence[Any], epochs: int) -> Iterator[tuple[int, Any]]:
+        self._follow(loaders)
+        if not self._run.begun:
+            self._run.begin(self._position, autocast=self._autocast())
+        if self._in_epochs:
+            yield from self._one_epoch()
+            return
+        while self.epoch < epochs:
+            if epochs > 1:
+                for loader in self._position.loaders:
+                    loader.begin_epoch(self.epoch)
+            yield from self._one_epoch()
+            self._finish_epoch()
+
+    def _follow(self, loaders: Sequence[Any]) -> None:
+        """The same loaders keep their position from epoch to epoch (workers may live on)."""
+        known = [loader.source for loader in self._position.loaders]
+        if len(known) != len(loaders) or any(a is not b for a, b in zip(known, loaders)):
+            for loader in self._position.loaders:
+                loader.release()
+            self._position.loaders = [follow(loader) for loader in loaders]
+
+    def _one_epoch(self) -> Iterator[tuple[int, Any]]:
+        position = self._position
+        iterators = [loader.iterate() for loader in position.loaders]
+        while True:
+            batches = []
+            for iterator in iterators:
+                batch = next(iterator, _NO_MORE)
+                if batch is _NO_MORE:
+                    return
+                batches.append(batch)
+            step, position.step = position.step, position.step + 1
+            yield step, tuple(batches) if len(batches) > 1 else batches[0]
+            self._run.boundary()
+
+    def _finish_epoch(self) -> None:
+        self._position.epoch += 1
+        for loader in self._position.loaders:
+            loader.finish()
+
+
+class SparseCheckpointing(GuidedLoop):
+    """Snapshots a part of the experts after every optimizer step of a plain PyTorch loop, and recovers bit for bit.
+
+    ::
+
+        run = SparseCheckpointing(model, optimizer, scheduler=scheduler, window=8)
+        for step, batch in run.steps(loader, epochs=3):
+            ...
+        run.close()
+
+    When the same command is started again after a failure, the loop continues at the batch at which the newest
+    committed window begins, does its steps again, and goes on with exactly the weights, optimizer state, losses and
+    samples of the run that never failed. Use it as a context manager to keep the windows when the loop raises.
+
+    Ranks: under ``torchrun`` all ranks make it together, after ``init_process_group``; modules are wrapped in
+    ``DistributedDataParallel`` or sharded by ``fully_shard``. What no wrapper keeps equal is taken to be each rank's
+    own.
+
+    Args:
+        modules: The module, or all modules that train (a sequence, or a mapping by name); wrapped ones are fine.
+        optimizers: The optimizer, or all of them.
+        scheduler: Learning-rate scheduler, or several.
+        scaler: Gradient scaler, or several.
+        **settings: As of ``SparseExpertCheckpoint``, see :class:`~._settings.Settings`.
+
+    Raises:
+        ConfigurationError: A setting is unknown or out of range, or ``moetion launch`` started this process.
+        StoreError, HostMemoryError, JobBusyError, CorruptSnapshotError, VersionError: See the message.
+    """
+
+    def __init__(
+        self,
+        modules: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
+        optimizers: Optimizer | Sequence[Optimizer],
+        *,
+        scheduler: Any = None,
+        scaler: Any = None,
+        **settings: Unpack[Settings],
+    ) -> None:
+        where = type(self).__name__
+        self._found = Parts.of(modules, where)
+        self._found.add_optimizers(optimizers, where)
+        self._found.add_all("scheduler", scheduler, where)
+        self._found.add_all("scaler", scaler, where)
+        scalers = scaler if isinstance(scaler, (list, tuple)) else [scaler]
+        self._found.scales = any(s is not None and s.is_enabled() for s in scalers)
+        super().__init__(settings, where)
+        self._open(Path.cwd())
+
+    def _parts(self) -> Parts:
+        return self._found

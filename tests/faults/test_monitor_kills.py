@@ -1,0 +1,139 @@
+"""The numbers of a job that is killed again and again, against what its processes left in their events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import monitored
+from tests.runs.drill import Drill, differences, read_events, read_logs
+
+# 30 iterations, W = 4; captures that begin late, so that training waits for some of them.
+SPEC: dict[str, Any] = {"block": "fused", "samples": 40, "callbacks": ["monitor"], "slow_sink": "CaptureStarted"}
+KILLS = [
+    {"hook": "backward", "step": 11},
+    {"event": "ReplayIteration", "count": 2},  # in the replay of the first kill
+    {"hook": "batch_end", "step": 21},
+]
+PARTIAL = {"num_experts_per_checkpoint": 1, "every_n_steps": 2, "plt_limit": None}
+
+
+def surviving(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The execution of each iteration that the final state contains: the last one."""
+    last = {event["iteration"]: event for event in events if event["event"] == "IterationFinished"}
+    return [last[iteration] for iteration in sorted(last)]
+
+
+def gaps(iterations: list[dict[str, Any]], started: float) -> float:
+    """Seconds between the ends and beginnings of iterations that follow each other."""
+    ends = [started, *(event["time"] for event in iterations)]
+    return sum(event["time"] - event["seconds"] - end for event, end in zip(iterations, ends))
+
+
+def check_times(out: Path, rank: int | None = None) -> dict[str, Any]:
+    """What the monitor of one rank counted is what the events say.
+
+    Sums of the same numbers in the same order are equal. Times of day of two clocks that are read one after the other
+    are not: 50 ms for all of them together.
+    """
+    records = monitored.read(out, rank)
+    first, last = records[0], records[-1]
+    iterations = surviving(read_events(out, rank=rank))
+    assert [event["iteration"] for event in iterations] == list(range(1, last["num_iterations"] + 1))
+    assert last["useful_seconds"] == sum(event["seconds"] - event["stall_seconds"] for event in iterations)
+    assert last["iteration_seconds"] == sum(event["seconds"] for event in iterations)
+    assert last["stall_seconds"] == sum(event["stall_seconds"] for event in iterations) > 0
+    assert last["wall_seconds"] == pytest.approx(iterations[-1]["time"] - first["started"], abs=0.05)
+    assert last["wall_seconds"] - last["iteration_seconds"] == pytest.approx(
+        gaps(iterations, first["started"]), abs=0.05
+    )
+    return last
+
+
+def test_three_kills_are_in_the_numbers(drill: Drill) -> None:
+    out = drill.killed(SPEC, KILLS)
+    assert differences(drill.reference({**SPEC, "callbacks": []}), out) == []
+    assert len({event["pid"] for event in read_events(out)}) == 4
+    last = check_times(out)
+    assert last["num_iterations"] == 29  # the last one has no next one that would end it
+    values = last["values"]
+    assert values["moetion/ettr"] == last["useful_seconds"] / last["wall_seconds"]
+    assert values["moetion/lost_seconds"] == last["wall_seconds"] - last["iteration_seconds"]
+    assert values["moetion/stall_seconds_per_iteration"] == last["stall_seconds"] / 29
+    assert values["moetion/stall_share"] == last["stall_seconds"] / last["iteration_seconds"]
+    assert values["moetion/plt"] == 0
+    # What is lost is more than the time without a process: three times there was work to be done again.
+    executions = [event["seconds"] for event in read_events(out, "IterationFinished")]
+    done_again = sum(executions) - last["iteration_seconds"]
+    assert done_again > 0
+    assert values["moetion/lost_seconds"] > done_again
+
+
+def test_tokens_are_those_of_a_run_that_never_failed(drill: Drill) -> None:
+    """Tokens are summed where a window may begin: in windows of one iteration, after each."""
+    whole, killed = drill.killed({**SPEC, "policy_args": {"window": 1}}, []), drill.killed(SPEC, KILLS)
+    counted = read_events(killed, "TokensCounted")[-1]["iteration"]
+    assert counted > 21
+    mine, theirs = monitored.read(killed)[-1], monitored.read(whole)[counted + 1]
+    assert theirs["num_iterations"] == counted
+    assert mine["tokens"] == theirs["tokens"]
+    assert len(mine["tokens"]) == 2
+    for row in mine["tokens"].values():
+        assert sum(row) == 2 * 4 * counted  # top-2 of four samples
+    assert mine["values"]["moetion/expert_imbalance"] == theirs["values"]["moetion/expert_imbalance"]
+    assert mine["values"]["moetion/expert_imbalance"] == max(
+        max(row) * len(row) / sum(row) for row in mine["tokens"].values()
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lost_tokens_are_those_of_the_engine(drill: Drill, ranks: int) -> None:
+    spec = {**SPEC, "policy": "partial", "policy_args": PARTIAL, "ranks": ranks, "samples": 40 * ranks}
+    kills = [{"hook": "backward", "step": step} for step in (8, 13, 21)]
+    out = drill.killed(spec, kills)
+    for rank in [None] if ranks == 1 else range(ranks):
+        records = [record for record in monitored.read(out, rank) if record.get("tokens")]
+        last = records[-1]
+        assert last["engine"]["plt"] == last["values"]["moetion/plt"] > 0
+        for record in records:  # after each batch, in each process
+            assert record["lost_tokens"] == record["engine"]["lost"]
+            assert [sum(row) for row in record["tokens"].values()] == record["engine"]["total"]
+        reports = read_events(out, "PartialExpertsRestored", rank)
+        assert len(reports) == 3
+        assert all(sum(report["lost_by_layer"].values()) == report["lost_tokens"] for report in reports)
+        assert last["lost_tokens"] == [sum(r["lost_by_layer"][name] for r in reports) for name in last["tokens"]]
+
+
+@pytest.mark.slow
+def test_ranks_log_the_mean_over_ranks(drill: Drill) -> None:
+    spec = {**SPEC, "ranks": 2, "samples": 80}
+    out = drill.killed(spec, KILLS)
+    assert differences(drill.reference({**spec, "callbacks": []}), out) == []
+    first, second = (check_times(out, rank) for rank in range(2))
+    together = [first[name] + second[name] for name in ("useful_seconds", "wall_seconds", "stall_seconds")]
+    for record in (first, second):
+        assert record["values"]["moetion/ettr"] == together[0] / together[1]
+        assert record["values"]["moetion/stall_seconds_per_iteration"] == together[2] / 58
+    assert first["tokens"] == second["tokens"]
+    counted = read_events(out, "TokensCounted", rank=0)[-1]["iteration"]
+    assert all(sum(row) == 2 * 2 * 4 * counted for row in first["tokens"].values())
+
+
+@pytest.mark.slow
+def test_a_replaced_rank_counts_on_with_the_others(drill: Drill) -> None:
+    """The others live on; the new process takes their count."""
+    spec = {**SPEC, "ranks": 2, "samples": 80}
+    out, ended, pids = drill.elastic(spec, [{"hook": "backward", "step": 11, "rank": 1}])
+    assert ended.good, f"{ended}\n{read_logs(out)}"
+    assert [len(history) for history in pids] == [1, 2]
+    first, second = (monitored.read(out, rank)[-1] for rank in range(2))
+    assert first["num_iterations"] == second["num_iterations"] == 29
+    assert first["values"]["moetion/ettr"] == second["values"]["moetion/ettr"]
+    assert first["tokens"] == second["tokens"]
+    dead, living = (pids[1][0], pids[0][0])
+    died = max(event["time"] for event in read_events(out, rank=1) if event["pid"] == dead)
+    resumed = [e for e in read_events(out, "IterationFinished", rank=0) if e["pid"] == living and e["time"] > died]
+    without_training = resumed[0]["time"] - resumed[0]["seconds"] - died
+    assert min(first["values"]["moetion/lost_seconds"], second["values"]["moetion/lost_seconds"]) > without_training

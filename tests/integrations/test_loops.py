@@ -1,0 +1,166 @@
+"""Hand-written loops: a killed one ends in exactly the state of the ordinary loop that was never killed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.runs.drill import Drill, differences, read_events, read_steps
+
+PLAIN: dict[str, Any] = {"runner": "tests.runs.loops"}
+FABRIC = {**PLAIN, "framework": "fabric"}
+ACCELERATE = {**PLAIN, "framework": "accelerate"}
+#: Killed twice: after a window and a half, and again while the next window is captured.
+KILLS = [{"hook": "backward", "step": 8}, {"event": "CaptureProgress", "count": 2, "fields": {"iteration": 12}}]
+
+LOOPS: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "plain-epochs": {**PLAIN, "form": "epochs"},
+    "plain-accumulate-clip": {**PLAIN, "accumulate": 2, "samples": 56},
+    "plain-bf16-fused": {**PLAIN, "precision": "bf16", "block": "fused"},
+    "plain-fp16-skipped-step": {**PLAIN, "precision": "fp16", "overflow_at": 6},
+    "plain-fp16-fused-adam": {**PLAIN, "precision": "fp16", "optimizer": "adamw_fused", "overflow_at": 6, "clip": 0},
+    "plain-two-optimizers": {**PLAIN, "second_optimizer": True},
+    "plain-average": {**PLAIN, "average": True, "precision": "bf16"},
+    "plain-workers": {**PLAIN, "loader": "workers", "augment": True},
+    "plain-persistent-workers": {**PLAIN, "loader": "persistent", "form": "epochs", "augment": True},
+    "plain-stream": {**PLAIN, "loader": "stream", "augment": True},
+    "plain-stateful-loader": {**PLAIN, "loader": "stateful"},
+    "plain-epoch-sampler": {**PLAIN, "loader": "epoch_sampler"},
+    "plain-no-dataloader": {**PLAIN, "loader": "plain"},
+    "plain-zero-grad-before": {**PLAIN, "zero_grad": "before", "block": "fused"},
+    "plain-zero-grad-in-place": {**PLAIN, "zero_grad": "in_place"},
+    "plain-gradients-add-up": {**PLAIN, "zero_grad": "never"},
+    "plain-dense-policy": {**PLAIN, "policy": "dense", "policy_args": {"every_n_steps": 3}},
+    "plain-skipping-gradients": {**PLAIN, "policy_args": {"window": 4, "skip_frozen_gradients": True}},
+    "fabric": FABRIC,
+    "fabric-epochs-workers": {**FABRIC, "form": "epochs", "loader": "workers", "augment": True},
+    "fabric-persistent-workers": {**FABRIC, "loader": "persistent", "augment": True},
+    "fabric-epoch-sampler": {**FABRIC, "loader": "epoch_sampler"},
+    "fabric-bf16": {**FABRIC, "precision": "bf16", "block": "fused"},
+    "fabric-fp16": {**FABRIC, "precision": "fp16", "overflow_at": 6},
+    "accelerate-accumulate-clip": {**ACCELERATE, "accumulate": 2, "samples": 56},
+    "accelerate-ragged": {**ACCELERATE, "accumulate": 3, "samples": 74},
+    "accelerate-epochs-augment": {**ACCELERATE, "form": "epochs", "augment": True},
+    "accelerate-bf16-workers": {**ACCELERATE, "precision": "bf16", "loader": "workers", "augment": True},
+    "accelerate-persistent-workers": {**ACCELERATE, "loader": "persistent", "augment": True},
+    "accelerate-seedable": {**ACCELERATE, "accelerate_args": {"use_seedable_sampler": True}},
+    "accelerate-stateful-loader": {**ACCELERATE, "accelerate_args": {"use_stateful_dataloader": True}},
+    "accelerate-stream": {**ACCELERATE, "loader": "stream", "augment": True},
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_killed_loop_ends_bitwise_equal(drill: Drill, name: str) -> None:
+    spec = LOOPS[name]
+    killed = drill.killed(spec, KILLS)
+    assert differences(drill.reference(spec), killed) == []
+    restored = read_events(killed, "RestoreApplied")
+    assert restored, "nothing was restored: the test shows nothing"
+    assert all(event["verified"] for event in read_events(killed, "ReplayFinished"))
+
+
+PHASES: dict[str, list[dict[str, Any]]] = {
+    "before-first-window": [{"hook": "backward", "step": 2}],
+    "before-step": [{"hook": "before_step", "step": 9}],
+    "after-step": [{"hook": "batch_end", "step": 9}],
+    "last-batch-of-epoch": [{"hook": "batch_end", "step": 13}],
+    "first-batch-of-epoch": [{"hook": "backward", "step": 14}],
+    "epoch-end": [{"hook": "epoch_end", "step": 1}],
+    "sealed-no-manifest": [{"event": "SlotSealed", "fields": {"iteration": 12}}],
+    "manifest-committed": [{"event": "ManifestWritten", "fields": {"iteration": 12, "committed": True}}],
+    "restore-found": [{"hook": "backward", "step": 11}, {"event": "RestoreStarted"}],
+    "mid-restore": [{"hook": "backward", "step": 11}, {"event": "RestoreProgress", "count": 3}],
+    "restored": [{"hook": "backward", "step": 11}, {"event": "RestoreApplied"}],
+    "replay": [{"hook": "backward", "step": 11}, {"event": "ReplayIteration", "count": 2}],
+    "in-replayed-backward": [{"hook": "backward", "step": 11}, {"hook": "backward", "step": 6}],
+    "replay-done": [{"hook": "backward", "step": 11}, {"event": "ReplayFinished"}],
+    "last-batch": [{"hook": "batch_end", "step": 20}],
+    "after-the-loop": [{"hook": "end", "step": 0}],
+    "before-close": [{"hook": "before_close", "step": 0}],
+}
+
+
+@pytest.mark.parametrize("spec", [{**PLAIN, "form": "epochs"}, ACCELERATE], ids=["plain-epochs", "accelerate"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_in_each_phase(drill: Drill, spec: dict[str, Any], phase: str) -> None:
+    if phase == "epoch-end" and spec is ACCELERATE:
+        pytest.skip("its flat loop has no code at an epoch's end")
+    killed = drill.killed(spec, PHASES[phase])
+    assert differences(drill.reference(spec), killed) == []
+
+
+def test_seven_kills_in_one_loop(drill: Drill) -> None:
+    spec = {**FABRIC, "form": "epochs", "augment": True}
+    kills = [{"hook": "backward", "step": step} for step in (3, 6, 7, 11, 12, 16, 19)]
+    killed = drill.killed(spec, kills)
+    assert differences(drill.reference(spec), killed) == []
+
+
+def test_complete_loop_leaves_no_window_and_begins_afresh(drill: Drill) -> None:
+    killed = drill.killed(PLAIN, [{"hook": "backward", "step": 9}])
+    memory = drill.memory_dir / killed.name
+    assert not list(memory.rglob("windows/*.json"))
+    again = drill.start({**PLAIN, "memory_dir": str(memory)}, killed)
+    assert again.good
+    assert len(read_steps(killed)[0, 0]) == 2  # all steps were done again, from the first one
+
+
+def test_finished_loop_that_was_not_closed_has_nothing_left_to_do(drill: Drill) -> None:
+    spec = {**PLAIN, "policy": "dense", "policy_args": {"every_n_steps": 1}}
+    killed = drill.killed(spec, [{"hook": "before_close", "step": 0}])
+    assert differences(drill.reference(spec), killed) == []
+    assert len(read_steps(killed)[2, 6]) == 1  # its last batch was not trained twice
+
+
+def test_gradients_that_are_dropped_are_not_captured(drill: Drill) -> None:
+    """They are, once, in the first window: until then nobody has seen what becomes of them."""
+    spec = {**PLAIN, "zero_grad": "before", "block": "dense", "policy_args": {"window": 2}}
+    before = [e["nbytes"] for e in read_events(drill.killed(spec, [{"hook": "end", "step": 0}]), "WindowCommitted")]
+    after = [
+        e["nbytes"]
+        for e in read_events(
+            drill.killed({**spec, "zero_grad": "after"}, [{"hook": "end", "step": 0}]), "WindowCommitted"
+        )
+    ]
+    assert before[0] > after[0]
+    assert before[-1] == after[-1]
+
+
+@pytest.mark.parametrize(
+    ("what", "spec"),
+    [
+        ("activation", PLAIN),
+        ("adam_step", PLAIN),
+        ("position", PLAIN),
+        ("stateful", PLAIN),
+        ("buffers", PLAIN),
+        ("gradients", {**PLAIN, "zero_grad": "never"}),
+        ("position", FABRIC),
+        ("draws", {**ACCELERATE, "augment": True}),
+    ],
+)
+def test_negative_control_notices_what_is_not_restored(drill: Drill, what: str, spec: dict[str, Any]) -> None:
+    killed = drill.killed(spec, [{"hook": "backward", "step": 11}], **{"break": what})
+    assert read_events(killed, "RestoreApplied")
+    assert differences(drill.reference(spec), killed) != []
+
+
+RANKS: dict[str, dict[str, Any]] = {
+    "plain-ddp": {**PLAIN, "strategy": "ddp", "block": "fused"},
+    "plain-fsdp2": {**PLAIN, "strategy": "fsdp2", "block": "fused"},
+    "plain-own-state": {**PLAIN, "block": "fused"},  # two trainings beside each other: nothing is shared
+    "fabric-ddp": {**FABRIC, "block": "fused", "loader": "shuffle"},
+    "accelerate-ddp-accumulate": {**ACCELERATE, "accumulate": 2, "samples": 112},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKS)
+def test_two_ranks_killed_and_started_again(drill: Drill, name: str) -> None:
+    spec = {"samples": 56, **RANKS[name], "ranks": 2}
+    killed = drill.killed(spec, [{"hook": "backward", "step": 9, "rank": 1}, {"hook": "before_step", "step": 14}])
+    assert differences(drill.reference(spec), killed) == []
+    assert len(read_events(killed, "ReplayFinished")) == 4
+    assert all(event["verified"] for event in read_events(killed, "ReplayFinished"))
