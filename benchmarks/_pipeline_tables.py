@@ -45,7 +45,9 @@ def _time_table(rows: Sequence[dict[str, Any]]) -> str:
         [
             "emulated" if row["emulated"] else "computing", str(row["micro_batches"]),
             f"{1e3 * row['iteration_seconds']:.0f}",
-            *(_ratio(row[name]) for name in ("ratio", "noise", "cpu_ratio", "cpu_noise")),
+            *(_ratio(row[name]) for name in ("ratio", "noise")),
+            # Next to nothing is computed by emulated devices.
+            *("-" if row["emulated"] else _ratio(row[name]) for name in ("cpu_ratio", "cpu_noise")),
             f"{100 * row['record_share']:.2f} %", f"{100 * row['norm_share']:.2f} %",
             f"{row['load']:.1f}",
         ]

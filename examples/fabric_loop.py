@@ -28,4 +28,5 @@ for epoch in run.epochs(3):
         optimizer.step()
         fabric.print(f"step {step}: loss {loss.item():.6f}", flush=True)
     scheduler.step()
+    fabric.print(f"epoch {epoch} is done", flush=True)
 run.close()

@@ -28,6 +28,9 @@ training (LightningCLI; every field of trainer, model and data can be given, e.g
       --trainer.callbacks+=CLASS            add a callback
   Fields of all classes: moetion fit --help; of one: moetion fit --model.help ByteMoE's full class path
 
+any script
+  run         a script or module without a change: Lightning, Hugging Face Trainer, Accelerate loops
+
 several processes
   launch      start ranks of a script; a dead one alone is started again, the others keep running
   rendezvous  serve the store of a job of several nodes on a host that does not train
@@ -48,6 +51,7 @@ examples
   moetion fit --config recipe:tiny_moe_cpu --model.init_args.num_experts 16 --print_config > mine.yaml
   moetion fit --config mine.yaml --model my_package.MyModule
   moetion explain recipe:qwen3_moe_tiny
+  moetion run train.py --my-argument 1
   moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
   moetion launch --nproc-per-node 3 -m moetion_lightning fit --config recipe:pipeline_moe_cpu
   moetion demo
@@ -64,6 +68,7 @@ _OWN = {
     "clean": ("moetion_lightning.commands.state", "clean"),
     "report": ("moetion_lightning.commands.report", "report"),
     "demo": ("moetion_lightning.demo", "main"),
+    "run": ("moetion_lightning.commands.run", "run"),
     "launch": ("moetion_lightning.commands.launch", "launch"),
     "rendezvous": ("moetion_lightning.commands.launch", "rendezvous"),
 }
@@ -93,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module, function = _OWN[command]
             return int(getattr(import_module(module), function)(args[1:]))
     except MoEtionError as error:
-        if command in TRAINING:  # an error of the run itself: with its traceback
+        if command in (*TRAINING, "run"):  # an error of the run itself: with its traceback
             raise
         print(f"moetion {command}: error: {error}", file=sys.stderr)
         return 2

@@ -28,7 +28,8 @@ class LastingGradients:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> None:
         self._parameters = parameters
-        self._lasts: bool | None = None  # not seen yet
+        #: Whether gradients last; None: not seen yet.
+        self.lasts: bool | None = None
         self._watched: dict[str, int] = {}
         self._handles: dict[str, Any] = {}
         self._on_step = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
@@ -36,7 +37,7 @@ class LastingGradients:
     def capture(self) -> dict[str, Tensor]:
         """The gradients that are part of the state, by parameter; watches what becomes of them."""
         present = {name: p for name, p in self._parameters.items() if p.grad is not None and p.requires_grad}
-        found = {name: local(p.grad) for name, p in present.items()} if self._lasts is not False else {}  # type: ignore[arg-type]
+        found = {name: local(p.grad) for name, p in present.items()} if self.lasts is not False else {}  # type: ignore[arg-type]
         self._settle()
         self._watched = {name: id(p.grad) for name, p in present.items()}
         self._handles = {name: p.register_hook(self._arrival(name)) for name, p in present.items()}
@@ -63,12 +64,12 @@ class LastingGradients:
             return
         stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name in [name for name in self._watched if id(self._parameters[name]) in stepping]:
-            gradient = self._parameters[name].grad
-            self._saw(lasts=gradient is not None and id(gradient) == self._watched.pop(name))
+            gradient, identity = self._parameters[name].grad, self._watched.pop(name)
+            self._saw(lasts=gradient is not None and id(gradient) == identity)
             self._handles.pop(name).remove()
 
     def _saw(self, *, lasts: bool) -> None:
-        self._lasts = bool(self._lasts) or lasts
+        self.lasts = bool(self.lasts) or lasts
 
     def _settle(self) -> None:
         for handle in self._handles.values():

@@ -59,6 +59,7 @@ class LoopState:
             # Whether the next forward takes over rank 0's buffers.
             "sync_buffers": {prefix: ddp.require_forward_param_sync for prefix, ddp in parts.wrappers.items()},
             "gradients": self._gradients.capture(),
+            "gradients_last": self._gradients.lasts,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -86,6 +87,7 @@ class LoopState:
         for prefix, ddp in parts.wrappers.items():
             set_bucket_order(ddp, state["buckets"][prefix])
             ddp.require_forward_param_sync = state["sync_buffers"][prefix]
+        self._gradients.lasts = state["gradients_last"]
         self._position.restore(state["position"])
 
     def generators(self) -> Mapping[str, object]:

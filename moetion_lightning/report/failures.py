@@ -74,15 +74,16 @@ def find_failures(records: Sequence[Record], processes: Mapping[int, Sequence[Pr
             group.append(loss)
         else:
             groups.append([loss])
-    return tuple(_describe(group, records) for group in groups)
+    finished = _iterations(records)
+    return tuple(_describe(group, records, finished) for group in groups)
 
 
-def _describe(group: Sequence[_Loss], records: Sequence[Record]) -> Failure:
+def _describe(group: Sequence[_Loss], records: Sequence[Record], finished: Sequence[_Finished]) -> Failure:
     died = max(loss.died for loss in group)
     ranks = {loss.rank for loss in group}
-    reached = max((r.event.iteration for r in _iterations(records) if r.time <= died), default=0)
+    reached = max((r.event.iteration for r in finished if r.time <= died), default=0)
     lost_again = min(loss.lost_again for loss in group)
-    new = [r.time for r in _iterations(records) if died < r.time <= lost_again and r.event.iteration > reached]
+    new = [r.time for r in finished if died < r.time <= lost_again and r.event.iteration > reached]
     until = new[0] if new else lost_again
     after = [r for r in records if died < r.time <= until]
     mine = [r for r in after if r.rank in ranks]

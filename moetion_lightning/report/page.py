@@ -70,7 +70,7 @@ def make_page(reading: Reading, name: str) -> str:
         element(body, "h2", "Stall")
         element(body, "p", "No iteration waited for a capture.")
     if history.nbytes:
-        _section(body, "Bytes", _ABOUT_BYTES, draw_bytes(history))
+        _section(body, "Bytes", _ABOUT_BYTES + (_ABOUT_DENSE if history.dense_bytes else ""), draw_bytes(history))
     if history.tokens:
         _section(body, "Expert load", _ABOUT_LOAD, draw_load(history))
     _footer(body, reading, history)
@@ -83,10 +83,8 @@ _ABOUT_RATIO = (
     "stall, as it was done last; so the curve falls where a failure takes iterations back."
 )
 _ABOUT_STALL = "Time that the optimizer of an iteration waited for captures, on the rank that waited longest."
-_ABOUT_BYTES = (
-    "What was copied to host memory after each iteration, on all ranks together. The dashed line is what a dense "
-    "checkpoint of the same state would take at each of them."
-)
+_ABOUT_BYTES = "What was copied to host memory after each iteration, on all ranks together."
+_ABOUT_DENSE = " The dashed line is what a dense checkpoint of the same state would take at each of them."
 _ABOUT_LOAD = "Tokens that each expert received, divided by the mean over the experts of its layer: 1 is balanced."
 
 

@@ -125,7 +125,7 @@ def _fits(value: Any, annotation: str) -> bool:
         return False
     if annotation == "dict[str, list[int]]":
         return isinstance(value, dict) and all(
-            isinstance(row, list) and all(_fits(item, "int") for item in row) for row in value.values()
+            isinstance(row, list) and {type(item) for item in row} <= {int} for row in value.values()
         )
     if annotation == "dict[str, int]":
         return isinstance(value, dict) and all(_fits(item, "int") for item in value.values())

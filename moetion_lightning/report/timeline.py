@@ -64,7 +64,7 @@ def _draw_lane(svg: ElementTree.Element, lane: Lane, top: float, scale: Scale, s
     drawn = float("-inf")
     for time, iteration in lane.commits:
         x = scale(time - start)
-        if x - drawn < 1.5:
+        if x - drawn < 7:  # marks must not lie on each other
             continue
         drawn = x
         mark = element(group, "path", class_="commit", d=f"M{x:.2f} {strip + 4:.2f}l-3 6h6z", data_iteration=iteration)

@@ -96,7 +96,7 @@ def test_killed_in_each_phase(drill: Drill, phase: str) -> None:
         assert (checkpoint / "trainer_state.json").is_file(), f"{checkpoint.name} is not whole"
 
 
-@pytest.mark.parametrize("kill", [{"hook": "evaluate", "step": 9}, {"hook": "step_end", "step": 10}])
+@pytest.mark.parametrize("kill", [{"hook": "evaluate", "step": 6}, {"hook": "step_end", "step": 8}])
 def test_early_stopping_and_best_model_are_those_of_the_whole_run(drill: Drill, kill: dict[str, Any]) -> None:
     """Patience, best metric and log history come back; the best model is loaded with its experts, also in both runs.
 

@@ -109,23 +109,21 @@ def test_complete_loop_leaves_no_window_and_begins_afresh(drill: Drill) -> None:
 
 def test_finished_loop_that_was_not_closed_has_nothing_left_to_do(drill: Drill) -> None:
     spec = {**PLAIN, "policy": "dense", "policy_args": {"every_n_steps": 1}}
-    killed = drill.killed(spec, [{"hook": "before_close", "step": 0}])
+    killed = drill.killed(spec, [{"event": "WindowCommitted", "fields": {"last_iteration": 21}}])
     assert differences(drill.reference(spec), killed) == []
     assert len(read_steps(killed)[2, 6]) == 1  # its last batch was not trained twice
 
 
 def test_gradients_that_are_dropped_are_not_captured(drill: Drill) -> None:
     """They are, once, in the first window: until then nobody has seen what becomes of them."""
-    spec = {**PLAIN, "zero_grad": "before", "block": "dense", "policy_args": {"window": 2}}
-    before = [e["nbytes"] for e in read_events(drill.killed(spec, [{"hook": "end", "step": 0}]), "WindowCommitted")]
-    after = [
-        e["nbytes"]
-        for e in read_events(
-            drill.killed({**spec, "zero_grad": "after"}, [{"hook": "end", "step": 0}]), "WindowCommitted"
-        )
-    ]
-    assert before[0] > after[0]
-    assert before[-1] == after[-1]
+    spec = {**PLAIN, "block": "dense", "policy_args": {"window": 2}}
+    sizes = {}
+    for zero_grad in ("before", "after", "never"):
+        killed = drill.killed({**spec, "zero_grad": zero_grad}, [{"hook": "end", "step": 0}])
+        sizes[zero_grad] = [event["nbytes"] for event in read_events(killed, "WindowCommitted")]
+    first, *_, last = ({name: found[i] for name, found in sizes.items()} for i in (0, 5, -1))
+    assert first["after"] < first["before"] == first["never"]
+    assert last["after"] == last["before"] < last["never"]
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,16 @@ def _stateful() -> None:
 
 
 def _gradients() -> None:
-    """Gradients that add up over iterations are thought to be dropped."""
-    from moetion_lightning.integrations import _gradients
+    """Gradients that add up over iterations begin anew."""
+    from moetion_lightning.integrations import _state
 
-    _gradients.LastingGradients.capture = lambda self: {}  # type: ignore[method-assign]
+    original = _state.LoopState.restore
+
+    def restore(self: Any, state: Any) -> None:
+        state["gradients"].clear()
+        original(self, state)
+
+    _state.LoopState.restore = restore  # type: ignore[method-assign]
 
 
 SABOTAGE = {"position": _position, "draws": _draws, "stateful": _stateful, "gradients": _gradients}

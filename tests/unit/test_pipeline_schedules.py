@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +24,9 @@ from moetion_lightning.pipeline.intercept import Interceptor
 from moetion_lightning.pipeline.layer_list import find_layers
 from moetion_lightning.pipeline.layout import PipelineGroups, PipelineLayout
 from moetion_lightning.pipeline.probe import make_plan
-from moetion_lightning.pipeline.runner import PipelineRunner, StageShapes
+from moetion_lightning.pipeline.runner import PipelineRunner
 from moetion_lightning.pipeline.schedules import SCHEDULES, make_schedule, schedule_kind, usable_micro_batches
-from moetion_lightning.pipeline.specs import LayerSpec, LeafSpec, TensorSpec
+from moetion_lightning.pipeline.specs import TensorSpec
 from moetion_lightning.pipeline.stage import BoundaryStage, NetworkTraffic, StageBody
 from tests.runs.pipeline_models import Decoder, check_equal, ids_of, plain_gradients, plain_step
 
@@ -393,13 +392,3 @@ def test_evaluation_passes_all_stages_and_gives_the_result(group: None) -> None:
     (batch,) = ids_of(9)
     with torch.no_grad():
         assert torch.equal(runner.evaluate(lambda: copied(batch)), module(batch))
-
-
-def test_shapes_survive_json() -> None:
-    shapes = StageShapes(
-        payloads=((), (FLOAT, INDEX)),
-        layers=(
-            LayerSpec((LeafSpec("tensor", "float32", (2, 3)), LeafSpec("value", None)), ((LeafSpec("argument", 1),),)),
-        ),
-    )
-    assert StageShapes.from_json(json.loads(json.dumps(shapes.to_json()))) == shapes

@@ -20,7 +20,6 @@ from moetion_lightning.strategies.averaging import average_gradients
 from moetion_lightning.strategies.optimizer_order import OptimizerOrder
 from moetion_lightning.strategies.pipeline_gradients import PipelineGradients
 from moetion_lightning.strategies.pipeline_state import PipelineState
-from moetion_lightning.strategies.pipeline_values import decode, encode
 from tests.runs.pipeline_models import Decoder, VirtualPipeline, ids_of, plain_step
 
 CPU = torch.device("cpu")
@@ -361,17 +360,3 @@ def test_buckets_follow_from_the_parameters_alone(monkeypatch: pytest.MonkeyPatc
     ]
     buckets = list(averaging._buckets(parameters))
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[4, 5], [1], [2]]
-
-
-# --- results of evaluation -------------------------------------------------------------------------------------------
-
-
-def test_results_of_steps_travel_as_json_and_tensors() -> None:
-    result = {"ids": torch.arange(3), ("a", 1): [1, 0.5, None, True, "é"], None: (torch.tensor(2.0), {}), 4: []}
-    described, tensors = encode(result)
-    found = decode(described, tensors)
-    assert list(found) == list(result)
-    assert found["ids"] is tensors[0]
-    assert found["a", 1] == [1, 0.5, None, True, "é"]
-    assert isinstance(found[None], tuple)
-    assert decode(*encode({"x": object(), "y": 1})) == {"x": None, "y": 1}

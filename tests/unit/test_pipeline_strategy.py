@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.pipeline.runner import StageShapes
+from moetion_lightning.pipeline.specs import LayerSpec, LeafSpec, TensorSpec
 from moetion_lightning.strategies import MoEtionStrategy
 from moetion_lightning.strategies.pipeline_steps import loss_of, step_arguments
 from moetion_lightning.strategies.pipeline_strategy import PipelineStrategy
+from moetion_lightning.strategies.pipeline_values import decode, encode
 from tests.runs.pipeline_models import VOCAB, Decoder
 
 
@@ -171,6 +175,27 @@ def test_steps_are_told_the_index_only_if_they_ask() -> None:
         def training_step(self, batch: Any) -> None: ...
 
     assert (step_arguments(Asking(), 3), step_arguments(Silent(), 3)) == ((3,), ())
+
+
+# --- what ranks tell each other --------------------------------------------------------------------------------------
+
+
+def test_results_of_steps_travel_as_json_and_tensors() -> None:
+    result = {"ids": torch.arange(3), ("a", 1): [1, 0.5, None, True, "é"], None: (torch.tensor(2.0), {}), 4: []}
+    described, tensors = encode(result)
+    found = decode(json.loads(json.dumps(described)), tensors)
+    assert list(found) == list(result)
+    assert found["ids"] is tensors[0]
+    assert found["a", 1] == [1, 0.5, None, True, "é"]
+    assert isinstance(found[None], tuple)
+    assert decode(*encode({"x": object(), "y": 1})) == {"x": None, "y": 1}
+
+
+def test_shapes_survive_json() -> None:
+    floats, indices = TensorSpec((2, 3), "float32", True), TensorSpec((2,), "int64", False)
+    leaves = (LeafSpec("tensor", "float32", (2, 3)), LeafSpec("value", None))
+    shapes = StageShapes(payloads=((), (floats, indices)), layers=(LayerSpec(leaves, ((LeafSpec("argument", 1),),)),))
+    assert StageShapes.from_json(json.loads(json.dumps(shapes.to_json()))) == shapes
 
 
 # --- a pipeline on one rank ------------------------------------------------------------------------------------------
