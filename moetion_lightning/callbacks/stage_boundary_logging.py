@@ -44,7 +44,8 @@ class StageBoundaryLogging(Callback):
     """
 
     def __init__(self, max_bytes: int | None = None, log_metrics: bool = True) -> None:
-        if max_bytes is not None and (isinstance(max_bytes, bool) or max_bytes <= 0):
+        is_number = isinstance(max_bytes, (int, float)) and not isinstance(max_bytes, bool)
+        if max_bytes is not None and not (is_number and max_bytes > 0):
             raise ConfigurationError(f"StageBoundaryLogging(max_bytes={max_bytes!r}): expected a number of bytes > 0")
         self.max_bytes = max_bytes
         self._log_metrics = log_metrics

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +164,9 @@ class BoundaryLog:
             self._add(iteration, key, _Record([tensor], self._copier.copy if self._copier else None))
             if self._current not in self._iterations:
                 return
-        iteration.rounds.append(done)
+        number = len(iteration.rounds)
+        kept = tuple(iteration.records[Key(number, i, -1, "F")].tensors[0] for i in range(len(done.batch)))
+        iteration.rounds.append(replace(done, batch=kept))  # what was given may be on a device, or a view of much more
 
     def seal(self, control: Control) -> None:
         """The optimizer has stepped: the iteration is complete, and the next one begins."""
@@ -212,16 +214,7 @@ class BoundaryLog:
 
     def rounds(self, iteration: int) -> list[Round]:
         """The runs of a sealed iteration, with the batches in host memory."""
-        known = self._iterations[iteration]
-        return [
-            Round(
-                batch=tuple(known.records[Key(number, index, -1, "F")].tensors[0] for index in range(len(done.batch))),
-                index=done.index,
-                seed=done.seed,
-                losses=done.losses,
-            )
-            for number, done in enumerate(known.rounds)
-        ]
+        return list(self._iterations[iteration].rounds)
 
     def sent(self, iteration: int, boundary: int, direction: Direction) -> list[tuple[Key, list[Tensor]]]:
         """Everything that went over a boundary in one direction, by run and micro-batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -52,19 +53,21 @@ def split_batch(batch: Any, num_micro_batches: int) -> list[Any]:
 
     Args:
         batch: Its tensors have the same size in dimension 0; tensors without dimensions, and values that are no
-            tensors, go to every micro-batch whole, except lists of plain values of that length, which are cut too.
+            tensors, go to every micro-batch whole, except lists and tuples of plain values of that length, which are
+            cut too.
         num_micro_batches: How many; fewer if the batch has fewer samples.
 
     Raises:
-        ConfigurationError: The tensors have different sizes.
+        ConfigurationError: The tensors have different sizes, or no rows.
     """
     sized = [t for t in tensors_of(batch) if t.dim()]
     sizes = sorted({t.shape[0] for t in sized})
-    if len(sizes) != 1:
+    if len(sizes) != 1 or sizes == [0]:
         found = f"tensors of {' and '.join(map(str, sizes))} samples" if sizes else "no tensor with a batch dimension"
         raise ConfigurationError(
-            f"a batch with {found} cannot be cut into micro-batches: expected tensors that agree in dimension 0. "
-            "Define split_batch(self, batch, num_micro_batches) in the LightningModule, which returns the micro-batches"
+            f"a batch with {found} cannot be cut into micro-batches: expected tensors that agree in dimension 0, "
+            "with at least one sample. Define split_batch(self, batch, num_micro_batches) in the LightningModule, which"
+            " returns the micro-batches"
         )
     (size,) = sizes
     count = min(num_micro_batches, size)
@@ -81,7 +84,9 @@ def split_batch(batch: Any, num_micro_batches: int) -> list[Any]:
 def _piece(value: Any, start: int, stop: int, size: int) -> Any:
     if isinstance(value, Tensor):
         return value[start:stop] if value.dim() else value
-    if isinstance(value, (list, tuple)) and len(value) == size and not any(map(_is_nested, value)):
+    # A named tuple, or a size, is one value.
+    of_samples = isinstance(value, list) or type(value) is tuple
+    if of_samples and len(value) == size and not any(map(_is_nested, value)):
         return type(value)(value[start:stop])
     return _rebuild(value, lambda item: _piece(item, start, stop, size))
 
@@ -95,10 +100,18 @@ def _rebuild(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict) and type(value) is dict:
         return {key: function(item) for key, item in value.items()}
     if isinstance(value, MutableMapping):
-        result = copy.copy(value)
-        for key, item in value.items():
+        items = dict(value)
+        # A shallow copy of a mapping that is no dict may share its items with it.
+        shallow = isinstance(value, (dict, UserDict))
+        result = copy.copy(value) if shallow else copy.deepcopy(value, {id(item): item for item in items.values()})
+        for key, item in items.items():
             result[key] = function(item)
         return result
+    if isinstance(value, Mapping) and tensors_of(dict(value)):
+        raise ConfigurationError(
+            f"a {type(value).__name__} in a batch holds tensors and cannot be written to: expected a dict, or another "
+            "mutable mapping. Return one from the dataset or the collate function"
+        )
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(function(item) for item in value))
     if isinstance(value, (list, tuple)):

@@ -161,8 +161,11 @@ class PipelineRunner:
                 micro_batch=indices, target=indices if self.is_last else None, losses=losses, return_outputs=False
             )
             return [self._results[index] for index in range(count)] if self.is_last else []
-        except RuntimeError as error:  # torch wraps whatever a stage raises
-            if isinstance(error.__cause__, MoEtionError):
+        except BaseException as error:
+            # Schedules keep losses of a step that was broken off.
+            self._built.clear()
+            self._schedules.clear()
+            if isinstance(error.__cause__, MoEtionError):  # torch wraps whatever a stage raises
                 raise error.__cause__ from None
             raise
         finally:

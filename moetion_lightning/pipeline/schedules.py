@@ -72,7 +72,7 @@ def schedule_kind(name: str, chunks_per_rank: int, num_micro_batches: int, pipel
     Raises:
         ConfigurationError: There is no such schedule, or it cannot run like this.
     """
-    if name not in SCHEDULES:
+    if name not in tuple(SCHEDULES):  # whatever the user wrote, also what cannot be a key
         raise ConfigurationError(
             f"MoEtionStrategy(schedule={name!r}): expected one of {', '.join(map(repr, SCHEDULES))}"
         )

@@ -62,8 +62,34 @@ class ReplayRoutes:
         return found
 
     def witness(self, rank: int) -> int:
-        """The rank that tells a replaying one batches and other facts: the first living one of its pipeline."""
-        return next(r for r in self.layout.pipeline_ranks(rank) if self.lives(r))
+        """The rank that tells a replaying one batches and other facts: the nearest living one of its pipeline.
+
+        It bounds the stages that replay, so that its log was found to reach far enough before it was chosen.
+        """
+        living = (r for r in self.layout.pipeline_ranks(rank) if self.lives(r))
+        return min(living, key=lambda other: (abs(other - rank), other))
+
+    def mismatches(self, places: Mapping[int, Sequence[int]]) -> list[str]:
+        """Ranks that exchange tensors while they replay, and would not replay the same iterations; empty if none.
+
+        Adjacent stages always agree. Others talk around the ends of interleaved stages, and over tied parameters.
+
+        Args:
+            places: By index of a tied parameter: the places that hold it.
+        """
+        found = []
+        for rank in sorted(self.replaying):
+            mine, dp_rank = self.layout.pp_rank(rank), self.layout.dp_rank(rank)
+            stages = [stage + step for stage in self.layout.stages(rank) for step in (-1, 1)]
+            peers = {self.neighbour(rank, stage) for stage in stages}
+            peers |= {self.layout.global_rank(p, dp_rank) for held in places.values() if mine in held for p in held}
+            for peer in sorted(peer for peer in peers if peer is not None and peer in self.replaying and peer > rank):
+                if self.replaying[peer] != self.replaying[rank]:
+                    (a, b), (c, d) = self.replaying[rank], self.replaying[peer]
+                    found.append(
+                        f"rank {rank} would replay ({a}, {b}], rank {peer} ({c}, {d}], and they exchange tensors"
+                    )
+        return found
 
     def tied(self, rank: int, places: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
         """Index and serving rank of the shares of tied gradients that a replaying rank is fed.
@@ -130,10 +156,11 @@ class Source:
         return found
 
     def describe(self, rank: int) -> list[dict[str, Any]]:
-        """What will be sent to another rank, by iteration, as JSON."""
+        """What will be sent to another rank, by iteration, as JSON; without iterations that are not whole any more."""
         start, stop = self.routes.replaying[rank]
+        first, last = self.log.complete() or (0, -1)
         described = []
-        for iteration in range(start + 1, stop + 1):
+        for iteration in range(max(start + 1, first), min(stop, last) + 1):
             header: dict[str, Any] = {
                 "iteration": iteration,
                 "records": [[list(key), len(tensors)] for key, tensors in self.records(iteration, rank)],

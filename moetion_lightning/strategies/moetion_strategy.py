@@ -110,11 +110,20 @@ class MoEtionStrategy(DDPStrategy):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """The strategy for what is asked: pipelines have a class of their own."""
-        if cls is MoEtionStrategy and (kwargs.get("pipeline_parallel_size", 1) != 1 or kwargs.get("num_microbatches")):
-            from moetion_lightning.strategies.pipeline_strategy import PipelineStrategy
+        size, number = kwargs.get("pipeline_parallel_size", 1), kwargs.get("num_microbatches")
+        if size == 1 and not number:
+            return super().__new__(cls)
+        from moetion_lightning.strategies.pipeline_strategy import PipelineStrategy
 
-            return super().__new__(PipelineStrategy)
-        return super().__new__(cls)
+        if issubclass(cls, PipelineStrategy):
+            return super().__new__(cls)
+        if cls is not MoEtionStrategy:
+            raise ConfigurationError(
+                f"{cls.__name__}(pipeline_parallel_size={size!r}, num_microbatches={number!r}) would not cut the "
+                "module: expected a subclass of PipelineStrategy (moetion_lightning.strategies.pipeline_strategy). "
+                "Derive from that, or use MoEtionStrategy itself"
+            )
+        return super().__new__(PipelineStrategy)
 
     def __init__(
         self,
@@ -142,10 +151,12 @@ class MoEtionStrategy(DDPStrategy):
             num_microbatches=1 if num_microbatches is None else num_microbatches,
             chunks_per_rank=chunks_per_rank,
         )
-        if isinstance(balance, str) and balance not in ("parameters", "time"):
+        if not _is_balance(balance):
             raise ConfigurationError(
                 f"MoEtionStrategy(balance={balance!r}): expected 'parameters', 'time', or the first layer of each stage"
             )
+        if pipeline_parallel_size == 1 and num_microbatches is None:
+            _warn_without_effect(schedule=schedule, chunks_per_rank=chunks_per_rank, layers=layers, balance=balance)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -438,6 +449,25 @@ def _check_sizes(**sizes: object) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigurationError(f"MoEtionStrategy({name}={value!r}): expected a number >= 1")
+
+
+def _is_balance(balance: object) -> bool:
+    if isinstance(balance, str):
+        return balance in ("parameters", "time")
+    if not isinstance(balance, (list, tuple)) or not balance:
+        return False
+    return all(isinstance(first, int) and not isinstance(first, bool) for first in balance)
+
+
+def _warn_without_effect(**settings: object) -> None:
+    defaults = {"schedule": "1f1b", "chunks_per_rank": 1, "layers": None, "balance": "parameters"}
+    given = [f"{name}={value!r}" for name, value in settings.items() if value != defaults[name]]
+    if given:
+        _logger.warning(
+            "MoEtionStrategy(%s) has no effect without pipeline_parallel_size or num_microbatches. Remove it, or give "
+            "one of them",
+            ", ".join(given),
+        )
 
 
 def plain_optimizer(optimizer: Optimizer) -> Optimizer:

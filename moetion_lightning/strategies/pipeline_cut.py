@@ -147,6 +147,7 @@ class Cut:
         replaying: Whether this rank's stages are being replayed, without the others.
         template: The form of a batch, without its tensors.
         orders: By ``id`` of an optimizer: its parameter groups in the whole module.
+        shared_buffers: Buffers that replicas take from the first of them; None until they have agreed.
     """
 
     def __init__(
@@ -170,22 +171,25 @@ class Cut:
         self.template: Any = None
         self.local_names = frozenset(name for stage in stages for name in plan.owned[stage])
         places: dict[str, list[int]] = {}
-        for stage, names in enumerate(plan.owned):
-            for name in names:
-                held = places.setdefault(name, [])
-                if layout.owner(stage) not in held:
-                    held.append(layout.owner(stage))
+        for held_names in (plan.owned, plan.true_buffers):
+            for stage, names in enumerate(held_names):
+                for name in names:
+                    held = places.setdefault(name, [])
+                    if layout.owner(stage) not in held:
+                        held.append(layout.owner(stage))
         hollow(module, self.local_names)
         object.__setattr__(module, _MARK, True)
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in module.named_parameters() if name in self.local_names
         }
         #: Places of the pipeline that hold a copy, of all parameters that several hold.
-        self.tied_places = {name: tuple(held) for name, held in sorted(places.items()) if len(held) > 1}
+        tied = plan.tied()
+        self.tied_places = {n: tuple(held) for n, held in sorted(places.items()) if n in tied and len(held) > 1}
         self.gradients = PipelineGradients(self.parameters, self.tied_places, groups)
         self.state = PipelineState(module, places, groups, device)
         self.runner = PipelineRunner(module, interceptor, plan, groups, device, kind, loss_of)
         self.orders: dict[int, OptimizerOrder] = {}
+        self.shared_buffers: list[str] | None = None
         _logger.info(
             "rank %d runs stages %s: %s",
             groups.global_rank,
@@ -205,8 +209,9 @@ class Cut:
         return _split(self.module, batch, num_micro_batches, kind, pipeline_parallel_size)
 
     def drop(self) -> None:
-        """Forget everything that refers to process groups."""
+        """Forget everything that refers to process groups, and what replicas have agreed on."""
         self.runner.drop()
+        self.shared_buffers = None
 
 
 def _split(

@@ -64,7 +64,8 @@ class PipelineGradients:
             total = shares[0].clone()
             for share in shares[1:]:  # the same order on all places: the copies stay equal to the bit
                 total += share
-            parameter.grad = total
+            if parameter.requires_grad:  # frozen ones exchange too: places may not agree on it while they replay
+                parameter.grad = total
         replicas = self._groups.layout.data_parallel_size
         if replicas > 1:
             for name in self._tied:  # alone: the other places have other neighbours for it

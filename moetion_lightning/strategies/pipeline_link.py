@@ -26,6 +26,7 @@ from moetion_lightning.pipeline.stage_replay import (
     ReplayRoutes,
     Source,
 )
+from moetion_lightning.strategies.pipeline_gradients import TiedExchange
 from moetion_lightning.strategies.pipeline_steps import loss_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class PipelineLink:
         self._stepped = False
         self._norm = 0.0
         self._hook: Any = None
+        self._exchange: TiedExchange | None = None
         self._settings: list[dict[str, Any]] = []
         #: Shapes by signature as of the last run, for stages that replay: the runner forgets its own with its groups.
         self._shapes: dict[Any, StageShapes] = {}
@@ -62,7 +64,7 @@ class PipelineLink:
         cut = strategy.cut
         assert cut is not None
         cut.runner.use(_Recording(self.log))
-        exchange = cut.gradients.exchange
+        exchange = self._exchange = cut.gradients.exchange
 
         def logged_exchange(name: str, own: Tensor) -> list[Tensor]:
             self._record_tied(name, own)
@@ -161,6 +163,8 @@ class PipelineLink:
     def replay(self, plan: StageReplay, mine: StageWork | None) -> list[str]:
         """See :class:`StageLink`."""
         routes = ReplayRoutes(layout=self._strategy.pipeline_layout, replaying=plan.replaying)
+        if problems := routes.mismatches(self._tied_places()):  # all ranks find the same
+            return problems
         if mine is None:
             self._serve(routes)
             return []
@@ -328,6 +332,9 @@ class PipelineLink:
         self.log.clear()
         if self._strategy.cut is not None:
             self._strategy.cut.runner.use(NetworkTraffic())
+            if self._exchange is not None:
+                self._strategy.cut.gradients.exchange = self._exchange
+                self._exchange = None
 
 
 class _Recording(NetworkTraffic):

@@ -21,7 +21,8 @@ class PipelineState:
 
     Args:
         module: The module.
-        places: By parameter name, the places in the pipeline that hold it; the first one speaks for it.
+        places: By name of a parameter, or of a buffer that the step changes, the places in the pipeline that hold it as
+            it is in training; the first one speaks for it.
         groups: Who is where.
         device: A device that the backend can send from.
     """
@@ -42,6 +43,8 @@ class PipelineState:
         self._first_name = {name: first[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
         self._of_module: dict[str, int] = {}
         for name, holders in places.items():
+            if name not in self._first_name:  # a buffer
+                continue
             parts = name.split(".")
             for depth in range(len(parts)):  # every module on the way to it: the first parameter decides
                 self._of_module.setdefault(".".join(parts[:depth]), holders[0])
@@ -54,7 +57,7 @@ class PipelineState:
         name = self._first_name.get(name, name)
         if name in self._places:
             return self._places[name]
-        # A buffer changes where the parameters around it are used.
+        # A buffer that no step has changed so far belongs where the parameters around it are used.
         owner = name.rpartition(".")[0]
         while owner and owner not in self._of_module:
             owner = owner.rpartition(".")[0]
@@ -110,7 +113,9 @@ class PipelineState:
                 f"the checkpoint does not fit {type(self._module).__name__}: missing {missing[:5]}, unexpected "
                 f"{unexpected[:5]}. Load it into the module that it was saved from, or set strict_loading = False"
             )
-        self._module.load_state_dict({n: v for n, v in state.items() if n in known and self.local(n)}, strict=False)
+        # Buffers are whole on every rank, and any stage may read one that none changes.
+        wanted = {n: v for n, v in state.items() if n in known and (n not in self._first_name or self.local(n))}
+        self._module.load_state_dict(wanted, strict=False)
 
     def order_of(self, optimizer: Optimizer) -> OptimizerOrder:
         """Take the parameters of other ranks out of an optimizer, and remember their order."""

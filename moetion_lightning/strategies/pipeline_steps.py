@@ -159,11 +159,14 @@ class PipelineSteps:
 
     def _share_buffers(self, cut: Cut) -> None:
         """Replicas begin a batch with the buffers of the first one, as under DistributedDataParallel."""
-        layout = self._strategy.pipeline_layout
-        if layout.data_parallel_size > 1:
-            for name, buffer in cut.module.named_buffers():
-                if cut.state.local(name):
-                    dist.broadcast(buffer.detach(), group=self._strategy.pipeline_groups.replica, group_src=0)
+        if self._strategy.pipeline_layout.data_parallel_size == 1:
+            return
+        group, buffers = self._strategy.pipeline_groups.replica, dict(cut.module.named_buffers())
+        if cut.shared_buffers is None:  # which of them change may look different to replicas: the first one says
+            mine = [name for name in buffers if cut.state.local(name)]
+            cut.shared_buffers = broadcast_json(mine, 0, group, self._strategy.root_device)
+        for name in cut.shared_buffers:
+            dist.broadcast(buffers[name].detach(), group=group, group_src=0)
 
     def _seed(self, cut: Cut) -> int:
         """Of one batch: follows from the run's seed and the position, so that nobody's generators move."""

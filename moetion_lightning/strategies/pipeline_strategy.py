@@ -145,6 +145,8 @@ class PipelineStrategy(MoEtionStrategy):
             self.setup_optimizers(trainer)
             if self.cut is not None:
                 self.cut.prune(self.optimizers)
+                if self.link is not None:
+                    self.link.attach(self)
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)

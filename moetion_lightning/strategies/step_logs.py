@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from moetion_lightning.errors import ConfigurationError
 
 __all__ = ["StepLogs"]
 
+#: What may follow name and value by position.
+_OPTIONS = tuple(inspect.signature(LightningModule.log).parameters)[3:]
 _REDUCTIONS = {
     "mean": lambda values: values.mean(),
     "sum": lambda values: values.sum(),
@@ -71,9 +74,8 @@ class StepLogs:
     def _note(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if not self._listening:
             return
-        if args:  # prog_bar and the rest are rarely given by position
-            names = ("prog_bar", "logger", "on_step", "on_epoch")
-            kwargs = {**dict(zip(names, args)), **kwargs}
+        if args:
+            kwargs = {**dict(zip(_OPTIONS, args)), **kwargs}
         reduction = kwargs.pop("reduce_fx", "mean")
         reduction = reduction if isinstance(reduction, str) else getattr(reduction, "__name__", "")
         if reduction not in _REDUCTIONS:
@@ -83,14 +85,15 @@ class StepLogs:
             )
         for option in ("sync_dist_group", "metric_attribute"):
             kwargs.pop(option, None)
+        size = kwargs.pop("batch_size", None)
         entry = self._entries.setdefault(name, _Entry(dict(kwargs), reduction))
+        if size is not None:  # of a micro-batch; it weighs the whole batch in means over an epoch
+            entry.options["batch_size"] = entry.options.get("batch_size", 0) + int(size)
         if isinstance(value, Metric):
             self._refuse_lists(name, value)
             entry.metric = value
-        elif isinstance(value, Tensor):
-            entry.values.append(value.detach().clone())
         else:
-            entry.values.append(torch.tensor(float(value), dtype=torch.float32))
+            entry.values.append(_scalar(name, value))
 
     def _refuse_lists(self, name: str, metric: Metric) -> None:
         if any(isinstance(value, list) for value in metric._defaults.values()):
@@ -143,6 +146,20 @@ class StepLogs:
             if cached is not None:
                 vars(found)["_forward_cache"] = torch.tensor(float.fromhex(cached), device=device)
             self._module.log(name, found, **given, metric_attribute=path)
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    """A logged value as Lightning keeps it: a copy, of one element, in a dtype that means can be taken of."""
+    default = torch.get_default_dtype()
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=default)
+    if value.numel() != 1:
+        raise ConfigurationError(
+            f"self.log({name!r}, <tensor of shape {tuple(value.shape)}>): expected a tensor with one element. Log its "
+            "mean, or each element under a name of its own"
+        )
+    dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else default
+    return value.detach().reshape(()).to(dtype, copy=True)
 
 
 def _number(tensor: Tensor) -> list[str]:

@@ -113,7 +113,7 @@ def pipeline_of(trainer: pl.Trainer) -> PipelineStrategy:
 # --- what it refuses -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [0, -1, True, False, -0.5])
+@pytest.mark.parametrize("wrong", [0, -1, True, False, -0.5, "1GB", float("nan")])
 def test_bounds_are_bytes(wrong: Any) -> None:
     with pytest.raises(ConfigurationError) as raised:
         StageBoundaryLogging(max_bytes=wrong)
@@ -267,6 +267,21 @@ def test_skipped_steps_are_not_logged(tmp_path: Path, capture: SparseExpertCheck
 # --- what it leaves --------------------------------------------------------------------------------------------------
 
 
+def test_a_second_fit_is_logged_too(tmp_path: Path, capture: SparseExpertCheckpoint) -> None:
+    ours, found = OneRank(), []
+
+    def look(run: pl.Trainer) -> None:
+        assert ours.link is not None
+        found.append(ours.link.log.nbytes)
+
+    run, net = trainer(tmp_path, ours, capture, At(2, look), At(5, look)), module()
+    run.fit(net, loader())
+    run.fit_loop.epoch_loop.max_steps = 6
+    run.fit(net, loader())
+    assert len(found) == 2
+    assert all(found)
+
+
 def fail(run: pl.Trainer) -> None:
     raise ZeroDivisionError
 
@@ -293,6 +308,7 @@ def test_nothing_is_left_after_the_fit(ends: str, tmp_path: Path, capture: Spars
     assert strategy.link is None
     assert strategy.cut is not None
     assert type(strategy.cut.runner._traffic) is NetworkTraffic
+    assert strategy.cut.gradients.exchange == strategy.cut.gradients._exchange
     assert len(optimizer._optimizer_step_pre_hooks) == 0
     left = log()
     assert left is None or left.nbytes == 0

@@ -213,6 +213,16 @@ def test_views_are_compacted_and_no_longer_depend_on_their_base(log: BoundaryLog
     assert left() is None
 
 
+def test_batches_are_compacted_too(log: BoundaryLog) -> None:
+    base = rows(1.0, 100)
+    log.end_round(run([base[:2]]))
+    log.seal(CONTROL)
+    left = weakref.ref(base.untyped_storage())
+    del base
+    assert left() is None
+    assert torch.equal(log.rounds(1)[0].batch[0], rows(1.0, 2))
+
+
 def test_whole_tensors_are_kept_without_a_copy(log: BoundaryLog) -> None:
     sent = rows(1.0)
     log.record(1, "F", 0, [sent])

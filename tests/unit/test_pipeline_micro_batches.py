@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -105,6 +106,49 @@ def test_dataclasses_are_made_again_with_their_pieces() -> None:
     assert torch.equal(torch.cat([piece.pair.tokens for piece in pieces]), batch.pair.tokens)
 
 
+class Size(NamedTuple):
+    height: int
+    width: int
+
+
+class Own(MutableMapping[str, Any]):
+    """A mapping of the user's that keeps its items in an object of its own."""
+
+    def __init__(self, **items: Any) -> None:
+        self._items = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._items[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+def test_named_tuples_of_plain_values_are_no_lists_of_samples() -> None:
+    pieces = split_batch({"x": numbers(2), "size": Size(2, 2)}, 2)
+    assert [piece["size"] for piece in pieces] == [Size(2, 2)] * 2
+
+
+def test_mappings_that_share_their_items_when_copied_are_left_as_they_were() -> None:
+    batch = Own(x=numbers(4))
+    assert [piece["x"].tolist() for piece in split_batch(batch, 2)] == [[0, 1], [2, 3]]
+    assert torch.equal(batch["x"], numbers(4))
+
+
+def test_mappings_that_cannot_be_changed_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"a mappingproxy in a batch holds tensors.*expected a dict.*collate"):
+        split_batch({"x": numbers(4), "more": MappingProxyType({"y": numbers(4)})}, 2)
+
+
 @pytest.mark.hf
 def test_batch_encodings_keep_their_type() -> None:
     from transformers import BatchEncoding
@@ -129,6 +173,7 @@ def test_a_dataclass_itself_is_a_plain_value() -> None:
         ({"a": torch.tensor(1.0)}, "no tensor with a batch dimension"),
         (["text"], "no tensor with a batch dimension"),
         (object(), "no tensor with a batch dimension"),
+        ({"a": torch.zeros(0, 2)}, "tensors of 0 samples"),
     ],
 )
 def test_batches_that_cannot_be_cut_say_what_was_found_and_what_to_do(batch: Any, found: str) -> None:

@@ -290,6 +290,53 @@ def test_other_iterations_than_needed_are_refused(offered: list[int]) -> None:
     ]
 
 
+def test_iterations_that_a_source_has_given_up_are_a_problem_and_no_error() -> None:
+    """Each rank's log has a bound of its own; a rank that was not asked before may have given some up."""
+    routes, headers = routes_of([2]), {}
+    for source in routes.sources(2, {}):
+        log = filled_log(source, routes, range(4, 7))
+        if source == 3:
+            log.free(6)
+        headers[source] = Source(routes=routes, log=log, me=source, places={}).describe(2)
+    assert Announced(routes, 2, headers).problems() == [
+        "rank 3 has boundary records of iterations [6], rank 2 needs [5, 6]"
+    ]
+
+
+def test_records_that_were_written_to_since_they_were_counted_are_not_announced() -> None:
+    routes, sent = routes_of([2]), value(1)
+    log = BoundaryLog(10**6, print)
+    for iteration in (4, 5, 6):
+        log.begin(iteration)
+        log.record(3, "B", 0, [sent if iteration == 5 else value(2)])
+        log.seal(CONTROL)
+    sent.add_(1)
+    described = Source(routes=routes, log=log, me=3, places={}).describe(2)
+    assert [header["iteration"] for header in described] == [6]
+
+
+@pytest.mark.parametrize(("lost", "witnesses"), [([3], [2]), ([0], [1]), ([1, 2], [0, 3]), ([0, 1, 2], [3, 3, 3])])
+def test_the_witness_is_the_nearest_that_lives(lost: list[int], witnesses: list[int]) -> None:
+    """Its log is known to reach far enough: it bounds the stages that replay."""
+    routes = routes_of(lost)
+    assert [routes.witness(rank) for rank in lost] == witnesses
+
+
+@pytest.mark.parametrize(
+    ("routes", "places", "wrong"),
+    [
+        (replace(routes_of([0, 2]), replaying={0: (4, 6), 2: (5, 6)}), {}, False),
+        (replace(routes_of([0, 2]), replaying={0: (4, 6), 2: (5, 6)}), TIES, True),
+        (replace(routes_of([0, 2], size=3, chunks_per_rank=2), replaying={0: (4, 6), 2: (5, 6)}), {}, True),
+        (routes_of([0, 2], size=3, chunks_per_rank=2), TIES, False),
+    ],
+)
+def test_ranks_that_talk_must_replay_the_same_iterations(routes: ReplayRoutes, places: Any, wrong: bool) -> None:
+    """Around the ends of interleaved stages, and over tied parameters, ranks talk that are not adjacent."""
+    found = routes.mismatches(places)
+    assert found == (["rank 0 would replay (4, 6], rank 2 (5, 6], and they exchange tensors"] if wrong else [])
+
+
 def test_a_replay_of_nothing_needs_nothing() -> None:
     routes = routes_of([2], span=(6, 6))
     headers = headers_for(2, routes, {})

@@ -331,7 +331,7 @@ def test_every_schedule_computes_the_gradients_of_one_process(name: str, chunks:
     assert len(runner.shapes) == 4
 
 
-def test_a_runner_that_failed_and_was_dropped_computes_the_same_again(group: None) -> None:
+def test_a_step_that_fails_does_not_spoil_the_next_one(group: None) -> None:
     module = Decoder()
     runner = make_runner(copied := copy.deepcopy(module), "interleaved_1f1b", 3)
     batches = ids_of(6, 6)
@@ -346,8 +346,6 @@ def test_a_runner_that_failed_and_was_dropped_computes_the_same_again(group: Non
     with pytest.raises(RuntimeError) as raised:  # torch's stage says which one failed
         runner.train(batches, failing, scale=lambda loss: loss, seed=3)
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
-    runner.drop()
-    assert runner.shapes == {}
     check_equal(plain_gradients(module, plain_step, batches), train(runner, copied, batches))
 
 

@@ -43,13 +43,15 @@ class Rank:
 
     def __init__(self, whole: nn.Module, pipeline: VirtualPipeline, layout: PipelineLayout, rank: int) -> None:
         places: dict[str, list[int]] = {}
-        for stage, names in enumerate(pipeline.plan.owned):
-            for name in names:
-                held = places.setdefault(name, [])
-                held += [] if layout.owner(stage) in held else [layout.owner(stage)]
+        for held_names in (pipeline.plan.owned, pipeline.plan.true_buffers):
+            for stage, names in enumerate(held_names):
+                for name in names:
+                    held = places.setdefault(name, [])
+                    held += [] if layout.owner(stage) in held else [layout.owner(stage)]
         self.module = copy.deepcopy(whole)
         self.groups = PipelineGroups(layout, rank, None)
-        self.owned = [n for n, held in places.items() if layout.pp_rank(rank) in held]
+        parameters = dict(whole.named_parameters())
+        self.owned = [n for n, held in places.items() if n in parameters and layout.pp_rank(rank) in held]
         hollow(self.module, self.owned)
         self.state = PipelineState(self.module, places, self.groups, CPU)
         decay = [[p for p in self.module.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
@@ -139,6 +141,30 @@ def test_buffers_belong_to_the_stage_of_the_parameters_around_them() -> None:
         ["blocks.1.moe.load"],
         ["blocks.2.moe.load", "norm.scale"],
     ]
+
+
+def test_buffers_that_the_step_changes_are_those_of_the_stage_where_it_does() -> None:
+    class Counting(Normed):
+        def forward(self, ids: Tensor) -> Tensor:
+            loss = super().forward(ids)
+            self.steps += loss.detach().isfinite()  # after the last layer
+            return loss
+
+    torch.manual_seed(3)
+    whole = Counting()
+    pipeline = VirtualPipeline(whole, plain_step, ids_of(6)[0], 3, layers="blocks")
+    ranks = [Rank(whole, pipeline, LAYOUTS[0], rank) for rank in range(3)]
+    assert [rank.state.local("steps") for rank in ranks] == [False, False, True]
+    assert [rank.state._speaks_for("steps") for rank in ranks] == [False, False, True]
+
+
+def test_every_rank_loads_all_buffers() -> None:
+    """Any stage may read one that no stage changes."""
+    whole, ranks = make_ranks(LAYOUTS[0], tied=False)
+    state = {name: value + 1 for name, value in whole.state_dict().items()}
+    for rank in ranks:
+        rank.state.load(state, strict=True)
+        assert all(torch.equal(buffer, state[name]) for name, buffer in rank.module.named_buffers())
 
 
 def test_other_replicas_send_nothing(lines: Any) -> None:
@@ -324,6 +350,15 @@ def test_shares_of_tied_parameters_are_added_in_the_order_of_places(groups: Pipe
     assert torch.equal(parameter.grad, (shares[0] + shares[1]) + shares[2])  # type: ignore[arg-type]
     assert lone.grad is None
     assert torch.equal(shares[0], torch.tensor([1e8]))
+
+
+def test_frozen_tied_parameters_get_no_gradient(groups: PipelineGroups) -> None:
+    """With one, even of zeros, the optimizer would decay their weights."""
+    frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+    gradients = PipelineGradients({"a": frozen}, {"a": (0, 1)}, groups)
+    gradients.exchange = lambda name, own: [own, own]
+    gradients.reduce()
+    assert frozen.grad is None
 
 
 def test_stage_norm_counts_what_has_a_gradient(groups: PipelineGroups) -> None:

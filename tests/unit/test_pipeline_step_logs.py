@@ -80,6 +80,36 @@ def test_values_keep_dtype_and_bits(net: Net, dtype: torch.dtype) -> None:
     assert torch.equal(value, torch.stack(parts).mean())
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16, torch.bfloat16])
+def test_counts_and_halves_are_reduced_in_the_default_dtype(net: Net, dtype: torch.dtype) -> None:
+    """As Lightning does with what one process logs."""
+    value, _ = logged(net, torch.tensor(0, dtype=dtype), torch.tensor(1, dtype=dtype), torch.tensor(0, dtype=dtype))
+    assert value.dtype == torch.float32
+    assert torch.equal(value, torch.tensor([0.0, 1.0, 0.0]).mean())
+
+
+def test_numbers_have_the_default_dtype(net: Net) -> None:
+    torch.set_default_dtype(torch.float64)  # as precision="64-true" does around a step
+    try:
+        value, _ = logged(net, 0.1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(value, torch.tensor(0.1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(2,), (0,), (1, 3)])
+def test_values_of_several_elements_are_refused(net: Net, shape: tuple[int, ...]) -> None:
+    logs = StepLogs(net)
+    with logs.standing_in(), logs.noting():
+        with pytest.raises(ConfigurationError, match=r"self.log\('x', <tensor of shape .*>\).*one element"):
+            net.log("x", torch.zeros(shape))
+
+
+def test_one_element_of_any_shape_is_a_value(net: Net) -> None:
+    value, _ = logged(net, torch.ones(1), torch.ones(1, 1), 1)
+    assert torch.equal(value, torch.tensor(1.0))
+
+
 @pytest.mark.parametrize("odd", [float("inf"), float("-inf"), float("nan")])
 def test_values_that_are_not_finite_survive(net: Net, odd: float) -> None:
     value, _ = logged(net, torch.tensor(odd))
@@ -128,18 +158,27 @@ def test_options_without_a_value_leave_the_defaults(net: Net) -> None:
     assert given == {"batch_size": 8, "reduce_fx": "mean"}
 
 
-def test_a_batch_size_of_the_user_counts(net: Net) -> None:
-    _, given = logged(net, 1.0, batch_size=3)
-    assert given["batch_size"] == 3
+def test_batch_sizes_that_the_user_gives_for_micro_batches_add_up(net: Net) -> None:
+    """They weigh batches against each other in the mean over an epoch."""
+    logs = StepLogs(net)
+    with logs.standing_in(), logs.noting():
+        for size in (3, 3, 2):
+            net.log("x", 1.0, batch_size=size)
+    pass_on(logs)
+    assert net.logged[0][2]["batch_size"] == 8
 
 
 def test_positional_options_are_understood(net: Net) -> None:
     logs = StepLogs(net)
     with logs.standing_in(), logs.noting():
-        net.log("x", 1.0, True, False, None, True)  # type: ignore[misc]
+        for value in (1.0, 2.0):
+            net.log("x", value, True, False, None, True, "sum", False, True)  # type: ignore[misc]
     pass_on(logs)
-    assert net.logged[0][2] == {
-        "batch_size": 8, "reduce_fx": "mean", "prog_bar": True, "logger": False, "on_epoch": True,
+    ((_, found, options),) = net.logged
+    assert torch.equal(found, torch.tensor(3.0))
+    assert options == {
+        "batch_size": 8, "reduce_fx": "sum", "prog_bar": True, "logger": False, "on_epoch": True, "enable_graph": False,
+        "sync_dist": True,
     }  # fmt: skip
 
 

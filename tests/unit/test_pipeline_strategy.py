@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,41 @@ def test_sizes_are_counts(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError) as raised:
         MoEtionStrategy(**{name: value})
     assert f"MoEtionStrategy({name}={value!r}): expected a number >= 1" in str(raised.value)
+
+
+@pytest.mark.parametrize("wrong", [3, None, [0, True], [0, "1"], {0, 1}, []])
+def test_bounds_are_numbers_of_layers(wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"MoEtionStrategy\(balance=.*the first layer of each stage"):
+        MoEtionStrategy(pipeline_parallel_size=2, balance=wrong)
+
+
+@pytest.mark.parametrize("wrong", [["1f1b"], None, 3])
+def test_schedules_are_names(wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"MoEtionStrategy\(schedule=.*expected one of"):
+        MoEtionStrategy(pipeline_parallel_size=2, schedule=wrong)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"schedule": "gpipe"}, {"chunks_per_rank": 2}, {"layers": "model.layers"}, {"balance": "time"}]
+)
+def test_settings_of_pipelines_without_one_are_warned_of(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    ((name, value),) = settings.items()
+    with caplog.at_level(logging.WARNING, "moetion_lightning"):
+        MoEtionStrategy(**settings)
+        MoEtionStrategy(num_microbatches=4)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"MoEtionStrategy({name}={value!r}) has no effect without pipeline_parallel_size")
+
+
+def test_subclasses_that_would_not_cut_are_refused() -> None:
+    class Own(MoEtionStrategy):
+        pass
+
+    assert type(Own()) is Own
+    with pytest.raises(ConfigurationError, match=r"Own\(pipeline_parallel_size=2.*PipelineStrategy"):
+        Own(pipeline_parallel_size=2)
 
 
 def test_micro_batches_are_as_many_as_ranks_unless_said() -> None:
