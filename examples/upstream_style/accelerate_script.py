@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -58,7 +58,11 @@ def get_dataloaders(batch_size):
 
 
 def training_function(args):
-    accelerator = Accelerator(cpu=args.cpu, gradient_accumulation_steps=args.gradient_accumulation_steps)
+    # An expert may get no token of a process's batch.
+    ddp_kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(
+        cpu=args.cpu, gradient_accumulation_steps=args.gradient_accumulation_steps, kwargs_handlers=[ddp_kwargs]
+    )
     set_seed(args.seed)
     train_dataloader, eval_dataloader = get_dataloaders(args.batch_size)
     model = ByteModel()

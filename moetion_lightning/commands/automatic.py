@@ -131,8 +131,9 @@ def _path(setting: str) -> Path:
 def _instantiate(entries: list[Any], path: Path) -> list[Callback]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=list[Callback])
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name of the same
     try:
-        made = parser.instantiate_classes(parser.parse_object({"callbacks": entries}))
+        made = instantiate(parser.parse_object({"callbacks": entries}))
     except ConfigurationError:
         raise
     except Exception as error:  # jsonargparse raises what the class raises, or its own error

@@ -51,6 +51,10 @@ class Followed(Protocol):
         """Tell a sampler whose order depends on the epoch."""
         ...
 
+    def jump(self, epoch: int) -> None:
+        """The next pass is that of an epoch, though this process has made none before."""
+        ...
+
     def parts(self) -> dict[str, object]:
         """Objects that may hold generators."""
         ...
@@ -114,6 +118,9 @@ class _Direct:
         for part in loader_parts(self._loader).values():
             if part is not self._loader and callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)  # type: ignore[attr-defined]
+
+    def jump(self, epoch: int) -> None:
+        """The loop tells the sampler, or the user does."""
 
     def parts(self) -> dict[str, object]:
         return loader_parts(self._loader)
@@ -255,6 +262,9 @@ class _Wrapped:
 
     def begin_epoch(self, epoch: int) -> None:
         """The wrapper does that."""
+
+    def jump(self, epoch: int) -> None:
+        setattr(self._loader, self._epoch, epoch)
 
     def parts(self) -> dict[str, object]:
         return loader_parts(self._inner)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moetion_lightning.core.run_state import get_rng, set_rng
 from moetion_lightning.errors import ConfigurationError, ForeignWindowError
 from moetion_lightning.integrations._loaders import Followed, follow
 from moetion_lightning.integrations._parts import Parts
@@ -31,16 +32,23 @@ class _Position:
     Attributes:
         step: Batches that are done, over the whole training.
         epoch: Epochs that are done.
+        skipped: Batches to pass over when the first epoch begins.
         loaders: The loaders of the present epoch.
     """
 
     def __init__(self) -> None:
         self.step = 0
         self.epoch = 0
+        self.skipped = 0
         self.loaders: list[Followed] = []
 
     def snapshot(self) -> dict[str, Any]:
-        return {"step": self.step, "epoch": self.epoch, "loaders": [loader.snapshot() for loader in self.loaders]}
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "lengths": [_length(loader.source) for loader in self.loaders],
+            "loaders": [loader.snapshot() for loader in self.loaders],
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The counters alone."""
@@ -53,6 +61,13 @@ class _Position:
                 f"the window was captured in a loop over {len(state['loaders'])} loaders, this one has "
                 f"{len(self.loaders)}. Undo the change, or start afresh with resume='never' or another job_id."
             )
+        lengths = [_length(loader.source) for loader in self.loaders]
+        if lengths != state["lengths"]:
+            raise ForeignWindowError(
+                f"the window was captured in a loop over {state['lengths']} batches an epoch, this one has {lengths}. Give "
+                "steps() the same loader as before (with start_at() in place of a loader that skips batches), or start "
+                "afresh with resume='never' or another job_id."
+            )
         for loader, saved in zip(self.loaders, state["loaders"]):
             loader.restore(saved)
 
@@ -62,6 +77,13 @@ class _Position:
             for index, loader in enumerate(self.loaders)
             for role, part in loader.parts().items()
         }
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a stream
+        return None
 
 
 class GuidedLoop:
@@ -160,6 +182,28 @@ class GuidedLoop:
             if name in self._registered:
                 raise ConfigurationError(f"register({name}=...): this name is taken; choose another one")
             self._registered[name] = thing
+
+    def start_at(self, step: int, loader: Any) -> None:
+        """Begin behind the batches that a checkpoint has behind it which the script itself has loaded.
+
+        The loop then passes over them. Has no effect where training continues from a window, which knows its place.
+
+        Args:
+            step: Batches that are done, over the whole training.
+            loader: What :meth:`steps` will be given; it has a length.
+
+        Raises:
+            ConfigurationError: Training has begun, or the loader has no length.
+        """
+        length = _length(loader)
+        if self._run.begun or not length or step < 0:
+            raise ConfigurationError(
+                f"start_at({step!r}, {type(loader).__name__}): expected a step >= 0 and a loader with batches and a "
+                "length, before the loop begins"
+            )
+        if self._run.saved is None:
+            self._position.step = step
+            self._position.epoch, self._position.skipped = divmod(step, length)
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """Number the epochs, from the one in which training continues: ``for epoch in run.epochs(3):``.
@@ -261,7 +305,17 @@ class GuidedLoop:
 
     def _one_epoch(self) -> Iterator[tuple[int, Any]]:
         position = self._position
+        if position.skipped:
+            for loader in position.loaders:
+                loader.jump(position.epoch)
         iterators = [loader.iterate() for loader in position.loaders]
+        if position.skipped:
+            generators = get_rng()  # of the checkpoint
+            for iterator in iterators:
+                for _ in range(position.skipped):
+                    next(iterator)
+            set_rng(generators)
+            position.skipped = 0
         while True:
             batches = []
             for iterator in iterators:

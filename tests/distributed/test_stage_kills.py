@@ -142,7 +142,7 @@ def test_one_after_the_other(drill: Drill) -> None:
 
 @pytest.mark.parametrize("moment", [{"event": "StageReplayStarted"}, {"hook": "before_step", "step": 8}])
 def test_the_newcomer_dies_in_its_replay(drill: Drill, moment: dict[str, Any]) -> None:
-    """Before, and in the middle: in the optimizer step of a replayed iteration, while a neighbour sends the next one."""
+    """Before, and in the middle: in the step of a replayed iteration, while a neighbour sends the next one."""
     kills = [{**BACKWARD, "rank": 1}, {**moment, "rank": 1, "generation": 1}]
     check(drill, STAGES, kills, replayed={1})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,25 @@ def test_window_is_taken_where_the_script_asks_for_it(drill: Drill, automatic: b
     for name in names:
         saved = [run / "checkpoints" / name / "model.safetensors" for run in (reference, killed)]
         assert compare_states(*saved).equal
+
+
+def test_loop_starts_where_a_loaded_checkpoint_stands_and_is_captured_from_there(drill: Drill) -> None:
+    """Killed without a window, it starts at its checkpoint, in the second epoch; killed again, at its newest window."""
+    spec = {**SCRIPT, "epochs": 2, "start_at": True, "window_first": True}
+    wiped: list[Path] = []
+
+    def wipe_once(memory: Path) -> None:
+        if not wiped:
+            wiped.extend(memory.iterdir())
+            for folder in wiped:
+                shutil.rmtree(folder)
+
+    killed = drill.killed(spec, [{"step": 26}, {"step": 34}], between=wipe_once)
+    assert differences(drill.reference({**spec, "attach": False, "start_at": False}), killed) == []
+    restored = read_events(killed, "RestoreApplied")
+    assert len(restored) == 1
+    assert read_steps(killed).keys() == {(0, step) for step in range(40)}
+    assert len(read_steps(killed)[0, 24]) == 2  # the checkpoint's next batch
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -182,6 +202,19 @@ def test_other_number_of_loaders_is_refused(bench: Bench) -> None:
     run.close(completed=False)
     with pytest.raises(ForeignWindowError, match="a loop over 1 loaders, this one has 2"):
         next(bench.make().steps([1], [2]))
+
+
+def test_loader_of_another_length_is_refused(bench: Bench) -> None:
+    run = bench.make()
+    bench.train(run, 6)
+    run.close(completed=False)
+    with pytest.raises(ForeignWindowError, match=r"over \[8\] batches an epoch, this one has \[5\]"):
+        next(bench.make().steps(range(5)))
+
+
+def test_start_at_needs_a_length(bench: Bench) -> None:
+    with pytest.raises(ConfigurationError, match=r"start_at\(3, list_iterator\): expected a step >= 0 and a loader"):
+        bench.make().start_at(3, iter([1, 2]))
 
 
 def test_several_loaders_and_modules_train_together(bench: Bench) -> None:

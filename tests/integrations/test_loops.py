@@ -115,15 +115,19 @@ def test_finished_loop_that_was_not_closed_has_nothing_left_to_do(drill: Drill) 
 
 
 def test_gradients_that_are_dropped_are_not_captured(drill: Drill) -> None:
-    """They are, once, in the first window: until then nobody has seen what becomes of them."""
+    """They are, once, in the first window: until then nobody has seen what becomes of them.
+
+    Sizes differ by a few bytes all the same: they include text. The gradients have 20 kB.
+    """
     spec = {**PLAIN, "block": "dense", "policy_args": {"window": 2}}
     sizes = {}
     for zero_grad in ("before", "after", "never"):
         killed = drill.killed({**spec, "zero_grad": zero_grad}, [{"hook": "end", "step": 0}])
         sizes[zero_grad] = [event["nbytes"] for event in read_events(killed, "WindowCommitted")]
     first, *_, last = ({name: found[i] for name, found in sizes.items()} for i in (0, 5, -1))
-    assert first["after"] < first["before"] == first["never"]
-    assert last["after"] == last["before"] < last["never"]
+    assert first["after"] + 20_000 < first["before"]
+    assert abs(last["after"] - last["before"]) < 100
+    assert last["before"] + 20_000 < last["never"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "attach": True,
     "steps": False,  # whether the loop is over run.steps()
     "window_first": False,  # whether the script loads only what no window is newer than
+    "start_at": False,  # whether the loop is told where the checkpoint stands, instead of skipping batches itself
+    "epochs": 1,
     "automatic": False,
     "every": 4,
     "kill": None,
@@ -57,8 +59,15 @@ def run(given: dict[str, Any]) -> None:
     if newest is not None and not (spec["window_first"] and moetion is not None and moetion.resuming):
         accelerator.load_state(str(newest[1]))
         done = newest[0] if not spec["automatic"] else (newest[0] + 1) * spec["every"]
-    batches = skip_first_batches(loader, done) if done else loader
-    pairs = moetion.steps(batches) if spec["steps"] and moetion is not None else enumerate(batches)
+    if spec["start_at"] and moetion is not None:
+        if done:
+            moetion.start_at(done, loader)
+        pairs, done = moetion.steps(loader, epochs=spec["epochs"]), 0
+    elif spec["epochs"] > 1:
+        pairs = enumerate(batch for _ in range(spec["epochs"]) for batch in loader)
+    else:
+        batches = skip_first_batches(loader, done) if done else loader
+        pairs = moetion.steps(batches) if spec["steps"] and moetion is not None else enumerate(batches)
     for step, batch in pairs:
         loss = torch.nn.functional.cross_entropy(model(batch["tokens"]), batch["target"])
         accelerator.backward(loss)

@@ -124,10 +124,11 @@ def count_together(stand_in: bool) -> list[TokenCounts]:
     """Two stages train one iteration; each is the only one that runs its block."""
     store = HashStore()
     tokens = torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(1))
+    parts = [part(0), part(1)]  # not in the threads: they seed the global generator
 
     def run(stage: int) -> TokenCounts:
         ranks = Ranks(StoreControl(store, stage, 2, scope="job", timeout_seconds=20.0))
-        net, held = part(stage)
+        net, held = parts[stage]
         counts = TokenCounts(net, discover_layers(net), held=held)
         for _ in range(2):
             net.blocks[stage](tokens * (1 + stage))
@@ -161,10 +162,11 @@ def test_tokens_are_counted_where_the_layer_is_and_known_everywhere(stand_in: bo
 def test_a_layer_that_its_holders_reject_is_none_anywhere() -> None:
     """The structure of the second block looks like a mixture of experts, but all its modules see all tokens."""
     store = HashStore()
+    parts = [part(0), part(1)]
 
     def run(stage: int) -> list[str]:
         ranks = Ranks(StoreControl(store, stage, 2, scope="job", timeout_seconds=20.0))
-        net, held = part(stage)
+        net, held = parts[stage]
         counts = TokenCounts(net, discover_layers(net), held=held)
         x = torch.randn(8, WIDTH)
         if stage == 0:
