@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from _pipeline_models import language_loss, make_language_model, make_tokens
+from _pipeline_tables import median_error
 from torch import Tensor
 
 from moetion_lightning.core.discovery import discover_layers
@@ -156,4 +157,4 @@ def _saved(pair: dict[str, Any], parts: Sequence[str]) -> float:
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "range": [min(values), max(values)]}
+    return {"median": statistics.median(values), "range": [min(values), max(values)], "error": median_error(values)}

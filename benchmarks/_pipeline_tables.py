@@ -1,17 +1,35 @@
-"""The tables of the boundary log's benchmark."""
+"""The tables of the boundary log's benchmark, and what both pipeline benchmarks say of their goals."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from _report import machine_line, markdown_table
 
-__all__ = ["NUM_STAGES", "logged_in_all", "markdown"]
+__all__ = ["NUM_STAGES", "VERDICTS", "logged_in_all", "markdown", "median_error", "quartiles"]
 
 NUM_STAGES = 3
 _OTHERS = (2, 4, 8, 16, 32)  # numbers of micro-batches for which bytes are told
-_VERDICTS = {True: "yes", False: "no", None: "not shown: too much noise"}
+VERDICTS = {True: "yes", False: "no", None: "not shown: too much noise"}
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Ends of the middle half."""
+    if len(values) < 2:
+        return [values[0], values[0]]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+def median_error(values: Sequence[float]) -> float | None:
+    """Standard error of the median, from the middle half (of normal values); None of a single value."""
+    if len(values) < 2:
+        return None
+    low, high = quartiles(values)
+    return (high - low) / 1.35 * 1.25 / math.sqrt(len(values))
 
 
 def logged_in_all(row: dict[str, Any]) -> dict[str, int]:
@@ -32,7 +50,7 @@ def markdown(results: dict[str, Any]) -> str:
     )
     parts = [about, "### Time", _time_table(results["rows"]), "### Bytes and memory (computing)", _byte_table(rows)]
     parts += [_other_table(rows), "### Traffic (computing)", _traffic_table(rows), "### Goals"]
-    cells = [[g["goal"], g["measured"], _VERDICTS[g["met"]]] for g in results["goals"]]
+    cells = [[g["goal"], g["measured"], VERDICTS[g["met"]]] for g in results["goals"]]
     return "\n\n".join([*parts, markdown_table(["goal", "measured", "met"], cells)])
 
 

@@ -9,22 +9,15 @@ that sleep instead of computing, so that other programs on the machine disturb t
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import math
-import resource
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from _jobs import end_on_sigterm
-from _pipeline_tables import NUM_STAGES, logged_in_all, markdown
+from _pipeline_tables import NUM_STAGES, logged_in_all, markdown, median_error, quartiles
 from _report import RESULTS, load_results, machine, write_results
-
-if TYPE_CHECKING:
-    from _pipeline_models import Workload
 
 _GOAL = 1.02
 
@@ -58,153 +51,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# --- one rank --------------------------------------------------------------------------------------------------------
-
-
-class _Rank:
-    """The stage of one process, and what it measures."""
-
-    def __init__(self, rank: int, num_micro_batches: int, args: argparse.Namespace, *, emulated: bool) -> None:
-        from _pipeline import Stage, Wire
-
-        self.args = args
-        self.work = self._make_work(emulated)
-        self.samples = args.samples * num_micro_batches
-        self.stage = Stage(
-            self.work.module, self.work.step, self.work.batch(0, args.samples),
-            num_stages=NUM_STAGES, num_micro_batches=num_micro_batches, world=NUM_STAGES, rank=rank,
-        )  # fmt: skip
-        self.wire = Wire()
-        self.logged = 0  # iterations that the log has seen
-        self._trained = 0
-
-    def _make_work(self, emulated: bool) -> Workload:
-        from _pipeline_models import Device, Workload
-
-        args = self.args
-        if emulated:
-            device = Device(args.forward_ms / 1e3, args.backward_ms / 1e3)
-            return Workload.emulated(NUM_STAGES, seq_len=args.seq_len, d_model=args.d_model, device=device)
-        return Workload.computing(
-            seq_len=args.seq_len, d_model=args.d_model, d_expert=args.d_expert, num_layers=args.num_layers
-        )
-
-    def block(self, *, logging: bool, iterations: int | None = None) -> dict[str, Any]:
-        """Train a block of iterations, and say what it took."""
-        import torch.distributed as dist
-
-        count = iterations or self.args.block
-        if logging:
-            self.stage.start_log(self.logged + 1)
-        else:
-            self.stage.stop_log()
-        batches = [self.work.batch(self._trained + i, self.samples) for i in range(count)]
-        dist.barrier()
-        before, clock = self.wire.read(), self.stage.clock
-        records, norms = clock.records, clock.norms
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        cpu, started = time.process_time(), time.perf_counter()
-        for number, batch in enumerate(batches):
-            self.stage.train(self._trained + number, batch, logging=logging)
-            if logging:
-                self.logged += 1
-                self._free()
-        seconds = time.perf_counter() - started
-        self._trained += count
-        sends, send_bytes, collectives = (now - then for now, then in zip(self.wire.read(), before))
-        return {
-            "seconds": seconds / count,
-            "cpu": (time.process_time() - cpu) / count,
-            "faults": (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / count,
-            "record_seconds": (clock.records - records) / count,
-            "norm_seconds": (clock.norms - norms) / count,
-            "sends": sends / count,
-            "send_bytes": send_bytes / count,
-            "collectives": collectives / count,
-        }
-
-    def _free(self) -> None:
-        """What the engine frees when a window is committed, here in the iteration in which it ends."""
-        window, log = self.args.window, self.stage.log
-        assert log is not None
-        if self.logged % window == 0:
-            with self.stage.clock.recording():
-                log.free(self.logged - window + 2)  # its first iteration is never replayed
-
-    def bytes_of(self, num_micro_batches: int) -> dict[str, int]:
-        """Bytes that one iteration of this very batch leaves in the log when it is cut otherwise."""
-        usual, self.stage.num_micro_batches = self.stage.num_micro_batches, num_micro_batches
-        self.block(logging=True, iterations=1)
-        self.stage.num_micro_batches = usual
-        log, number = self.stage.log, self.logged
-        assert log is not None
-        sent = [
-            tensor.numel() * tensor.element_size()
-            for boundary in range(NUM_STAGES + 1)
-            for direction in ("F", "B")
-            for _, tensors in log.sent(number, boundary, direction)
-            for tensor in tensors
-        ]
-        return {"records": len(sent), "sent": sum(sent), "batch": log.iteration_bytes - sum(sent)}
-
-
-def _reset_peak() -> None:
-    """Give free memory back to the system, and begin the peak of resident memory anew, where that is possible."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")
-
-
-def _peak_bytes() -> int | None:
-    """Most resident memory of this process since the last reset; None where the system does not tell."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next((1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:")), None)
-    except OSError:
-        return None
-
-
-def run_rank(rank: int, num_micro_batches: int, args: argparse.Namespace, *, emulated: bool) -> dict[str, Any]:
-    """All blocks of one job, on one rank."""
-    me = _Rank(rank, num_micro_batches, args, emulated=emulated)
-    me.block(logging=False, iterations=3)  # shapes are learnt, the optimizer's state appears
-    if me.work.device is not None:
-        me.work.device.busy = True
-    blocks = [me.block(logging=False)]
-    for number in range(args.rounds):
-        if rank == 0:
-            kind = "emulated" if emulated else "computing"
-            print(f"  M = {num_micro_batches}, {kind}, round {number + 1}/{args.rounds}", flush=True)
-        for logging in (True, False, False, False):
-            blocks.append(me.block(logging=logging))
-    found = {"blocks": blocks, "parameters": sum(p.numel() for p in me.stage.parameters.values())}
-    return found if emulated else {**found, **_sizes(me, num_micro_batches)}
-
-
-def _sizes(me: _Rank, num_micro_batches: int) -> dict[str, Any]:
-    """Memory, and bytes of an iteration."""
-    log, peaks = me.stage.start_log(me.logged + 1), []
-    for logging in (False, True):
-        log.clear()
-        _reset_peak()
-        me.block(logging=logging, iterations=2 * me.args.window)
-        peaks.append(_peak_bytes())
-    counts = sorted({num_micro_batches, max(3, num_micro_batches // 2)})
-    return {
-        "state_bytes": sum(t.numel() * t.element_size() for t in me.stage.state()),
-        "high_water_bytes": log.high_water_bytes,
-        "peak_without": peaks[0],
-        "peak_with": peaks[1],
-        "iteration_bytes": {str(count): me.bytes_of(count) for count in counts},
-    }
-
-
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     from _pipeline_job import run_ranks
+    from _pipeline_log import run_rank  # with all that it imports, before the ranks are forked
 
     settings = (
         "samples", "seq_len", "d_model", "d_expert", "num_layers", "window", "block", "rounds", "forward_ms",
@@ -266,12 +118,11 @@ def _share(blocks: Sequence[Sequence[dict[str, Any]]], name: str) -> float:
 def _ratios(values: Sequence[float], chosen: Sequence[int]) -> dict[str, Any]:
     """Of blocks to the mean of the one before and the one after."""
     found = [values[i] / statistics.mean((values[i - 1], values[i + 1])) for i in chosen]
-    low, _, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
     return {
         "median": statistics.median(found),
         "range": [min(found), max(found)],
-        "quartiles": [low, high],
-        "error": (high - low) / 1.35 * 1.25 / math.sqrt(len(found)) if len(found) > 1 else None,  # of the median
+        "quartiles": quartiles(found),
+        "error": median_error(found),
     }
 
 
@@ -289,14 +140,14 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         name = f"M = {row['micro_batches']}" + (", emulated" if row["emulated"] else "")
-        for what, key in (("wall", "ratio"), ("CPU", "cpu_ratio")):
+        for what, key in (("wall", ""), ("CPU", "cpu_")):
             if row["emulated"] and what == "CPU":  # next to nothing is computed there
                 continue
-            ratio = row[key]
+            ratio, noise = row[f"{key}ratio"], row[f"{key}noise"]
             found.append({
                 "goal": f"{name}: {what} time of an iteration with the log at most {_GOAL} of one without",
                 "measured": f"{ratio['median']:.3f}" + (f" +- {2 * ratio['error']:.3f}" if ratio["error"] else ""),
-                "met": verdict(ratio),
+                "met": verdict(ratio, noise),
             })  # fmt: skip
         if not row["emulated"]:
             found.append(_traffic_goal(name, row))
@@ -313,9 +164,18 @@ def _traffic_goal(name: str, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def verdict(ratio: dict[str, Any]) -> bool | None:
-    """Whether a ratio is within the goal; None if twice the standard error of its median leaves that open."""
-    if ratio["error"] is None:
+def verdict(ratio: dict[str, Any], noise: dict[str, Any]) -> bool | None:
+    """Whether a ratio is within the goal.
+
+    Args:
+        ratio: With the log to without.
+        noise: Without the log to without, which should be 1.
+
+    Returns:
+        None if the noise is off by more than the goal allows, or if twice the standard error of the median leaves it
+        open.
+    """
+    if ratio["error"] is None or abs(noise["median"] - 1) > _GOAL - 1:
         return None
     if ratio["median"] + 2 * ratio["error"] <= _GOAL:
         return True

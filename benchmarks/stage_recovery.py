@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from _jobs import end_on_sigterm
+from _pipeline_tables import VERDICTS
 from _report import RESULTS, load_results, machine, machine_line, markdown_table, write_results
 
 _TOLERANCE = 1.10  # of the bound
@@ -37,7 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="only print the markdown of the last results")
     args = parser.parse_args(argv)
     args.cases, args.model = list(_CASES), {"d_model": 256, "d_expert": 512, "num_layers": 2}
-    args.samples, args.seq_len, args.frozen_rounds = 2, 128, 9
+    args.samples, args.seq_len, args.frozen_rounds = 2, 128, 25
     if args.quick:
         args.forward_ms, args.backward_ms, args.iterations, args.rounds = 2.0, 4.0, 2, 1
         args.cases, args.model = [(3, 3, 1), (2, 2, 2)], {"d_model": 32, "d_expert": 64, "num_layers": 2}
@@ -96,13 +97,21 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
             "measured": f"{row['work'][0]:.3f}" + ("" if _is_one(row["work"]) else f"..{row['work'][1]:.3f}"),
             "met": all(abs(share - 1 / row["stages"]) < 1e-9 for share in row["work"]),
         })  # fmt: skip
-    frozen = results["frozen"]
+    saved = results["frozen"]["saved_of_skipped"]
+    margin = f" +- {200 * saved['error']:.0f}" if saved["error"] else ""
     found.append({
         "goal": "skipping their weight gradients saves a third of what replaying frozen operators costs",
-        "measured": f"{100 * frozen['saved_of_skipped']['median']:.0f} %",
-        "met": frozen["saved_of_skipped"]["median"] >= 1 / 3,
+        "measured": f"{100 * saved['median']:.0f}{margin} %",
+        "met": _reaches(saved, 1 / 3),
     })  # fmt: skip
     return found
+
+
+def _reaches(found: dict[str, Any], goal: float) -> bool | None:
+    """Whether a median is at least the goal; None if twice its standard error leaves it open."""
+    if found["error"] is None or abs(found["median"] - goal) <= 2 * found["error"]:
+        return None
+    return bool(found["median"] > goal)
 
 
 def _is_one(span: Sequence[float]) -> bool:
@@ -122,7 +131,7 @@ def markdown(results: dict[str, Any]) -> str:
     )
     parts = [about, _replay_table(results), "### The way below the bound: a living peer", _copy_table(results)]
     parts += ["### Frozen operators (not emulated: one process computes)", _frozen_table(results), "### Goals"]
-    cells = [[g["goal"], g["measured"], "yes" if g["met"] else "no"] for g in results["goals"]]
+    cells = [[g["goal"], g["measured"], VERDICTS[g["met"]]] for g in results["goals"]]
     return "\n\n".join([*parts, markdown_table(["goal", "measured", "met"], cells)])
 
 

@@ -1,16 +1,18 @@
 """A Mixture-of-Experts in an Accelerate loop. Kill it (kill -9), start it again: it ends bit for bit the same.
 
-With several processes: accelerate launch --cpu --num_processes 2 --max_restarts 3 examples/accelerate_loop.py
+With several processes, all of which are started again when one is lost:
+torchrun --nproc-per-node 2 --max-restarts 3 examples/accelerate_loop.py
 """
 
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from moetion_lightning.integrations import attach
+from moetion_lightning.integrations import attach, separate_restarts
 from moetion_lightning.recipes.data import StdlibText
 from moetion_lightning.recipes.models import ByteMoE
 
+separate_restarts()  # under torchrun: processes that were restarted do not look for dead ones
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 torch.manual_seed(0)
 model = ByteMoE(max_seq_len=32, d_model=32, d_expert=64, num_layers=2, num_experts=4)

@@ -18,11 +18,10 @@ if TYPE_CHECKING:
         SparseExpertCheckpoint,
         StageBoundaryLogging,
     )
-    from moetion_lightning.core.layouts import MoESpec, Tap
+    from moetion_lightning.core.layouts import MoESpec
     from moetion_lightning.errors import MoEtionError
-    from moetion_lightning.integrations import FabricCheckpointing, SparseCheckpointing, attach
+    from moetion_lightning.integrations import attach
     from moetion_lightning.integrations.hf_trainer import MoEtionTrainerCallback
-    from moetion_lightning.recipes import list_recipes, recipe_path
     from moetion_lightning.strategies import MoEtionStrategy
 
 __version__ = "0.1.0"
@@ -30,40 +29,30 @@ __version__ = "0.1.0"
 __all__ = [
     "DenseInMemoryCheckpoint",
     "DenseReconstruction",
-    "FabricCheckpointing",
     "FaultToleranceMonitor",
     "MoESpec",
     "MoEtionError",
     "MoEtionStrategy",
     "MoEtionTrainerCallback",
     "PartialExpertsCheckpoint",
-    "SparseCheckpointing",
     "SparseExpertCheckpoint",
     "StageBoundaryLogging",
-    "Tap",
     "__version__",
     "attach",
-    "list_recipes",
-    "recipe_path",
 ]
 
 _HOMES = {
     "DenseInMemoryCheckpoint": "moetion_lightning.callbacks",
     "DenseReconstruction": "moetion_lightning.callbacks",
-    "FabricCheckpointing": "moetion_lightning.integrations",
     "FaultToleranceMonitor": "moetion_lightning.callbacks",
     "MoESpec": "moetion_lightning.core.layouts",
     "MoEtionError": "moetion_lightning.errors",
     "MoEtionStrategy": "moetion_lightning.strategies",
     "MoEtionTrainerCallback": "moetion_lightning.integrations.hf_trainer",
     "PartialExpertsCheckpoint": "moetion_lightning.callbacks",
-    "SparseCheckpointing": "moetion_lightning.integrations",
     "SparseExpertCheckpoint": "moetion_lightning.callbacks",
     "StageBoundaryLogging": "moetion_lightning.callbacks",
-    "Tap": "moetion_lightning.core.layouts",
     "attach": "moetion_lightning.integrations",
-    "list_recipes": "moetion_lightning.recipes",
-    "recipe_path": "moetion_lightning.recipes",
 }
 
 

@@ -53,7 +53,6 @@ examples
   moetion explain recipe:qwen3_moe_tiny
   moetion run train.py --my-argument 1
   moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
-  moetion launch --nproc-per-node 3 -m moetion_lightning fit --config recipe:pipeline_moe_cpu
   moetion demo
 
 Each command has its own --help.  moetion --version shows the version.

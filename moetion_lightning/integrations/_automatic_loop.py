@@ -61,15 +61,11 @@ class AutomaticLoop(AcceleratedLoop):
         self._put_aside()
         raw = [unwrap_optimizer(optimizer) for optimizer in accelerator._optimizers]
         self._on_step = [optimizer.register_step_pre_hook(self._steps_now) for optimizer in raw]
-        saved = self._run.saved
-        if saved is not None:
-            done = sum(saved["position"]["stepped"][:-1])
-            _log.warning(
-                "the script is taken to where it was by its training dataloader: %d passes that are done give no "
-                "batch, the next one goes on in its middle. Variables of the script (its own counters and sums) begin "
-                "anew; what depends on them differs from a run that was not interrupted",
-                done,
-            )  # fmt: skip
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is captured any more."""
+        return self._ended
 
     def close(self, *, completed: bool = True) -> None:
         """See :meth:`GuidedLoop.close`."""
@@ -109,6 +105,11 @@ class AutomaticLoop(AcceleratedLoop):
         saved = self._run.saved
         if saved is not None:
             position = saved["position"]
+            self._run.engine.say_once(
+                f"the script is taken to where it was by its training dataloader: {sum(position['stepped'][:-1])} passes "
+                "that are done give no batch, the next one goes on in its middle. Variables of the script (its own "
+                "counters and sums) begin anew; what depends on them differs from a run that was not interrupted"
+            )
             if index != position["index"] or number < len(position["stepped"]) - 1:
                 passes[number] = index == position["index"] and position["stepped"][number]
                 yield from () if passes[number] else self._done_again(make, position["index"])

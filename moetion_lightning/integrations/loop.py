@@ -64,9 +64,9 @@ class _Position:
         lengths = [_length(loader.source) for loader in self.loaders]
         if lengths != state["lengths"]:
             raise ForeignWindowError(
-                f"the window was captured in a loop over {state['lengths']} batches an epoch, this one has {lengths}. Give "
-                "steps() the same loader as before (with start_at() in place of a loader that skips batches), or start "
-                "afresh with resume='never' or another job_id."
+                f"the window was captured in a loop over {state['lengths']} batches an epoch, this one has {lengths}. "
+                "Give steps() the same loader as before (with start_at() in place of a loader that skips batches), or "
+                "start afresh with resume='never' or another job_id."
             )
         for loader, saved in zip(self.loaders, state["loaders"]):
             loader.restore(saved)

@@ -72,7 +72,16 @@ class ZeroLines:
                 _CLASS.__set__(loader, self._iterated_by_us(type(loader)))
             return loader
 
-        kind.prepare_data_loader = prepare_data_loader
+        load = kind.load_state
+
+        @functools.wraps(load)
+        def load_state(accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+            loop = self._loop_of(accelerator)
+            if loop is not None and not loop.ended:  # which has a load_state of its own in the accelerator
+                return accelerator.load_state(*args, **kwargs)
+            return load(accelerator, *args, **kwargs)
+
+        kind.prepare_data_loader, kind.load_state = prepare_data_loader, load_state
 
     def _iterated_by_us(self, base: type) -> type:
         if base not in self._classes:

@@ -176,13 +176,21 @@ def test_boundary_log_ratios(benchmark_module: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("median", "error", "met"),
-    [(1.0, 0.005, True), (1.02, 0.02, None), (1.1, 0.01, False), (1.0, 0.2, None), (1.0, None, None)],
+    ("median", "error", "noise", "met"),
+    [
+        (1.0, 0.005, 1.01, True),
+        (1.1, 0.01, 1.0, False),
+        (1.02, 0.02, 1.0, None),
+        (1.0, 0.2, 1.0, None),
+        (0.9, 0.01, 1.07, None),
+        (1.0, None, 1.0, None),
+    ],
 )
 def test_boundary_log_says_when_noise_hides_the_answer(
-    benchmark_module: Any, median: float, error: float | None, met: bool | None
+    benchmark_module: Any, median: float, error: float | None, noise: float, met: bool | None
 ) -> None:
-    assert benchmark_module("boundary_log").verdict({"median": median, "error": error}) is met
+    ratio = {"median": median, "error": error}
+    assert benchmark_module("boundary_log").verdict(ratio, {"median": noise}) is met
 
 
 def test_stage_recovery_ratios(benchmark_module: Any) -> None:
@@ -201,9 +209,10 @@ def test_stage_recovery_ratios(benchmark_module: Any) -> None:
     row = recovery.summarise(case, [served, lost])
     assert row["ratio_range"] == [0.75, 1.0]
     assert row["work"] == [0.5, 0.5]
-    frozen = {"saved_of_skipped": {"median": 0.3}}
-    goals = script.goals({"rows": [row], "frozen": frozen})
-    assert [goal["met"] for goal in goals] == [False, True, False]
+    for median, error, met in ((0.3, 0.01, False), (0.3, 0.02, None), (0.4, 0.01, True), (0.4, None, None)):
+        frozen = {"saved_of_skipped": {"median": median, "error": error}}
+        goals = script.goals({"rows": [row], "frozen": frozen})
+        assert [goal["met"] for goal in goals] == [False, True, met]
 
 
 def test_saving_of_frozen_gradients(benchmark_module: Any) -> None:

@@ -157,8 +157,8 @@ def step(batch):
 assert not any("moetion" in name for name in vars(accelerator) if callable(vars(accelerator)[name])), vars(accelerator)
 """
 BODIES = {
-    "several prepared dataloaders": "for loader in (first, second, first):\n    for batch in loader:\n        step(batch)",
-    "outside of a loop": "step(torch.ones(1, 2))\nfor batch in first:\n    step(batch)",
+    "several prepared dataloaders": "for loader in (first, second, first):\n    for x in loader:\n        step(x)",
+    "outside of a loop": "for epoch in range(2):\n    for x in first:\n        step(x)\n    step(x)",
 }
 
 
@@ -202,6 +202,17 @@ def test_script_that_loads_its_own_state_is_left_alone(tmp_path: Path) -> None:
     done = _run_script(tmp_path, body)
     assert done.returncode == 0, done.stderr
     assert "the script restarts by itself" in done.stderr
+    assert not list(tmp_path.rglob("windows/*.json"))
+
+
+def test_state_that_the_script_loads_before_its_loop_wins_over_a_window(tmp_path: Path) -> None:
+    body = "for x in first:\n    step(x)\naccelerator.save_state('own')\nraise KeyError('mine')"
+    assert _run_script(tmp_path, body).returncode == 1
+    assert list(tmp_path.rglob("windows/*.json"))
+    done = _run_script(tmp_path, "accelerator.load_state('own')\nfor x in first:\n    step(x)")
+    assert done.returncode == 0, done.stderr
+    assert "the script restarts by itself" in done.stderr
+    assert "is taken to where it was" not in done.stderr
     assert not list(tmp_path.rglob("windows/*.json"))
 
 
@@ -290,7 +301,10 @@ def test_wrong_yaml_is_told(tmp_path: Path, text: str, expected: str) -> None:
     [
         ("{class_path: SparseExpertCheckpoint, init_args: {window: 5, job_id: a}}", SparsePolicy),
         ("{class_path: DenseInMemoryCheckpoint, init_args: {every_n_steps: 3, job_id: a}}", DensePolicy),
-        ("{class_path: PartialExpertsCheckpoint, init_args: {num_experts: 2, job_id: a}}", PartialExpertsPolicy),
+        (
+            "{class_path: PartialExpertsCheckpoint, init_args: {num_experts_per_checkpoint: 2, job_id: a}}",
+            PartialExpertsPolicy,
+        ),
     ],
 )
 def test_loops_get_the_settings_of_the_callback(tmp_path: Path, callback: str, policy: type) -> None:
@@ -383,13 +397,14 @@ print(ours, sorted({"torch", "lightning", "yaml", "jsonargparse"} & set(sys.modu
 
 
 def test_entry_point_costs_next_to_nothing() -> None:
-    """CPU time of what a process does: a ratio of medians in one run, because other processes take time of their own."""
+    """CPU time of a process, as a ratio of medians in one run: the machine may be busy with something else."""
     code = """
-import importlib.metadata, sys, time
-if sys.argv[1] == "without":
-    original = importlib.metadata.entry_points
-    importlib.metadata.entry_points = lambda **given: [p for p in original(**given) if p.name != "moetion"]
+import sys, time
+from lightning.fabric.utilities import registry
 from lightning.pytorch import Trainer
+if sys.argv[1] == "without":
+    original = registry.entry_points
+    registry.entry_points = lambda **given: [p for p in original(**given) if p.name != "moetion"]
 Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
 print(("moetion_lightning" in sys.modules), time.process_time())
 """
