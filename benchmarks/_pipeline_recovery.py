@@ -58,6 +58,11 @@ class Case:
         """What replaying one stage takes of what the whole pipeline takes, if it is only spared the bubble."""
         return self.micro_batches / (self.micro_batches + self.stages - 1)
 
+    @property
+    def least_seconds(self) -> float:
+        """What a device is busy for in all iterations, without any bubble: no replay can be faster."""
+        return self.iterations * self.micro_batches * (self.forward_seconds + self.backward_seconds)
+
 
 class _Rank:
     """The process of one rank."""
@@ -177,6 +182,7 @@ def summarise(case: Case, ranks: list[dict[str, list[dict[str, Any]]]]) -> dict[
     copies = [max(found["seconds"] for found in one) for one in zip(*(rank["copy"] for rank in ranks))]
     return {
         "stages": case.stages, "replicas": case.replicas, "micro_batches": case.micro_batches, "bound": case.bound,
+        "least_seconds": case.least_seconds,
         "rollback_seconds": [seconds for seconds, *_ in rollbacks], "replays": stages,
         "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)],
         "work": [min(work), max(work)], "rollback_computed": list(rollbacks[0][1:]),

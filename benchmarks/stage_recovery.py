@@ -18,7 +18,7 @@ from _jobs import end_on_sigterm
 from _pipeline_tables import VERDICTS
 from _report import RESULTS, load_results, machine, machine_line, markdown_table, write_results
 
-_TOLERANCE = 1.10  # of the bound
+_TOLERANCE = 0.10  # of the bound
 #: Stages, micro-batches and replicas of each job.
 _CASES = ((3, 3, 1), (3, 12, 1), (6, 6, 1), (6, 24, 1), (3, 6, 2))
 
@@ -88,9 +88,9 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
         name = f"{row['stages']} stages, M = {row['micro_batches']}"
         name += f", {row['replicas']} pipelines" if row["replicas"] > 1 else ""
         found.append({
-            "goal": f"{name}: a replay takes at most 10 % more than M/(M+S-1) = {row['bound']:.3f} of a rollback",
+            "goal": f"{name}: a replay takes M/(M+S-1) = {row['bound']:.3f} of a rollback, within 10 %",
             "measured": f"{row['ratio']:.3f} ({row['ratio'] / row['bound']:.2f} of the bound)",
-            "met": row["ratio"] <= _TOLERANCE * row["bound"],
+            "met": _keeps_to(row["ratio"] / row["bound"]),
         })  # fmt: skip
         found.append({
             "goal": f"{name}: it computes 1/S = {1 / row['stages']:.3f} of what a rollback does",
@@ -105,6 +105,16 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
         "met": _reaches(saved, 1 / 3),
     })  # fmt: skip
     return found
+
+
+def _keeps_to(relative: float) -> bool | None:
+    """Whether a ratio is within the tolerance of its bound; None where it is far below.
+
+    Nothing is that fast: the machine has slowed the rollback, which needs all processes at the same time.
+    """
+    if relative < 1 - _TOLERANCE:
+        return None
+    return relative <= 1 + _TOLERANCE
 
 
 def _reaches(found: dict[str, Any], goal: float) -> bool | None:
@@ -138,18 +148,24 @@ def markdown(results: dict[str, Any]) -> str:
 def _replay_table(results: dict[str, Any]) -> str:
     header = [
         "stages", "M", "pipelines", "rollback, ms / iteration", "replay of one stage, ms / iteration",
-        "replay / rollback", "bound M/(M+S-1)", "of the bound", "computed / rollback", "load",
+        "replay / rollback", "bound M/(M+S-1)", "of the bound", "replay / busy", "rollback / (busy + bubble)",
+        "computed / rollback", "load",
     ]  # fmt: skip
     count = results["settings"]["iterations"]
     cells = []
     for row in results["rows"]:
         replays = [seconds for stage in row["replays"].values() for seconds in stage["seconds"]]
         low, high = row["ratio_range"]
+        replay, back, least = (
+            statistics.median(replays),
+            statistics.median(row["rollback_seconds"]),
+            row["least_seconds"],
+        )
         cells.append([
-            str(row["stages"]), str(row["micro_batches"]), str(row["replicas"]),
-            f"{1e3 * statistics.median(row['rollback_seconds']) / count:.0f}",
-            f"{1e3 * statistics.median(replays) / count:.0f}", f"{row['ratio']:.3f} ({low:.3f}..{high:.3f})",
-            f"{row['bound']:.3f}", f"{row['ratio'] / row['bound']:.2f}", f"{row['work'][1]:.3f}", f"{row['load']:.1f}",
+            str(row["stages"]), str(row["micro_batches"]), str(row["replicas"]), f"{1e3 * back / count:.0f}",
+            f"{1e3 * replay / count:.0f}", f"{row['ratio']:.3f} ({low:.3f}..{high:.3f})", f"{row['bound']:.3f}",
+            f"{row['ratio'] / row['bound']:.2f}", f"{replay / least:.2f}", f"{back * row['bound'] / least:.2f}",
+            f"{row['work'][1]:.3f}", f"{row['load']:.1f}",
         ])  # fmt: skip
     return markdown_table(header, cells)
 

@@ -54,6 +54,7 @@ class LightningRunState:
             "extras": self._loops.extras(),
             "data": self._data.snapshot(),
             "gradients": gradients,
+            "extra_states": {name: module.get_extra_state() for name, module in _with_extra_state(self._module)},
             "buckets": [] if ddp is None else bucket_order(ddp),
             # Whether the next forward takes over rank 0's buffers: not after a validation, or with manual optimization.
             "sync_buffers": ddp is None or ddp.require_forward_param_sync,

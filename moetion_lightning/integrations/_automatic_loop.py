@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from moetion_lightning.errors import ForeignWindowError
 from moetion_lightning.integrations._loaders import Followed, follow
 from moetion_lightning.integrations._parts import unwrap_optimizer
 from moetion_lightning.integrations._settings import Settings
@@ -97,6 +98,13 @@ class AutomaticLoop(AcceleratedLoop):
     def _open(self, root_dir: str | os.PathLike[str]) -> None:
         self._position: _Place = _Place()
         super()._open(root_dir)
+        saved = self._run.saved
+        if saved is not None and "stepped" not in saved["position"]:
+            self._run.close(completed=False)
+            raise ForeignWindowError(
+                "the window that was found was captured in a loop over run.steps(dataloader), which this script does "
+                "not have. Undo the change, or start afresh with another job_id."
+            )
 
     def _pass(self, index: int, loader: Any, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         passes = self._passes.setdefault(index, [])
@@ -106,9 +114,9 @@ class AutomaticLoop(AcceleratedLoop):
         if saved is not None:
             position = saved["position"]
             self._run.engine.say_once(
-                f"the script is taken to where it was by its training dataloader: {sum(position['stepped'][:-1])} passes "
-                "that are done give no batch, the next one goes on in its middle. Variables of the script (its own "
-                "counters and sums) begin anew; what depends on them differs from a run that was not interrupted"
+                f"the script is taken to where it was by its training dataloader: {sum(position['stepped'][:-1])} "
+                "passes that are done give no batch, the next one goes on in its middle. Variables of the script (its "
+                "own counters and sums) begin anew; what depends on them differs from a run that was not interrupted"
             )
             if index != position["index"] or number < len(position["stepped"]) - 1:
                 passes[number] = index == position["index"] and position["stepped"][number]

@@ -213,6 +213,10 @@ def test_stage_recovery_ratios(benchmark_module: Any) -> None:
         frozen = {"saved_of_skipped": {"median": median, "error": error}}
         goals = script.goals({"rows": [row], "frozen": frozen})
         assert [goal["met"] for goal in goals] == [False, True, met]
+    found_at = {0.6: None, 0.7: True, 0.8: True, 0.9: False}
+    for ratio, met in found_at.items():
+        goal = script.goals({"rows": [{**row, "ratio": ratio}], "frozen": frozen})[0]
+        assert goal["met"] is met
 
 
 def test_saving_of_frozen_gradients(benchmark_module: Any) -> None:

@@ -274,24 +274,28 @@ def test_what_becomes_of_gradients_is_seen(
 # --- examples --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "fabric", "accelerate"])
 def test_example_killed_and_started_again_prints_the_same_losses(name: str, tmp_path: Path, memory_dir: Path) -> None:
     environment = {**os.environ, "MOETION_MEMORY_DIR": str(memory_dir), "MOETION_JOB_ID": f"example-{name}"}
     command = [sys.executable, str(ROOT / "examples" / f"{name}_loop.py")]
 
     def losses(kill_at: str = "") -> dict[str, str]:
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        with (tmp_path / "log").open("a") as log:  # apart from the losses: lines of several threads may mix
+            process = subprocess.Popen(
+                command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            )
         assert process.stdout is not None
         found = {}
-        for line in process.stdout:
-            if line.startswith("step"):
-                step, _, loss = line.strip().partition(": ")
-                found[step] = loss
-                if step == kill_at:
-                    process.kill()
-        assert process.wait(timeout=60) == (-signal.SIGKILL if kill_at else 0)
+        with process.stdout:
+            for line in process.stdout:
+                if line.startswith("step"):
+                    step, _, loss = line.strip().partition(": ")
+                    found[step] = loss
+                    if step == kill_at:
+                        process.kill()
+        ended = process.wait(timeout=60)
+        assert ended == (-signal.SIGKILL if kill_at else 0), (tmp_path / "log").read_text()
         return found
 
     whole = losses()

@@ -91,6 +91,14 @@ def test_killed_in_each_phase(drill: Drill, spec: dict[str, Any], phase: str) ->
     assert differences(drill.reference(spec), killed) == []
 
 
+def test_partial_policy_says_what_it_lost(drill: Drill) -> None:
+    spec = {**PLAIN, "policy": "partial", "policy_args": {"num_experts_per_checkpoint": 1}}
+    killed = drill.killed(spec, [{"hook": "backward", "step": 9}])
+    (report,) = read_events(killed, "PartialExpertsRestored")
+    assert report["lost_tokens"] > 0
+    assert differences(drill.reference(spec), killed) != []
+
+
 def test_seven_kills_in_one_loop(drill: Drill) -> None:
     spec = {**FABRIC, "form": "epochs", "augment": True}
     kills = [{"hook": "backward", "step": step} for step in (3, 6, 7, 11, 12, 16, 19)]

@@ -216,6 +216,18 @@ def test_state_that_the_script_loads_before_its_loop_wins_over_a_window(tmp_path
     assert not list(tmp_path.rglob("windows/*.json"))
 
 
+def test_window_of_a_script_with_the_line_is_not_taken_for_one_without(tmp_path: Path) -> None:
+    body = (
+        "import moetion_lightning.integrations as m\nrun = m.attach(accelerator, window=1)\n"
+        "for _, x in run.steps(first):\n    step(x)\nraise KeyError('mine')"
+    )
+    assert _run_script(tmp_path, body).returncode == 1
+    done = _run_script(tmp_path, "for x in first:\n    step(x)")
+    assert done.returncode == 1
+    assert "ForeignWindowError" in done.stderr
+    assert list(tmp_path.rglob("windows/*.json"))
+
+
 def test_failed_script_keeps_its_windows_and_shows_its_own_error(tmp_path: Path) -> None:
     done = _run_script(tmp_path, "for batch in first:\n    step(batch)\nraise KeyError('mine')")
     assert done.returncode == 1
