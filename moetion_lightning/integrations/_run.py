@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -60,6 +61,8 @@ class Run:
         job = derive_job_id(settings.config.job_id, root_dir)
         self.engine = Engine(settings.config, settings.policy, bus=bus, job=job, ranks=ranks)
         self._point: RestorePoint | None = None
+        # A script may end, or fail, without close(): a copy that is under way then would abort the interpreter's end.
+        atexit.register(self._close_at_exit)
         try:
             point = self.engine.open()
             assert point is None or isinstance(point, RestorePoint)  # living state is only in elastic jobs
@@ -170,6 +173,7 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self._close_at_exit)
         try:
             self.engine.close(completed=completed)
         finally:
@@ -177,6 +181,9 @@ class Run:
                 self._state.remove()
             if self._jsonl is not None:
                 self._jsonl.close()
+
+    def _close_at_exit(self) -> None:
+        self.close(completed=False)
 
     def _need_parts(self) -> Parts:
         assert self._parts is not None  # the engine asks for the layout when it is attached

@@ -43,6 +43,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "subset-with-generator": {"loader": "noisy_subset"},
     "collate-with-generator": {"loader": "noisy_collate"},
     "module-with-generator-in-dict": {"module": "own_generator"},
+    "extra-state": {"module": "extra_state"},
     # Optimizers.
     "lbfgs": {"module": "lbfgs", "clip": 0},
     "optimizer-state-under-a-name": {"module": "counting_optimizer"},

@@ -159,6 +159,36 @@ class OwnGenerator(Automatic):
         return super().training_step(batch, batch_idx) * (1 + self.tools["noise"].random())
 
 
+class Annealed(nn.Module):
+    """Counts its calls in a plain attribute that it puts into its state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, loss: Tensor) -> Tensor:
+        self.calls += 1
+        return loss * (1 + 1 / self.calls)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+
+class ExtraState(Automatic):
+    """A submodule with state of its own kind."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__(spec)
+        self.annealed = Annealed()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.annealed(super().training_step(batch, batch_idx))
+        return loss
+
+
 class Lbfgs(Automatic):
     """State that belongs to no single parameter, and a closure that is called several times."""
 
@@ -300,6 +330,7 @@ MODULES: dict[str, type[Automatic]] = {
     "zeroed_gradients": ZeroedGradients,
     "own_accumulation": OwnAccumulation,
     "own_generator": OwnGenerator,
+    "extra_state": ExtraState,
     "lbfgs": Lbfgs,
     "counting_optimizer": CountingOptimizer,
     "keyed_optimizer": KeyedOptimizer,
