@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from tests.runs.ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("expert_parallel")]  # one start serves many tests
 
@@ -211,12 +212,6 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 }
 BITWISE = ("again-a", "again-b", "rebuilt")
 EXACT = [(w, n) for w, cases in CASES.items() for n in cases if n not in (*BITWISE, "bf16-ep2")]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def launch(world: int, folder: Path, arguments: list[str]) -> None:

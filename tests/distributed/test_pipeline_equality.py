@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.runs import pipeline_fit
+from tests.runs.ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline_equality")]  # one start serves many tests
 
@@ -62,12 +62,6 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 #: Gradients of several stages (a tied head; T5's embedding serves encoder and decoder) or of replicas are added up.
 OTHER_ORDER = {"tied", "tied-zbv", "t5", "dp2"}
 CASES_OF = [(world, name) for world, cases in CASES.items() for name in cases if cases[name].get("plain", True)]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def launch(world: int, folder: Path, cases: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ process group of its own, which is killed with it, so that its data workers neve
 from __future__ import annotations
 
 import os
+import random
 import select
 import signal
 import socket
@@ -46,7 +47,7 @@ def environments(ranks: int, job_id: str) -> list[dict[str, str]]:
     """What an elastic agent on one node sets for each of its ranks; rank 0 serves the store, on a fresh port."""
     if ranks == 1:
         return [{}]
-    port = _free_port()
+    port = free_port()
     return [
         {
             "RANK": str(rank),
@@ -65,11 +66,16 @@ def environments(ranks: int, job_id: str) -> list[dict[str, str]]:
     ]
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
+def free_port() -> int:
+    """A port that nobody listens on, below those that the system gives to connections until it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 class Group:
