@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that ``moetion --help`` and ``moetion recipes
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -55,7 +56,7 @@ examples
   moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
   moetion demo
 
-Each command has its own --help.  moetion --version shows the version.
+Each command has its own --help.  moetion --version; moetion --print_completion shtab-bash (or -zsh, -fish)
 """
 
 TRAINING = ("fit", "validate", "test", "predict")
@@ -90,7 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moetion-lightning {__version__}")
         return 0
     command = args[0]
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the user's own modules, as with `python -m`
     try:
+        if command.startswith("--print_completion"):
+            return _complete(args)
         if command in TRAINING or (command.startswith("-") and any(word in TRAINING for word in args)):
             return _train(args)
         if command in _OWN:
@@ -105,6 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     hint = f" Did you mean `moetion {near[0]}`?" if near else ""
     print(f"moetion: error: unknown command {command!r}.{hint} See moetion --help.", file=sys.stderr)
     return 2
+
+
+def _complete(args: list[str]) -> int:
+    """Print a shell's completion, made by jsonargparse and shtab."""
+    from jsonargparse import set_parsing_settings
+
+    set_parsing_settings(add_print_completion_argument=True)
+    return _train(args)
 
 
 def _train(args: list[str]) -> int:

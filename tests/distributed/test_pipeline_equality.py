@@ -20,7 +20,8 @@ from torch import Tensor
 from tests.runs import pipeline_fit
 from tests.runs.ranks import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline_equality")]  # one start serves many tests
+# One start of the ranks serves many tests; the first of them waits for it.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("pipeline_equality")]
 
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     1: {"dropout": {"dropout": 0.1, "plain": False}, "ragged": {"ragged": True, "plain": False}},
@@ -77,7 +78,7 @@ def launch(world: int, folder: Path, cases: dict[str, Any]) -> None:
         with (folder / f"log{rank}").open("w") as log:
             processes.append(subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout=200) for process in processes]
+        codes = [process.wait(timeout=500) for process in processes]
     finally:
         for process in processes:
             process.kill()

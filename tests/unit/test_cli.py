@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from moetion_lightning.commands.arguments import expand_recipes
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import list_recipes, recipe_path
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """\
 seed_everything: 1
 trainer:
@@ -51,6 +53,33 @@ def test_help_fits_one_screen(args: list[str], capsys: pytest.CaptureFixture[str
     lines = HELP.splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 110
+
+
+def test_modules_of_the_users_own_folder_are_found(tmp_path: Path) -> None:
+    """Also by the installed command, whose own folder Python looks into first."""
+    (tmp_path / "mine.py").write_text(
+        "from moetion_lightning.recipes.models import ByteMoE\n\n\n"
+        "class Mine(ByteMoE):\n"
+        "    def __init__(self, extra: int = 1, **kwargs: float) -> None:\n"
+        "        super().__init__()\n"
+    )
+    code = (
+        "import sys; sys.path = [p for p in sys.path if p]; from moetion_lightning.cli import main;"
+        "sys.exit(main(['fit', '--config', 'recipe:tiny_moe_cpu', '--model', 'mine.Mine', '--model.extra', '3',"
+        " '--print_config']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = yaml.safe_load(done.stdout)["model"]
+    assert (found["class_path"], found["init_args"]["extra"]) == ("mine.Mine", 3)
+
+
+def test_completion_of_a_shell_is_printed() -> None:
+    command = [sys.executable, "-m", "moetion_lightning", "--print_completion", "shtab-bash"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--trainer.max_steps" in done.stdout
 
 
 def test_help_names_every_command() -> None:
