@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from moetion_lightning.errors import ConfigurationError
 
-__all__ = ["fill", "hollow", "is_hollow", "prune_optimizer"]
+__all__ = ["hollow", "is_hollow"]
 
-# Hollow parameters, each with what removes its hook. The mark, not the storage, says what is hollow: moving the module
+# The mark, not the storage, says what is hollow: moving the module
 # to another device gives hollow parameters ordinary memory, and still nobody may train them.
 _HOLLOW: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -67,30 +67,5 @@ def _refusal(name: str) -> Callable[[Tensor], None]:
 
 
 def is_hollow(parameter: Tensor) -> bool:
-    """Whether :func:`hollow` emptied the parameter and :func:`fill` did not fill it since."""
+    """Whether :func:`hollow` emptied the parameter."""
     return parameter in _HOLLOW
-
-
-def fill(parameter: Tensor, value: Tensor) -> None:
-    """Make a hollow parameter an ordinary one again, holding ``value`` itself (same shape and dtype), not a copy."""
-    handle = _HOLLOW.pop(parameter, None)
-    if handle is not None:
-        handle.remove()
-    parameter.data = value
-
-
-def prune_optimizer(optimizer: torch.optim.Optimizer, keep_ids: Collection[int]) -> None:
-    """Remove all parameters but some from an optimizer, in place; groups stay, even if empty.
-
-    Args:
-        optimizer: Its groups, their ``param_names`` and its state are changed.
-        keep_ids: ``id()`` of the parameters to keep.
-    """
-    kept = set(keep_ids)
-    for group in optimizer.param_groups:
-        chosen = [index for index, parameter in enumerate(group["params"]) if id(parameter) in kept]
-        if "param_names" in group:
-            group["param_names"] = [group["param_names"][index] for index in chosen]
-        group["params"] = [group["params"][index] for index in chosen]
-    for parameter in [p for p in optimizer.state if isinstance(p, Tensor) and id(p) not in kept]:
-        del optimizer.state[parameter]

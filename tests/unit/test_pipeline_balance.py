@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import nn
 
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.balance import balance, check_bounds, layer_weights
-from moetion_lightning.pipeline.hollow import fill, hollow, is_hollow, prune_optimizer
+from moetion_lightning.pipeline.hollow import hollow, is_hollow
 from moetion_lightning.pipeline.intercept import Interceptor
 from moetion_lightning.pipeline.layer_list import find_layers
 from moetion_lightning.pipeline.probe import make_plan, measure_layers
@@ -208,36 +207,6 @@ def test_gradient_of_a_hollow_parameter_is_an_error_even_after_a_move_or_thaw() 
     assert module.head.weight.grad is None
 
 
-def test_filled_parameters_train_again() -> None:
-    module = Body()
-    hollow(module, [])
-    for parameter in module.parameters():
-        fill(parameter, torch.ones(parameter.shape))
-        assert not is_hollow(parameter)
-    module(ids_of(6)[0]).backward()
-    assert module.head.weight.grad is not None
-
-
 def test_hollow_refuses_unknown_names() -> None:
     with pytest.raises(ConfigurationError, match="'hed.weight'"):
         hollow(Body(), ["hed.weight"])
-
-
-def test_optimizer_is_pruned_in_place() -> None:
-    module = Body()
-    named = OrderedDict(module.named_parameters())
-    groups = [
-        {"params": [(n, p) for n, p in named.items() if p.dim() == 1], "weight_decay": 0.0},
-        {"params": [(n, p) for n, p in named.items() if p.dim() > 1]},
-    ]
-    optimizer = torch.optim.AdamW(groups)
-    module(ids_of(6)[0]).backward()
-    optimizer.step()
-    keep = {id(named["head.bias"]), id(named["layers.0.linear.bias"])}
-    held = optimizer.param_groups[0]
-    prune_optimizer(optimizer, keep)
-    assert optimizer.param_groups[0] is held
-    assert held["param_names"] == ["layers.0.linear.bias", "head.bias"]
-    assert {id(p) for p in held["params"]} == keep == {id(p) for p in optimizer.state}
-    assert (optimizer.param_groups[1]["params"], optimizer.param_groups[1]["param_names"]) == ([], [])
-    optimizer.step()
