@@ -14,7 +14,6 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -33,9 +32,9 @@ from moetion_lightning.strategies.expert_state import (
     local_module_state,
     own_rows,
 )
-from moetion_lightning.strategies.optimizer_order import OptimizerOrder
+from moetion_lightning.strategies.optimizer_order import OptimizerOrder, plain_optimizer
 
-__all__ = ["MoEtionStrategy", "plain_optimizer"]
+__all__ = ["MoEtionStrategy"]
 
 _logger = logging.getLogger(__name__)
 _MARK = "_moetion_expert_parallel"
@@ -468,8 +467,3 @@ def _warn_without_effect(**settings: object) -> None:
             "one of them",
             ", ".join(given),
         )
-
-
-def plain_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer without Lightning's wrapper."""
-    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

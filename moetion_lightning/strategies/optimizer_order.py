@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from moetion_lightning.distributed.messages import receive_message, send_message
 from moetion_lightning.errors import ConfigurationError, UnsupportedStateError
 
-__all__ = ["Entries", "OptimizerOrder", "receive_entries", "send_entries"]
+__all__ = ["Entries", "OptimizerOrder", "plain_optimizer", "receive_entries", "send_entries"]
 
 #: Tensors and plain values by field, by the name of the parameter or state entry that they belong to.
 Entries = dict[str, dict[str, Any]]
@@ -147,3 +148,8 @@ class OptimizerOrder:
                     result["state"][index] = {k: part(name, v) for k, v in fields.items()}
                 index += 1
         return result
+
+
+def plain_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer without Lightning's wrapper."""
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

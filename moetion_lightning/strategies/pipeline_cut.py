@@ -23,8 +23,7 @@ from moetion_lightning.pipeline.micro_batches import map_tensors, split_batch
 from moetion_lightning.pipeline.probe import make_plan, measure_layers
 from moetion_lightning.pipeline.runner import PipelineRunner
 from moetion_lightning.pipeline.schedules import ScheduleKind, usable_micro_batches
-from moetion_lightning.strategies.moetion_strategy import plain_optimizer
-from moetion_lightning.strategies.optimizer_order import OptimizerOrder
+from moetion_lightning.strategies.optimizer_order import OptimizerOrder, plain_optimizer
 from moetion_lightning.strategies.pipeline_gradients import PipelineGradients
 from moetion_lightning.strategies.pipeline_state import PipelineState
 from moetion_lightning.strategies.step_logs import StepLogs

@@ -23,7 +23,8 @@ from moetion_lightning.distributed.messages import broadcast_json
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.layout import PipelineGroups, PipelineLayout
 from moetion_lightning.pipeline.schedules import schedule_kind
-from moetion_lightning.strategies.moetion_strategy import MoEtionStrategy, plain_optimizer
+from moetion_lightning.strategies.moetion_strategy import MoEtionStrategy
+from moetion_lightning.strategies.optimizer_order import plain_optimizer
 from moetion_lightning.strategies.pipeline_cut import Cut, CutSettings, PendingCut
 from moetion_lightning.strategies.pipeline_link import PipelineLink
 from moetion_lightning.strategies.pipeline_steps import PipelineSteps, loss_of, step_arguments
