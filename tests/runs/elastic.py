@@ -20,7 +20,7 @@ from typing import Any
 from torch.distributed import PrefixStore
 
 from moetion_lightning.distributed.generations import announce_loss
-from moetion_lightning.distributed.stable_store import host_store
+from moetion_lightning.distributed.stable_store import connect_store, host_store
 from tests.runs.ranks import Ended
 
 Fork = Callable[[dict[str, Any], str, dict[str, str]], int]
@@ -47,6 +47,31 @@ def environment(rank: int, ranks: int, job_id: str, port: int, generation: int, 
     }
 
 
+class _StoreHost:
+    """A process that serves the store: ranks forked beside the server's thread would inherit the locks it holds."""
+
+    def __init__(self) -> None:
+        reads, writes = os.pipe()
+        alive, self._alive = os.pipe()
+        self._pid = os.fork()
+        if not self._pid:
+            os.close(self._alive)
+            try:
+                store = host_store("127.0.0.1")
+                os.write(writes, str(store.port).encode())
+                os.read(alive, 1)  # until this one closes the other end, or is gone
+            finally:
+                os._exit(0)
+        os.close(alive)
+        os.close(writes)
+        self.port = int(os.read(reads, 16))
+        os.close(reads)
+
+    def close(self) -> None:
+        os.close(self._alive)
+        os.waitpid(self._pid, 0)
+
+
 def run_elastic(
     fork: Fork, spec: dict[str, Any], logs: list[str], *, restarts: int, timeout_seconds: float, control: int
 ) -> tuple[Ended, list[list[int]]]:
@@ -69,7 +94,7 @@ def run_elastic(
         if job.losses > restarts:
             break
         job.replace(lost)
-    job.kill_all()
+    job.close()
     return job.ended, job.pids
 
 
@@ -79,8 +104,8 @@ class _Job:
     def __init__(self, fork: Fork, spec: dict[str, Any], logs: list[str], control: int) -> None:
         self._fork, self._spec, self._logs, self._control = fork, spec, logs, control
         self._ranks, self._id = spec["ranks"], spec.get("job_id", "job")
-        self._store = host_store("127.0.0.1")
-        self._announced = PrefixStore(self._id, self._store)
+        self._host = _StoreHost()
+        self._announced = PrefixStore(self._id, connect_store("127.0.0.1", self._host.port))
         self._hosts: list[str] = list(spec.get("hosts") or ["here"] * self._ranks)
         self._has_hosts = "hosts" in spec
         self._spares = 0
@@ -99,7 +124,7 @@ class _Job:
             memory = Path(spec["memory_dir"], host)
             memory.mkdir(mode=0o700, exist_ok=True)
             spec = {**spec, "memory_dir": str(memory)}
-        env = environment(rank, self._ranks, self._id, self._store.port, generation, host)
+        env = environment(rank, self._ranks, self._id, self._host.port, generation, host)
         pid = self._fork(spec, self._logs[rank], env)
         self.pids[rank].append(pid)
         self._generations[rank] = generation
@@ -141,10 +166,11 @@ class _Job:
             for rank in lost:
                 self.start(rank, generation)
 
-    def kill_all(self) -> None:
+    def close(self) -> None:
         for descriptor, rank in list(self.waiting.items()):
             os.killpg(self.pids[rank][-1], signal.SIGKILL)
             self._reap(descriptor)
+        self._host.close()
 
     def _is_lost(self, rank: int) -> bool:
         code = self.ended.codes[rank]
