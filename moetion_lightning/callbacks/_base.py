@@ -84,6 +84,16 @@ class EngineCallback(Callback):
                 )
         return self.config
 
+    def engine_settings(self) -> dict[str, Any]:
+        """This callback as keyword arguments of another adapter of the engine: its non-default settings only."""
+        changed = {
+            field.name: getattr(self.config, field.name)
+            for field in dataclasses.fields(EngineConfig)
+            if getattr(self.config, field.name) != field.default
+        }
+        more = {"specs": self._specs, "sinks": self._sinks, "events_path": self._events_path}
+        return {**changed, "policy": self._policy(), **{name: value for name, value in more.items() if value}}
+
     # --- hooks of Lightning --------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

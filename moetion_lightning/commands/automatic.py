@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moetion_lightning.callbacks import SparseExpertCheckpoint
 from moetion_lightning.callbacks._base import EngineCallback
-from moetion_lightning.config import AUTOMATIC_VARIABLE, EngineConfig
+from moetion_lightning.config import AUTOMATIC_VARIABLE
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import PREFIX, recipe_path
 
@@ -80,14 +79,7 @@ def loop_settings(setting: str) -> dict[str, Any]:
             f"{AUTOMATIC_VARIABLE}={setting!r}: {len(capturing)} of its callbacks capture; expected one of "
             "SparseExpertCheckpoint, PartialExpertsCheckpoint, DenseInMemoryCheckpoint"
         )
-    callback = capturing[0]
-    changed = {
-        field.name: getattr(callback.config, field.name)
-        for field in dataclasses.fields(EngineConfig)
-        if field.name not in _OF_THE_WINDOW and getattr(callback.config, field.name) != field.default
-    }
-    more = {"specs": callback._specs, "sinks": callback._sinks, "events_path": callback._events_path}
-    return {**changed, "policy": callback._policy(), **{name: value for name, value in more.items() if value}}
+    return {name: value for name, value in capturing[0].engine_settings().items() if name not in _OF_THE_WINDOW}
 
 
 class Automatic(Callback):

@@ -13,14 +13,14 @@ from moetion_lightning.integrations._loaders import Followed, follow
 from moetion_lightning.integrations._parts import unwrap_optimizer
 from moetion_lightning.integrations._settings import Settings
 from moetion_lightning.integrations.accelerate import AcceleratedLoop
-from moetion_lightning.integrations.loop import _Position
+from moetion_lightning.integrations.loop import Position
 
 __all__ = ["AutomaticLoop"]
 
 _log = logging.getLogger(__name__)
 
 
-class _Place(_Position):
+class _Place(Position):
     """Where the loop stands.
 
     Attributes:

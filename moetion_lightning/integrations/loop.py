@@ -26,7 +26,7 @@ __all__ = ["GuidedLoop", "SparseCheckpointing"]
 _NO_MORE = object()
 
 
-class _Position:
+class Position:
     """Where the loop stands.
 
     Attributes:
@@ -102,7 +102,7 @@ class GuidedLoop:
         self._where = where
         self._settings = RunSettings.read(settings, where)
         self._registered: dict[str, Any] = {}
-        self._position = _Position()
+        self._position = Position()
         self._in_epochs = False
         self._iterated = False  # this epoch, or outside of epochs() at all
         self._opened: Run | None = None

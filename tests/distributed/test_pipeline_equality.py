@@ -149,7 +149,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("world", "name"), CASES_OF)
 def test_training_equals_that_of_one_process(world: int, name: str, runs: Any, plain: Any) -> None:
-    """Where the sums have another order, in float64: it leaves about 1e-15, which Adam's division enlarges."""
+    """Where the sums have another order, in float64: it leaves about 1e-15, which Adam's division enlarges.
+
+    The validation loss is float32, and here the mean of the micro-batches' means instead of that of one batch.
+    """
     case = CASES[world][name]
     expected, results = plain(case)
     actual = load(runs(world) / f"{name}.ckpt")
@@ -175,6 +178,7 @@ def test_the_partition_makes_no_difference(name: str, runs: Any) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_rank_knows_the_metrics_and_holds_its_own_stages_only(world: int, runs: Any, plain: Any) -> None:
+    """Metrics of the validation are means over micro-batches, which one process takes over the batch, in float32."""
     name = {2: "1f1b", 3: "decoder"}[world]
     found = [load(runs(world) / f"{name}.rank{rank}") for rank in range(world)]
     _, expected = plain(CASES[world][name])
