@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -409,7 +408,7 @@ print(ours, sorted({"torch", "lightning", "yaml", "jsonargparse"} & set(sys.modu
 
 
 def test_entry_point_costs_next_to_nothing() -> None:
-    """CPU time of a process, as a ratio of medians in one run: the machine may be busy with something else."""
+    """CPU time of a process, as a ratio of the least of three in one run: the machine may be busy with other things."""
     code = """
 import sys, time
 from lightning.fabric.utilities import registry
@@ -421,7 +420,7 @@ Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_mode
 print(("moetion_lightning" in sys.modules), time.process_time())
 """
     seconds: dict[str, list[float]] = {"with": [], "without": []}
-    for _ in range(5):
+    for _ in range(3):
         for kind, measured in seconds.items():
             done = subprocess.run(
                 [sys.executable, "-c", code, kind], capture_output=True, text=True, timeout=120, check=True
@@ -429,4 +428,4 @@ print(("moetion_lightning" in sys.modules), time.process_time())
             loaded, value = done.stdout.split()
             assert loaded == str(kind == "with")
             measured.append(float(value))
-    assert statistics.median(seconds["with"]) <= 1.2 * statistics.median(seconds["without"]), seconds
+    assert min(seconds["with"]) <= 1.2 * min(seconds["without"]), seconds

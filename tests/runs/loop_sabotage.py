@@ -18,7 +18,7 @@ def _position() -> None:
     def restore(self: Any, state: Any) -> None:
         self.load(state)
 
-    loop._Position.restore = restore  # type: ignore[method-assign]
+    loop.Position.restore = restore  # type: ignore[method-assign]
 
 
 def _draws() -> None:
