@@ -78,7 +78,7 @@ def _layout(strategy: Any, module: LightningModule, world_size: int) -> RankLayo
 
 def _local_layers(strategy: Any, parameters: Mapping[str, Any]) -> tuple[MoELayer, ...] | None:
     """The MoE layers with global expert numbers, in rows of this rank's parameters; None where nothing was spread."""
-    if getattr(strategy, "expert_parallel", 1) == 1:
+    if getattr(strategy, "expert_parallel_size", 1) == 1:
         return None
     found = []
     for shard in strategy.expert_layers:

@@ -38,7 +38,7 @@ class ExpertGradients:
         self._groups = groups
         self._handles: list[Any] = []
         self._active = False
-        factor = 1.0 / groups.layout.expert_parallel
+        factor = 1.0 / groups.layout.expert_parallel_size
         for parameter in self._parameters if factor != 1.0 else ():
             # A hook needs `requires_grad` to be registered only; a parameter may be unfrozen later.
             wanted = parameter.requires_grad
@@ -71,7 +71,7 @@ class ExpertGradients:
         Ranks:
             All ranks of the job must make the same calls.
         """
-        if self._active or self._groups.layout.expert_parallel == 1 or not self._parameters:
+        if self._active or self._groups.layout.expert_parallel_size == 1 or not self._parameters:
             yield
             return
         outer = clip_grad._get_total_norm
@@ -96,7 +96,7 @@ class ExpertGradients:
         device = self._parameters[0].device
         part = get_total_norm(own, norm_type, foreach=foreach).to(device, torch.float64)
         # Gathered and not reduced: every rank adds in one order, so that all clip by the same bits.
-        parts = [torch.empty_like(part) for _ in range(self._groups.layout.expert_parallel)]
+        parts = [torch.empty_like(part) for _ in range(self._groups.layout.expert_parallel_size)]
         dist.all_gather(parts, part, group=self._groups.expert)
         rest = get_total_norm(shared, norm_type, foreach=foreach).to(device, torch.float64)
         norm: Tensor = torch.linalg.vector_norm(torch.stack([rest, *parts]), norm_type)

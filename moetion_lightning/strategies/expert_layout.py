@@ -14,17 +14,17 @@ __all__ = ["ExpertGroups", "ExpertLayout"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertLayout:
-    """World = data x expert: global rank ``position + expert_parallel * replica_index``.
+    """World = data x expert: global rank ``position + expert_parallel_size * replica_index``.
 
     Args:
         world_size: Number of ranks.
-        expert_parallel: Ranks that share the experts of each layer among them.
+        expert_parallel_size: Ranks that share the experts of each layer among them.
 
     Raises:
-        ConfigurationError: ``expert_parallel`` does not divide ``world_size``.
+        ConfigurationError: ``expert_parallel_size`` does not divide ``world_size``.
 
     Example:
-        >>> layout = ExpertLayout(world_size=4, expert_parallel=2)
+        >>> layout = ExpertLayout(world_size=4, expert_parallel_size=2)
         >>> layout.expert_ranks(3), layout.replica_ranks(3)
         ((2, 3), (1, 3))
         >>> layout.experts_at(1, num_experts=5)
@@ -32,31 +32,31 @@ class ExpertLayout:
     """
 
     world_size: int
-    expert_parallel: int
+    expert_parallel_size: int
 
     def __post_init__(self) -> None:
-        if self.expert_parallel < 1 or self.world_size % self.expert_parallel:
+        if self.expert_parallel_size < 1 or self.world_size % self.expert_parallel_size:
             raise ConfigurationError(
-                f"MoEtionStrategy(expert_parallel={self.expert_parallel}): it must divide the number of ranks, which "
-                f"is {self.world_size} (devices x num_nodes). Change one of them"
+                f"MoEtionStrategy(expert_parallel_size={self.expert_parallel_size}): it must divide the number of "
+                f"ranks, which is {self.world_size} (devices x num_nodes). Change one of them"
             )
 
     def position(self, global_rank: int) -> int:
         """Place of a rank in its expert-parallel group."""
-        return global_rank % self.expert_parallel
+        return global_rank % self.expert_parallel_size
 
     def expert_ranks(self, global_rank: int) -> tuple[int, ...]:
         """The ranks that, between them, hold each expert once: the expert-parallel group of a rank."""
         first = global_rank - self.position(global_rank)
-        return tuple(range(first, first + self.expert_parallel))
+        return tuple(range(first, first + self.expert_parallel_size))
 
     def replica_ranks(self, global_rank: int) -> tuple[int, ...]:
         """The ranks that hold the same experts as this one: its expert-data group."""
-        return tuple(range(self.position(global_rank), self.world_size, self.expert_parallel))
+        return tuple(range(self.position(global_rank), self.world_size, self.expert_parallel_size))
 
     def experts_at(self, position: int, num_experts: int) -> range:
         """The experts of a layer at a place of the group: one contiguous block, sizes differ by one at most."""
-        size, larger = divmod(num_experts, self.expert_parallel)
+        size, larger = divmod(num_experts, self.expert_parallel_size)
         start = position * size + min(position, larger)
         return range(start, start + size + (position < larger))
 
@@ -83,12 +83,12 @@ class ExpertGroups:
         Ranks:
             All ranks of the job, together; the order of the groups is the same on each.
         """
-        for first in range(0, self.layout.world_size, self.layout.expert_parallel):
+        for first in range(0, self.layout.world_size, self.layout.expert_parallel_size):
             ranks = self.layout.expert_ranks(first)
             group = dist.new_group(list(ranks), timeout=self._timeout)
             if self.global_rank in ranks:
                 self._expert = group
-        for position in range(self.layout.expert_parallel):
+        for position in range(self.layout.expert_parallel_size):
             ranks = self.layout.replica_ranks(position)
             group = dist.new_group(list(ranks), timeout=self._timeout)
             if self.global_rank in ranks:

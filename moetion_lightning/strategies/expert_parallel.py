@@ -22,7 +22,7 @@ __all__ = ["ExpertShards", "ShardedLayer", "plan_layers"]
 
 _logger = logging.getLogger(__name__)
 _OTHERWISE = (
-    "Train without expert parallelism (expert_parallel=1), or shard the parameters with Lightning's "
+    "Train without expert parallelism (expert_parallel_size=1), or shard the parameters with Lightning's "
     "ModelParallelStrategy (FSDP2)"
 )
 
@@ -60,7 +60,7 @@ def plan_layers(
         specs: The user's descriptions of layers.
 
     Returns:
-        The layers. With ``expert_parallel=1`` those whose experts are modules, which may have no gradient in an
+        The layers. With ``expert_parallel_size=1`` those whose experts are modules, which may have no gradient in an
         iteration; all other parameters are left to data parallelism.
 
     Raises:
@@ -72,7 +72,7 @@ def plan_layers(
         kind = _kind_of(module, layer)
         if kind == "list":
             kinds.append((layer, "list"))
-        elif layout.expert_parallel == 1:
+        elif layout.expert_parallel_size == 1:
             continue  # whole on every rank: left to DDP
         elif kind == "fused":
             kinds.append((layer, "fused"))
@@ -80,25 +80,25 @@ def plan_layers(
             _logger.warning("%s stays whole on every rank: %s", layer.name, kind)
         else:
             raise ConfigurationError(f"expert parallelism: MoE layer {layer.name!r}: {kind}. {_OTHERWISE}")
-    if not kinds and layout.expert_parallel > 1:
+    if not kinds and layout.expert_parallel_size > 1:
         seen = ", ".join(f"{layer.name} ({layer.source})" for layer in found) or "nothing"
         containers = [f"{n} ({type(m).__name__})" for n, m in module.named_modules() if isinstance(m, nn.ModuleList)]
         raise ConfigurationError(
-            f"MoEtionStrategy(expert_parallel={layout.expert_parallel}): no MoE layer that can be spread in "
+            f"MoEtionStrategy(expert_parallel_size={layout.expert_parallel_size}): no MoE layer that can be spread in "
             f"{type(module).__name__}; discovery saw {seen}. Its ModuleLists are {containers[:8]}. Describe the layers "
-            f"with MoEtionStrategy(specs=[MoESpec(block=..., experts=..., router=...)]), or use expert_parallel=1"
+            f"with MoEtionStrategy(specs=[MoESpec(block=..., experts=..., router=...)]), or use expert_parallel_size=1"
         )
-    if layout.expert_parallel > 1:
+    if layout.expert_parallel_size > 1:
         _check_structure(module, kinds)
     position = layout.position(global_rank)
     plan = []
     for layer, kind in kinds:
-        if layer.num_experts < layout.expert_parallel:
+        if layer.num_experts < layout.expert_parallel_size:
             raise ConfigurationError(
-                f"MoEtionStrategy(expert_parallel={layout.expert_parallel}): MoE layer {layer.name!r} has only "
-                f"{layer.num_experts} experts; every rank of a group needs at least one"
+                f"MoEtionStrategy(expert_parallel_size={layout.expert_parallel_size}): MoE layer {layer.name!r} has "
+                f"only {layer.num_experts} experts; every rank of a group needs at least one"
             )
-        blocks = tuple(layout.experts_at(p, layer.num_experts) for p in range(layout.expert_parallel))
+        blocks = tuple(layout.experts_at(p, layer.num_experts) for p in range(layout.expert_parallel_size))
         owned = blocks[position]
         pieces = [piece.parameter for e in (owned if kind == "list" else [0]) for piece in layer.experts[e]]
         plan.append(
@@ -226,7 +226,7 @@ class ExpertShards:
 
     def take(self) -> None:
         """Keep this rank's experts only, and let the layers exchange tokens. Harmless if done already."""
-        if self.taken or self._groups.layout.expert_parallel == 1:
+        if self.taken or self._groups.layout.expert_parallel_size == 1:
             return
         self.taken = True
         for layer in self.layers:

@@ -28,7 +28,7 @@ def _gather_layer(layer: ShardedLayer, own: Entries, groups: ExpertGroups, devic
         own,
         *(
             receive_entries(dist.get_global_rank(groups.expert, p), device)
-            for p in range(1, groups.layout.expert_parallel)
+            for p in range(1, groups.layout.expert_parallel_size)
         ),
     ]
     if layer.kind == "list":

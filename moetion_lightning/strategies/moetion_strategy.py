@@ -43,11 +43,11 @@ _MARK = "_moetion_expert_parallel"
 class MoEtionStrategy(DDPStrategy):
     """Data parallel training with the experts, or the layers, of an unchanged module spread over ranks.
 
-    **Expert parallel.** The world is ``data x expert``: groups of ``expert_parallel`` neighbouring ranks share the
+    **Expert parallel.** The world is ``data x expert``: groups of ``expert_parallel_size`` neighbouring ranks share the
     experts of every MoE layer among them, in contiguous blocks, and exchange tokens in each forward and backward pass;
-    every other parameter is replicated and averaged over all ranks as by DDPStrategy. With ``expert_parallel=1`` no
-    tokens travel; experts that are modules are still averaged apart from DDP, so that an expert without tokens needs no
-    ``find_unused_parameters``. What it asks of a run with ``expert_parallel > 1``:
+    every other parameter is replicated and averaged over all ranks as by DDPStrategy. With ``expert_parallel_size=1``
+    no tokens travel; experts that are modules are still averaged apart from DDP, so that an expert without tokens needs
+    no ``find_unused_parameters``. What it asks of a run with ``expert_parallel_size > 1``:
 
     - Every rank runs the same number of forward passes of the module, in validation too.
     - Experts act on rows ``[..., width]`` one by one. The forward of a block that calls expert modules runs twice, and
@@ -77,7 +77,7 @@ class MoEtionStrategy(DDPStrategy):
         al. 2021; Zero Bubble, Qi et al. 2024: the schedules of torch.distributed.pipelining.
 
     Args:
-        expert_parallel: Ranks that share the experts; must divide the number of ranks.
+        expert_parallel_size: Ranks that share the experts; must divide the number of ranks.
         specs: Descriptions of MoE layers that are not found by themselves.
         pipeline_parallel_size: Ranks of a pipeline; must divide the number of ranks.
         num_microbatches: Pieces of a batch; None: as many as the pipeline has ranks.
@@ -126,7 +126,7 @@ class MoEtionStrategy(DDPStrategy):
 
     def __init__(
         self,
-        expert_parallel: int = 1,
+        expert_parallel_size: int = 1,
         specs: Sequence[MoESpec] = (),
         *,
         pipeline_parallel_size: int = 1,
@@ -145,7 +145,7 @@ class MoEtionStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> None:
         _check_sizes(
-            expert_parallel=expert_parallel,
+            expert_parallel_size=expert_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
             num_microbatches=1 if num_microbatches is None else num_microbatches,
             chunks_per_rank=chunks_per_rank,
@@ -166,7 +166,7 @@ class MoEtionStrategy(DDPStrategy):
             timeout=timeout,
             **kwargs,
         )
-        self.expert_parallel = expert_parallel
+        self.expert_parallel_size = expert_parallel_size
         self.pipeline_parallel_size = pipeline_parallel_size
         self.num_microbatches = pipeline_parallel_size if num_microbatches is None else num_microbatches
         self.schedule = schedule
@@ -193,12 +193,12 @@ class MoEtionStrategy(DDPStrategy):
     @property
     def layout(self) -> ExpertLayout:
         """Which rank is where; computed, so that it may be asked without process groups."""
-        return ExpertLayout(world_size=self.world_size, expert_parallel=self.expert_parallel)
+        return ExpertLayout(world_size=self.world_size, expert_parallel_size=self.expert_parallel_size)
 
     @property
     def spreads_state(self) -> bool:
         """Whether a rank holds a part of the module only, and ordinary checkpoints are gathered."""
-        return self.expert_parallel > 1
+        return self.expert_parallel_size > 1
 
     @property
     def expert_layers(self) -> tuple[ShardedLayer, ...]:
@@ -271,9 +271,9 @@ class MoEtionStrategy(DDPStrategy):
                 f"{type(module).__name__} holds the experts of one rank only, after training with another "
                 "MoEtionStrategy. Make a new module, and load a checkpoint into it"
             )
-        if self.expert_parallel > 1 and getattr(self.precision_plugin, "scaler", None) is not None:
+        if self.expert_parallel_size > 1 and getattr(self.precision_plugin, "scaler", None) is not None:
             raise ConfigurationError(
-                'precision="16-mixed" with expert_parallel > 1: an overflow in an expert is seen by its own ranks '
+                'precision="16-mixed" with expert_parallel_size > 1: an overflow in an expert is seen by its own ranks '
                 'only, and the others would step. Use precision="bf16-mixed"'
             )
         layout = self.layout
@@ -287,7 +287,7 @@ class MoEtionStrategy(DDPStrategy):
             self._shards.broadcast(self.root_device)
         self._shards.take()
         self._gradients = ExpertGradients(self._shards.expert_parameters(), self._groups)
-        object.__setattr__(module, _MARK, self.expert_parallel > 1)
+        object.__setattr__(module, _MARK, self.expert_parallel_size > 1)
         _logger.info(
             "%d MoE layers; rank %d holds the experts %s",
             len(layers),

@@ -46,10 +46,10 @@ class PipelineStrategy(MoEtionStrategy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.expert_parallel > 1:
+        if self.expert_parallel_size > 1:
             raise ConfigurationError(
-                f"MoEtionStrategy(pipeline_parallel_size={self.pipeline_parallel_size}, expert_parallel="
-                f"{self.expert_parallel}): expected one of them, not both together. Set the other one to 1"
+                f"MoEtionStrategy(pipeline_parallel_size={self.pipeline_parallel_size}, expert_parallel_size="
+                f"{self.expert_parallel_size}): expected one of them, not both together. Set the other one to 1"
             )
         if self._ddp_kwargs:
             _logger.warning(

@@ -137,7 +137,7 @@ def fit(case: dict[str, Any], out: Path, world: int, checkpoints: Path | None = 
 
         # A rank without any real token has no gradient for its gate: as under DDP, that must be announced.
         options = {"find_unused_parameters": True} if case.get("padded") else {}
-        strategy = MoEtionStrategy(expert_parallel=case["ep"], process_group_backend="gloo", **options)
+        strategy = MoEtionStrategy(expert_parallel_size=case["ep"], process_group_backend="gloo", **options)
     manual = case.get("manual", False)
     data = make_data(case)
     callbacks = [Rebuild()] if case.get("rebuild") else []

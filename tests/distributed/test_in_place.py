@@ -82,7 +82,7 @@ def test_all_die(drill: Drill) -> None:
     check(drill, DDP, kills)
 
 
-MOETION: dict[str, Any] = {"ranks": 2, "strategy": "moetion", "expert_parallel": 2}
+MOETION: dict[str, Any] = {"ranks": 2, "strategy": "moetion", "expert_parallel_size": 2}
 
 
 @pytest.mark.parametrize("phase", ["before the step", "after the step", "validation"])

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("workers") / "scenario.py"
 #: Experts that only one rank has, on each of two nodes; slow enough to be met in the middle.
 SPEC: dict[str, Any] = {
-    "ranks": 2, "samples": 64, "epochs": 6, "strategy": "moetion", "expert_parallel": 2,
+    "ranks": 2, "samples": 64, "epochs": 6, "strategy": "moetion", "expert_parallel_size": 2,
     "policy_args": {"window": 3}, "slow_sink": "IterationFinished",
 }  # fmt: skip
 

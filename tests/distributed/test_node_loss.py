@@ -59,7 +59,7 @@ def test_fsdp2(drill: Drill) -> None:
 @pytest.mark.parametrize(("hosts", "lost"), [("aabb", [0, 1]), ("abab", [0, 2])])
 def test_expert_parallel(drill: Drill, hosts: str, lost: list[int]) -> None:
     """Ranks 0, 1 and 2, 3 share the experts: within a host, and across hosts."""
-    check_loss(drill, {**PAIRS, "strategy": "moetion", "expert_parallel": 2, "hosts": [*hosts]}, 0, lost)
+    check_loss(drill, {**PAIRS, "strategy": "moetion", "expert_parallel_size": 2, "hosts": [*hosts]}, 0, lost)
 
 
 def test_last_window_was_not_copied_yet(drill: Drill) -> None:

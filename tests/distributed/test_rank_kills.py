@@ -16,7 +16,13 @@ DDP: dict[str, Any] = {"ranks": 3, "strategy": "ddp", "samples": 36, "block": "f
 #: The third rank's shard of each fused parameter is empty.
 FSDP2: dict[str, Any] = {"ranks": 3, "strategy": "fsdp2", "samples": 36, "block": "fused"}
 #: Two ranks that share the experts; the rest is replicated.
-EXPERTS: dict[str, Any] = {"ranks": 2, "strategy": "moetion", "expert_parallel": 2, "samples": 24, "block": "fused"}
+EXPERTS: dict[str, Any] = {
+    "ranks": 2,
+    "strategy": "moetion",
+    "expert_parallel_size": 2,
+    "samples": 24,
+    "block": "fused",
+}
 STRATEGIES = {"ddp": DDP, "fsdp2": FSDP2, "experts": EXPERTS}
 
 LATE = {"hook": "before_step", "step": 7}
@@ -81,8 +87,8 @@ def test_a_second_death_while_restoring_changes_nothing(drill: Drill, strategy: 
 @pytest.mark.parametrize(
     "spec",
     [
-        {"ranks": 4, "strategy": "moetion", "expert_parallel": 2, "samples": 48, "block": "fused"},
-        {"ranks": 4, "strategy": "moetion", "expert_parallel": 2, "samples": 48},
+        {"ranks": 4, "strategy": "moetion", "expert_parallel_size": 2, "samples": 48, "block": "fused"},
+        {"ranks": 4, "strategy": "moetion", "expert_parallel_size": 2, "samples": 48},
         {"ranks": 4, "strategy": "ddp", "samples": 48},
     ],
     ids=["experts-fused", "experts-list", "ddp"],

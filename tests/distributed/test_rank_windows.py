@@ -16,7 +16,7 @@ from tests.runs.drill import Drill, differences, read_events, replica_difference
 pytestmark = pytest.mark.slow
 
 DDP: dict[str, Any] = {"ranks": 2, "strategy": "ddp", "samples": 24, "epochs": 6, "block": "fused"}
-EXPERTS: dict[str, Any] = {**DDP, "strategy": "moetion", "expert_parallel": 2}
+EXPERTS: dict[str, Any] = {**DDP, "strategy": "moetion", "expert_parallel_size": 2}
 FSDP2: dict[str, Any] = {"ranks": 2, "strategy": "fsdp2", "samples": 24, "epochs": 6, "block": "fused"}
 
 #: Each rank is a failure domain of its own, and keeps a copy of the other one's windows.

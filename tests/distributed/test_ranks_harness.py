@@ -22,7 +22,7 @@ DDP2: dict[str, Any] = {"ranks": 2, "strategy": "ddp", "block": "list"}
 DDP3: dict[str, Any] = {"ranks": 3, "strategy": "ddp", "block": "fused", "samples": 30}
 FSDP2: dict[str, Any] = {"ranks": 2, "strategy": "fsdp2", "block": "list"}
 FSDP3: dict[str, Any] = {"ranks": 3, "strategy": "fsdp2", "block": "fused", "samples": 30}
-EXPERT_PARALLEL: dict[str, Any] = {"ranks": 2, "strategy": "moetion", "expert_parallel": 2, "block": "fused"}
+EXPERT_PARALLEL: dict[str, Any] = {"ranks": 2, "strategy": "moetion", "expert_parallel_size": 2, "block": "fused"}
 ALL = pytest.mark.parametrize(
     "spec", [DDP2, DDP3, FSDP2, FSDP3, EXPERT_PARALLEL], ids=["ddp2", "ddp3", "fsdp2-2", "fsdp2-3", "moetion"]
 )

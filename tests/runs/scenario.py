@@ -69,7 +69,7 @@ DEFAULTS: dict[str, Any] = {
     "ranks": 1,
     "strategy": "",
     "strategy_args": {},
-    "expert_parallel": 1,
+    "expert_parallel_size": 1,
     "pipeline": {},  # settings of a pipeline, for the strategy "moetion"
     "boundary_log": None,  # settings of StageBoundaryLogging
     "num_layers": 6,
@@ -173,7 +173,7 @@ def _strategy(spec: dict[str, Any]) -> Any:
     if spec["strategy"] == "moetion":
         from moetion_lightning.strategies import MoEtionStrategy
 
-        return MoEtionStrategy(expert_parallel=spec["expert_parallel"], **spec["pipeline"], **common, **given)
+        return MoEtionStrategy(expert_parallel_size=spec["expert_parallel_size"], **spec["pipeline"], **common, **given)
     raise ValueError(f"strategy {spec['strategy']!r}: expected 'ddp', 'fsdp2' or 'moetion'")
 
 

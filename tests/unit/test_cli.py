@@ -292,7 +292,7 @@ def test_strategy_of_ours_takes_its_arguments_from_the_command_line(
     assert done.value.code == 0
     given = yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"]["init_args"]
     assert (given["pipeline_parallel_size"], given["num_microbatches"], given["schedule"]) == (2, 4, "gpipe")
-    assert (given["expert_parallel"], given["balance"]) == (1, "parameters")
+    assert (given["expert_parallel_size"], given["balance"]) == (1, "parameters")
 
 
 def test_jobs_of_an_empty_machine(memory_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def groups() -> Iterator[ExpertGroups]:
     """The groups of a job of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        groups = ExpertGroups(ExpertLayout(world_size=1, expert_parallel=1), 0, None)
+        groups = ExpertGroups(ExpertLayout(world_size=1, expert_parallel_size=1), 0, None)
         groups.build()
         yield groups
     finally:
@@ -67,7 +67,7 @@ def groups() -> Iterator[ExpertGroups]:
 
 def test_layout_gives_every_expert_to_one_rank_of_each_group() -> None:
     for world, ep, num_experts in [(1, 1, 4), (4, 2, 8), (8, 4, 6), (6, 3, 3)]:
-        layout = ExpertLayout(world_size=world, expert_parallel=ep)
+        layout = ExpertLayout(world_size=world, expert_parallel_size=ep)
         blocks = [layout.experts_at(position, num_experts) for position in range(ep)]
         assert [e for block in blocks for e in block] == list(range(num_experts))
         assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
@@ -79,14 +79,14 @@ def test_layout_gives_every_expert_to_one_rank_of_each_group() -> None:
 
 
 def test_expert_parallel_must_divide_the_ranks() -> None:
-    with pytest.raises(ConfigurationError, match=r"expert_parallel=3.*divide the number of ranks, which is 4"):
-        ExpertLayout(world_size=4, expert_parallel=3)
+    with pytest.raises(ConfigurationError, match=r"expert_parallel_size=3.*divide the number of ranks, which is 4"):
+        ExpertLayout(world_size=4, expert_parallel_size=3)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, "2"])
 def test_expert_parallel_must_be_a_count(value: Any) -> None:
-    with pytest.raises(ConfigurationError, match="expert_parallel="):
-        MoEtionStrategy(expert_parallel=value)
+    with pytest.raises(ConfigurationError, match="expert_parallel_size="):
+        MoEtionStrategy(expert_parallel_size=value)
 
 
 def test_importing_registers_the_strategy() -> None:
@@ -139,7 +139,7 @@ def test_random_numbers_of_experts_are_drawn_once(groups: ExpertGroups) -> None:
 
 def test_loss_scaling_is_refused() -> None:
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    strategy = MoEtionStrategy(expert_parallel=2, precision_plugin=plugin)
+    strategy = MoEtionStrategy(expert_parallel_size=2, precision_plugin=plugin)
     with pytest.raises(ConfigurationError, match=r'precision="16-mixed".*Use precision="bf16-mixed"'):
         strategy._spread(LightningModule())
 
@@ -176,8 +176,8 @@ def test_block_that_changes_its_input_is_refused(groups: ExpertGroups) -> None:
         block(torch.randn(3, 6))
 
 
-def refusal(module: nn.Module, expert_parallel: int = 2) -> str:
-    layout = ExpertLayout(world_size=expert_parallel, expert_parallel=expert_parallel)
+def refusal(module: nn.Module, expert_parallel_size: int = 2) -> str:
+    layout = ExpertLayout(world_size=expert_parallel_size, expert_parallel_size=expert_parallel_size)
     with pytest.raises(ConfigurationError) as caught:
         plan_layers(module, layout, 0)
     return str(caught.value)
@@ -191,7 +191,7 @@ def test_module_without_experts_is_refused_with_what_was_seen() -> None:
 
 
 def test_more_ranks_than_experts_are_refused() -> None:
-    assert "has only 4 experts" in refusal(Outer(Block()), expert_parallel=5)
+    assert "has only 4 experts" in refusal(Outer(Block()), expert_parallel_size=5)
 
 
 def test_tied_experts_are_refused() -> None:
@@ -241,7 +241,7 @@ def test_batch_normalization_in_experts_is_refused() -> None:
 
 
 def test_without_expert_parallelism_experts_that_are_modules_are_planned_and_others_left() -> None:
-    layout = ExpertLayout(world_size=2, expert_parallel=1)
+    layout = ExpertLayout(world_size=2, expert_parallel_size=1)
     (layer,) = plan_layers(Outer(ByteMoELayer(8, 16, 4, 2)), layout, 1)
     assert (layer.kind, layer.owned) == ("list", range(4))
     assert plan_layers(Outer(nn.Linear(4, 4)), layout, 0) == ()
@@ -285,7 +285,7 @@ def test_recorder_of_norms_is_told_the_norm_that_clips(groups: ExpertGroups, mon
     shared, expert = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4))
     gradients = ExpertGradients({"expert": expert}, groups)
     # One rank that counts as two: what it gathers is its own part twice.
-    layout = ExpertLayout(world_size=2, expert_parallel=2)
+    layout = ExpertLayout(world_size=2, expert_parallel_size=2)
     monkeypatch.setattr(groups, "layout", layout)
     monkeypatch.setattr(dist, "all_gather", lambda parts, part, group: [p.copy_(part) for p in parts])
     shared.grad, expert.grad = torch.full((3,), 2.0), torch.full((4,), 1.0)

@@ -52,7 +52,10 @@ def strategy(world_size: int = 1, rank: int = 0, **settings: Any) -> PipelineStr
             {"schedule": "interleaved_1f1b", "chunks_per_rank": 2, "num_microbatches": 5},
             ["num_microbatches=5", "a multiple of pipeline_parallel_size=2"],
         ),
-        ({"expert_parallel": 2}, ["pipeline_parallel_size=2, expert_parallel=2", "not both", "Set the other one to 1"]),
+        (
+            {"expert_parallel_size": 2},
+            ["pipeline_parallel_size=2, expert_parallel_size=2", "not both", "Set the other one to 1"],
+        ),
         ({"balance": "memory"}, ["balance='memory'", "'parameters', 'time', or the first layer of each stage"]),
     ],
 )
@@ -65,7 +68,9 @@ def test_settings_that_contradict_each_other_are_refused_at_construction(
     assert all(part in str(raised.value) for part in parts), raised.value
 
 
-@pytest.mark.parametrize("name", ["pipeline_parallel_size", "num_microbatches", "chunks_per_rank", "expert_parallel"])
+@pytest.mark.parametrize(
+    "name", ["pipeline_parallel_size", "num_microbatches", "chunks_per_rank", "expert_parallel_size"]
+)
 @pytest.mark.parametrize("value", [0, -1, True, False, 2.0, "2"])
 def test_sizes_are_counts(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError) as raised:
