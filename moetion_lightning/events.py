@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from moetion_lightning.errors import ConfigurationError
+
 __all__ = [
     "CaptureFinished",
     "CaptureProgress",
@@ -342,13 +344,22 @@ class JsonlSink:
     Args:
         path: File to append to; created with mode 0600. Several processes may append to the same.
         rank: Noted in every line, unless None.
+
+    Raises:
+        ConfigurationError: The file cannot be made, or not be written to.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, rank: int | None = None) -> None:
         self.path = Path(path)
         self._who: dict[str, Any] = {"pid": os.getpid()} if rank is None else {"pid": os.getpid(), "rank": rank}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError as error:
+            raise ConfigurationError(
+                f"events_path={str(path)!r}: cannot append to this file: {error.strerror or error}. Give the path of a "
+                "file, new or existing, in a folder where this user may write."
+            ) from error
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:

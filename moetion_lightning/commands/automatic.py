@@ -36,47 +36,49 @@ def for_trainer(setting: str) -> list[Callback]:
     return [Automatic(ours, setting), *others] if ours else others
 
 
-def callbacks_of(setting: str) -> list[Callback]:
+def callbacks_of(setting: str, source: str = AUTOMATIC_VARIABLE) -> list[Callback]:
     """The callbacks that a setting names.
 
     Args:
         setting: ``1`` or ``default`` for ``SparseExpertCheckpoint()``; the name of a recipe; or the path of a YAML file
             with ``trainer.callbacks`` or ``callbacks``, written as for LightningCLI.
+        source: What gives the setting, for messages.
 
     Raises:
         ConfigurationError: There is no such recipe or file, or it has no callbacks, or one of them cannot be made.
     """
     if setting.lower() in _DEFAULT:
         return [SparseExpertCheckpoint()]
-    path = _path(setting)
     try:
+        path = _path(setting)
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{AUTOMATIC_VARIABLE}={setting!r}: {error}") from error
+    except (OSError, yaml.YAMLError, ConfigurationError) as error:
+        raise ConfigurationError(f"{source}={setting!r}: {error}") from error
     content = content if isinstance(content, dict) else {}
     trainer = content.get("trainer")
     entries = content.get("callbacks") or (trainer.get("callbacks") if isinstance(trainer, dict) else None)
     if not entries:
         raise ConfigurationError(
-            f"{AUTOMATIC_VARIABLE}={setting!r}: {path} has no callbacks; expected `trainer: callbacks: [...]` as for "
+            f"{source}={setting!r}: {path} has no callbacks; expected `trainer: callbacks: [...]` as for "
             "LightningCLI, or a list `callbacks:`"
         )
     return _instantiate(entries if isinstance(entries, list) else [entries], path)
 
 
-def loop_settings(setting: str) -> dict[str, Any]:
+def loop_settings(setting: str, source: str = AUTOMATIC_VARIABLE) -> dict[str, Any]:
     """The keyword settings of the adapters of other frameworks that say the same as the capturing callback.
 
     Args:
         setting: As for :func:`callbacks_of`.
+        source: As for :func:`callbacks_of`.
 
     Raises:
         ConfigurationError: None of the callbacks captures, or as for :func:`callbacks_of`.
     """
-    capturing = [c for c in callbacks_of(setting) if isinstance(c, EngineCallback) and c.captures()]
+    capturing = [c for c in callbacks_of(setting, source) if isinstance(c, EngineCallback) and c.captures()]
     if len(capturing) != 1:
         raise ConfigurationError(
-            f"{AUTOMATIC_VARIABLE}={setting!r}: {len(capturing)} of its callbacks capture; expected one of "
+            f"{source}={setting!r}: {len(capturing)} of its callbacks capture; expected one of "
             "SparseExpertCheckpoint, PartialExpertsCheckpoint, DenseInMemoryCheckpoint"
         )
     return {name: value for name, value in capturing[0].engine_settings().items() if name not in _OF_THE_WINDOW}

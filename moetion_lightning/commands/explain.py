@@ -63,7 +63,7 @@ def explain(args: Sequence[str]) -> int:
         epilog="Further arguments override fields of a recipe or file, e.g. --model.init_args.num_experts 16",
     )
     parser.add_argument("target", help="recipe:NAME, FILE.yaml, or package.module:ClassOrFactory")
-    parser.add_argument("--init", metavar="JSON", default="{}", help="arguments of an importable class or factory")
+    parser.add_argument("--init", metavar="JSON", help="arguments of an importable class or factory")
     parser.add_argument("--meta", action="store_true", help="build an importable module without memory (meta device)")
     parser.add_argument("--window", type=int, default=4, help="iterations of a window (4)")
     parser.add_argument("--all", action="store_true", help="one line for each operator, however many there are")
@@ -72,6 +72,11 @@ def explain(args: Sequence[str]) -> int:
     target: str = options.target
     stages = ""
     if target.startswith(PREFIX) or target.endswith((".yaml", ".yml")):
+        if options.init is not None or options.meta:
+            parser.error(
+                "--init and --meta are for an importable class or factory; override a field of a recipe or file by its "
+                "name, e.g. --model.init_args.num_experts 16"
+            )
         path = recipe_path(target) if target.startswith(PREFIX) else Path(target)
         if not path.is_file():
             raise ConfigurationError(f"no such file: {path}")
@@ -86,7 +91,8 @@ def explain(args: Sequence[str]) -> int:
             parser.error(f"unrecognized arguments: {' '.join(overrides)} (arguments of a class go into --init)")
         from moetion_lightning.core.explain import explain as explain_module
 
-        result = explain_module(load_module(target, options.init, meta=options.meta), window=options.window)
+        init = "{}" if options.init is None else options.init
+        result = explain_module(load_module(target, init, meta=options.meta), window=options.window)
     from moetion_lightning.core.explain import format_explanation
 
     print(format_explanation(result, max_rows=None if options.all else 60))
@@ -148,6 +154,9 @@ def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4
             in this process alone.
         overrides: Further command-line arguments.
         window: Iterations of the window.
+
+    Raises:
+        ConfigurationError: It cannot be read, or configures no model.
     """
     import yaml
     from lightning.pytorch.cli import LightningCLI
@@ -155,7 +164,12 @@ def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4
     from moetion_lightning.commands.observer import OperatorObserver
     from moetion_lightning.commands.train import program_arguments
 
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read as YAML: {error}. Correct it, or give another file."
+        ) from error
     if not isinstance(config, dict) or "model" not in config:
         raise ConfigurationError(f"{path} has no `model:`; expected a configuration of `moetion fit`")
     config.pop("ckpt_path", None)

@@ -43,6 +43,12 @@ def _copy(path: Path, folder: Path) -> Path:
     target = folder / path.name
     if target.exists():
         raise ConfigurationError(f"{target} exists already; remove it, or copy into another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    except OSError as error:
+        raise ConfigurationError(
+            f"--copy {folder}: cannot write {path.name} there: {error.strerror or error}. Give a folder, new or "
+            "existing, where this user may write."
+        ) from error
     return target

@@ -7,9 +7,10 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moetion_lightning.config import AUTOMATIC_VARIABLE, automatic_setting, update_environment
-from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.errors import ConfigurationError, MoEtionError
 
 __all__ = ["run"]
 
@@ -23,6 +24,12 @@ Run a training script without changing a line of it. After a failure, the same c
 Models, optimizers, schedulers, random numbers and data come back bit for bit. The variables of a hand-written loop do
 not: a loop that decides by counters of its own continues exactly only with moetion_lightning.integrations.attach().
 Several processes: torchrun --nproc-per-node 2 -m moetion_lightning run train.py, or accelerate launch -m likewise.
+"""
+_DONE_BEFORE = """\
+moetion run: this error came in a part of the script that was done before the restart: its passes over the training
+dataloader gave no batches, so code that uses values of their batches (loss.item(), total / n) cannot be repeated. The
+windows are kept: without that code the same command continues. Or start anew, with another MOETION_JOB_ID and a loop
+over run.steps(...) of run = moetion_lightning.attach(accelerator), which enters no pass that is done.
 """
 
 
@@ -43,7 +50,7 @@ def run(args: Sequence[str]) -> int:
     from moetion_lightning.integrations.zero_lines import ZeroLines
 
     try:
-        settings = loop_settings(setting)
+        settings = loop_settings(setting, "--config" if options.config else AUTOMATIC_VARIABLE)
         if not options.module and not Path(options.script).is_file():
             raise ConfigurationError(f"{options.script!r} is no file; for a module write `moetion run -m MODULE`")
     except ConfigurationError as error:
@@ -59,6 +66,10 @@ def run(args: Sequence[str]) -> int:
     except SystemExit as end:
         completed = end.code in (None, 0)
         raise
+    except Exception as error:
+        if zero_lines.on_the_way and not isinstance(error, MoEtionError):
+            _say_after_traceback(_DONE_BEFORE)
+        raise
     finally:
         zero_lines.finish(completed=completed)
     return 0
@@ -72,6 +83,17 @@ def _execute(script: str, arguments: Sequence[str], *, is_module: bool) -> None:
     else:
         sys.path[0] = str(Path(script).resolve().parent)
         runpy.run_path(script, run_name="__main__")
+
+
+def _say_after_traceback(text: str) -> None:
+    show = sys.excepthook
+
+    def show_and_say(*error: Any) -> None:
+        sys.excepthook = show
+        show(*error)
+        sys.stderr.write(text)
+
+    sys.excepthook = show_and_say
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from moetion_lightning.core.operators import Operator, OperatorKind, Piece
 from moetion_lightning.core.state import LiveState, read_slot, write_active
 from moetion_lightning.distributed.live_copy import receive_state, send_state
+from moetion_lightning.engine.static_state import whole_operators
 
 __all__ = ["exchange_model_state"]
 
@@ -22,13 +22,8 @@ def exchange_model_state(live: LiveState, sources: Sequence[int | None], rank: i
         rank: This rank.
     """
     device = next((weight.device for weight in map(live.weight, live.parameters)), torch.device("cpu"))
-    trainable = live.trainable()
-    operators = [
-        Operator(name=name, kind=OperatorKind.SHARED, pieces=(Piece(parameter=name),))
-        for name in trainable
-        if live.weight(name).numel()
-    ]
-    static = [name for name in live.parameters if name not in trainable]
+    operators = whole_operators(live, live.parameters)
+    static = [name for name in live.parameters if name not in live.owner]
     for receiver, source in enumerate(sources):
         if source == rank:
             slot = read_slot(live, operators, (), {})

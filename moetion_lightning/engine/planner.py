@@ -14,8 +14,8 @@ from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, Sizes, S
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.ranks import Agreed, RankLayout, Ranks
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
-from moetion_lightning.engine.run_state import static_sample
 from moetion_lightning.engine.shares import Shares
+from moetion_lightning.engine.static_state import read_static, static_digest
 from moetion_lightning.engine.tiers import Tiers
 from moetion_lightning.engine.token_counts import TokenCounts
 from moetion_lightning.engine.writer import WindowHeader
@@ -229,13 +229,13 @@ class WindowPlanner:
         )
 
     def static_part(self) -> FlatTree | None:
-        """Parameters that never train (copied), unless the window before holds them as they are."""
+        """Parameters that do not train (copied), unless the window before holds them as they are."""
         names = self.operators.static
-        digest = static_sample(self._live, names)
+        digest = static_digest(self._live, names)
         if digest == self._static_digest:
             return None
         self._static_digest = digest
-        return flatten_tree({n: self._live.weight(n) for n in names}, clone=True)
+        return flatten_tree(read_static(self._live, names), clone=True)
 
     def forget_static(self) -> None:
         """The window that held the parameters that never train was given up."""

@@ -16,6 +16,7 @@ from moetion_lightning.core.local import local
 from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.reconstruct import CarriedSlot, SavedSlot
 from moetion_lightning.core.state import LiveState, TensorLoader
+from moetion_lightning.engine.static_state import write_static
 from moetion_lightning.errors import ForeignWindowError
 from moetion_lightning.store.format import Manifest, SnapshotLayout
 from moetion_lightning.store.tier import Tier
@@ -135,11 +136,11 @@ class RestorePoint:
             self._run_state = load_tree(self._path(self.manifest.rest), resolve=self._resolve)
         return self._run_state
 
-    def static(self) -> dict[str, Tensor]:
-        """Parameters that never train, by name."""
+    def static(self) -> dict[str, Any]:
+        """What :func:`~.static_state.read_static` gave; empty if everything trains."""
         if self.manifest.static is None:
             return {}
-        tree: dict[str, Tensor] = load_tree(self._path(self.manifest.static))
+        tree: dict[str, Any] = load_tree(self._path(self.manifest.static))
         return tree
 
     def check_model(self, named_parameters: Mapping[str, Tensor], *, dtypes: bool = True) -> None:
@@ -173,7 +174,8 @@ class RestorePoint:
         dtype, shape = self.manifest.extra["parameters"][name]
         static = self._static_cache()
         if name in static:
-            return static[name]
+            value: Tensor = static[name]
+            return value
         result = torch.empty(shape, dtype=getattr(torch, dtype))
         for prefix, piece, load in self._pieces.get(name, ()):
             piece.of(result).copy_(load(f"{prefix}:{piece.key}"))
@@ -193,12 +195,12 @@ class RestorePoint:
         return found
 
     def apply_static(self, live: LiveState) -> None:
-        """Put parameters that never train back."""
-        with torch.no_grad():
-            for name, value in self.static().items():
-                live.weight(name).copy_(value)
+        """Put parameters that do not train back, with what an optimizer keeps of them."""
+        static = self.static()
+        if static:
+            write_static(live, static)
 
-    def _static_cache(self) -> dict[str, Tensor]:
+    def _static_cache(self) -> dict[str, Any]:
         if ("static",) not in self._views:
             self._views["static",] = self.static()
         return self._views["static",]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -19,9 +18,7 @@ from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.restore import PARAMETER_REFERENCE, RestorePoint
 from moetion_lightning.errors import ForeignWindowError
 
-__all__ = ["EngineState", "capture_run_state", "static_sample"]
-
-_SAMPLE_ELEMENTS = 4096
+__all__ = ["EngineState", "capture_run_state"]
 
 
 def capture_run_state(
@@ -50,6 +47,7 @@ def capture_run_state(
         "rng": get_rng(generators),
         "buffers": read_buffers(live.module),
         "metrics": _read_metrics(live.module),
+        "optimizers": [type(optimizer).__name__ for optimizer in live.optimizers],
         "groups": [[_read_group(group, names) for group in opt.param_groups] for opt in live.optimizers],
         # Optimizers may keep state that belongs to no parameter.
         "optimizer_extra": [{k: v for k, v in o.state.items() if not isinstance(k, Tensor)} for o in live.optimizers],
@@ -103,7 +101,7 @@ class EngineState:
         """Put back which parameters train, in which groups, and which modules are in training mode: before all values.
 
         Raises:
-            ForeignWindowError: The run has another number of optimizers.
+            ForeignWindowError: The run has other optimizers.
         """
         wanted = set(self.tree["requires_grad"])
         for name, parameter in live.parameters.items():
@@ -111,10 +109,11 @@ class EngineState:
         training = set(self.tree["training"])
         for name, module in live.module.named_modules():
             module.training = name in training
-        if len(self.tree["groups"]) != len(live.optimizers):
+        ours = [type(optimizer).__name__ for optimizer in live.optimizers]
+        if self.tree["optimizers"] != ours:
             raise ForeignWindowError(
-                f"the window was captured with {len(self.tree['groups'])} optimizers, this run has "
-                f"{len(live.optimizers)}. Undo the change, or start afresh with resume='never' or another job_id."
+                f"the window was captured with the optimizers {', '.join(self.tree['optimizers'])}, this run has "
+                f"{', '.join(ours)}. Undo the change, or start afresh with resume='never' or another job_id."
             )
         for optimizer, groups in zip(live.optimizers, self.tree["groups"]):
             while len(optimizer.param_groups) < len(groups):
@@ -171,17 +170,3 @@ def _write_metrics(module: nn.Module, saved: Mapping[str, Any]) -> None:
                     setattr(metric, key, [v.to(metric.device) for v in value])
             metric._update_count = saved[name]["updates"]
             metric._computed = None
-
-
-def static_sample(live: LiveState, names: Sequence[str]) -> str:
-    """Digest of a sample of parameters that should not train.
-
-    In-place updates through ``.data`` (moving-average teachers) leave no trace in version counters, so a few thousand
-    elements of each are looked at: an update of the whole tensor changes them.
-    """
-    digest = xxhash.xxh3_64()
-    for name in names:
-        flat = live.weight(name).reshape(-1)
-        step = max(1, flat.numel() // _SAMPLE_ELEMENTS)
-        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

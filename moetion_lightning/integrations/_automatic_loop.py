@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moetion_lightning.errors import ForeignWindowError
+from moetion_lightning.integrations._automatic_saves import OwnSaves
 from moetion_lightning.integrations._loaders import Followed, follow
 from moetion_lightning.integrations._parts import unwrap_optimizer
 from moetion_lightning.integrations._settings import Settings
@@ -18,6 +19,15 @@ from moetion_lightning.integrations.loop import Position
 __all__ = ["AutomaticLoop"]
 
 _log = logging.getLogger(__name__)
+_AT_ONCE = (
+    "the script iterates several prepared dataloaders at once, as in zip(a, b) or with next(iterator) in a loop, and "
+    "makes optimizer steps: a restart could not continue all of them. Write `run = moetion_lightning.attach("
+    "accelerator)` and `for step, (a, b) in run.steps(first, second, epochs=...)`"
+)
+_NOT_REACHED = (
+    "the script ended before it came to where the window begins that was found: it has trained and saved nothing, and "
+    "the windows are kept. Start it with as many epochs as before, or begin afresh with another MOETION_JOB_ID."
+)
 
 
 class _Place(Position):
@@ -43,7 +53,8 @@ class AutomaticLoop(AcceleratedLoop):
     The script's own variables cannot be taken to where they were: when it is started again, it counts from its
     beginning. Its passes over the training loader that are done give no batch; the one in which the window begins gives
     the rest of its batches. Passes over other loaders between them give one batch: what the script measures there is of
-    no use, and is neither logged nor saved by the accelerator. Passes before the first step are what they were.
+    no use, and is neither logged nor saved (by the accelerator, torch or safetensors). Passes before the first step are
+    what they were.
 
     Args:
         accelerator: The accelerator.
@@ -62,16 +73,28 @@ class AutomaticLoop(AcceleratedLoop):
         self._put_aside()
         raw = [unwrap_optimizer(optimizer) for optimizer in accelerator._optimizers]
         self._on_step = [optimizer.register_step_pre_hook(self._steps_now) for optimizer in raw]
+        self._saves = OwnSaves(lambda: self.on_the_way or self.replaying)
+        if self.on_the_way:
+            self._saves.begin()
 
     @property
     def ended(self) -> bool:
         """Whether nothing is captured any more."""
         return self._ended
 
+    @property
+    def on_the_way(self) -> bool:
+        """Whether the script has still to come to where the window begins that was found."""
+        return not self._ended and self._run.saved is not None
+
     def close(self, *, completed: bool = True) -> None:
-        """See :meth:`GuidedLoop.close`."""
+        """See :meth:`GuidedLoop.close`. A window that the script did not come to is kept."""
         if not self._ended:
+            if completed and self.on_the_way:
+                completed = False
+                _log.warning(_NOT_REACHED)
             self._ended = True
+            self._saves.end()
             for handle in self._on_step:
                 handle.remove()
             for followed in self._followed.values():
@@ -87,13 +110,16 @@ class AutomaticLoop(AcceleratedLoop):
             make: Its own ``__iter__``.
         """
         if self._why_not and not self._ended:
-            _log.warning("%s; nothing is captured any more, and the windows are removed", self._why_not)
-            self.close()
+            self._give_up()
         if self._ended or self._making is loader:
             return make()
         return self._pass(index, loader, make)
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _give_up(self) -> None:
+        _log.warning("%s; nothing is captured any more, and the windows are removed", self._why_not)
+        self.close()
 
     def _open(self, root_dir: str | os.PathLike[str]) -> None:
         self._position: _Place = _Place()
@@ -147,6 +173,7 @@ class AutomaticLoop(AcceleratedLoop):
             self._run.begin(position, autocast=self._autocast())
         elif index == position.index:  # the last pass may have been left in its middle
             self._run.boundary()
+        self._saves_again()
         self._making = loader
         try:
             batches = followed.iterate()
@@ -156,10 +183,26 @@ class AutomaticLoop(AcceleratedLoop):
             for batch in batches:
                 position.step += 1
                 yield batch
-                if index == position.index:
-                    self._run.boundary()
+                self._batch_done(index)
         finally:
             followed.finish()
+
+    def _batch_done(self, index: int) -> None:
+        training = index == self._position.index
+        if training and len(self._within) > 1:
+            self._why_not = _AT_ONCE
+        if self._ended:
+            return
+        if self._why_not:
+            self._give_up()
+        elif training:
+            self._run.boundary()
+            self._saves_again()
+
+    def _saves_again(self) -> None:
+        """The script's own files are written again when the state is whole."""
+        if not (self.on_the_way or self.replaying):
+            self._saves.end()
 
     def _steps_now(self, *args: Any) -> None:
         """An optimizer is about to step."""
@@ -167,6 +210,8 @@ class AutomaticLoop(AcceleratedLoop):
         innermost = self._within[-1] if self._within else -1
         if innermost == -1:
             self._why_not = "the script makes optimizer steps outside of a loop over a prepared dataloader"
+        elif len(self._within) > 1:
+            self._why_not = _AT_ONCE
         elif position.index == -1:
             position.index, position.stepped = innermost, self._passes[innermost]
             position.loaders = [self._followed[innermost]]
@@ -192,6 +237,8 @@ class AutomaticLoop(AcceleratedLoop):
 
         def load_state(*args: Any, **kwargs: Any) -> Any:
             _log.warning("accelerator.load_state() was called: the script restarts by itself, and is not captured")
+            if self.on_the_way:
+                self._run.prefer("accelerator.load_state()")
             self.close()
             return accelerator.load_state(*args, **kwargs)
 

@@ -146,7 +146,8 @@ class _Draws(LoaderPosition):
         )
         if self._draws_again:
             self._stateful = None
-        self._expected = False
+        #: Whether the next pass is the loop's; it begins when the wrapper draws for the first time.
+        self.expected = False
         self._generators_to_come: list[Mapping[str, Any]] = []
         self.records: deque[dict[str, Any]] = deque(maxlen=2)
 
@@ -156,15 +157,15 @@ class _Draws(LoaderPosition):
         Args:
             generators: States to put back before its first draws.
         """
-        self._expected = True
+        self.expected = True
         self._generators_to_come = generators
         self.records.clear()
 
     def iterate(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """See :class:`LoaderPosition`."""
-        if not self._expected:
+        if not self.expected:
             return make()
-        self._expected = False
+        self.expected = False
         return super().iterate(make)
 
     def _skip(self, iterator: Iterator[Any], count: int) -> None:
@@ -211,6 +212,9 @@ class _Wrapped:
 
     def iterate(self) -> Iterator[Any]:
         pending, self._pending = self._pending, None
+        if pending is not None and not pending["begun"]:
+            set_rng(pending["now"], self._position.generators())
+            pending = None
         self._taken = 0 if pending is None else pending["taken"]
         self._epoch_number = getattr(self._loader, self._epoch)
         self._iterating = True
@@ -240,6 +244,7 @@ class _Wrapped:
             records = [r for r in self._position.records if _drawn(r) >= self._taken * self._per_batch]
         return {
             "iterating": self._iterating,
+            "begun": not self._position.expected,
             "epoch": self._epoch_number if self._iterating else getattr(self._loader, self._epoch),
             "taken": self._taken,
             "at_end": self._iterating and self._ahead and bool(self._taken and self._loader.end_of_dataloader),
@@ -254,7 +259,9 @@ class _Wrapped:
         self._position.restore(state["position"])
         if state["iterating"]:
             self._pending = state
-        elif self._position.keeps_workers:
+        if state["iterating"] and state["begun"]:
+            return  # else the last pass is over
+        if self._position.keeps_workers:
             self._position.expect([])
             _exhaust(iter(self._inner))
         else:

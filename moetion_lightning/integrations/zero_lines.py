@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from moetion_lightning.distributed.default_store import default_world
+from moetion_lightning.engine.reporting import show_log_lines
 from moetion_lightning.integrations._after_import import after_import
 from moetion_lightning.integrations._automatic_loop import AutomaticLoop
 from moetion_lightning.integrations._settings import Settings
 
 __all__ = ["ZeroLines"]
 
+_log = logging.getLogger(__name__)
 _LOOP, _INDEX, _ACCELERATOR, _BY_TRAINER = "_moetion_loop", "_moetion_index", "_moetion_accelerator", "_moetion_trainer"
 #: ``DataLoaderAdapter`` answers for its ``__class__`` by a property: this is the attribute itself.
 _CLASS: Any = object.__dict__["__class__"]
@@ -36,11 +43,20 @@ class ZeroLines:
         self._given = dict(settings)
         self._loops: list[AutomaticLoop] = []
         self._classes: dict[type, type] = {}
+        self._accelerator_made = False
+        self._watched = False
+        self._watching: Any = None
 
     def install(self) -> None:
         """Begin: before the script runs."""
         after_import("accelerate.accelerator", self._change_accelerator)
         after_import("transformers.trainer", self._change_trainer)
+        self._watching = register_optimizer_step_pre_hook(self._watch)
+
+    @property
+    def on_the_way(self) -> bool:
+        """Whether a loop has still to come to where the window begins that was found."""
+        return any(loop.on_the_way for loop in self._loops)
 
     def finish(self, *, completed: bool) -> None:
         """The script has ended.
@@ -48,6 +64,8 @@ class ZeroLines:
         Args:
             completed: Whether it came to its own end.
         """
+        if self._watching is not None:
+            self._watching.remove()
         for loop in self._loops:
             loop.close(completed=completed)
 
@@ -57,11 +75,37 @@ class ZeroLines:
             {"policy": copy.deepcopy(self._given["policy"])} if "policy" in self._given else {}
         )
 
+    def _watch(self, optimizer: Optimizer, *args: Any) -> None:
+        """The first optimizer step of all shows whether the script's loop was found."""
+        if not self._watched:
+            self._watched = True
+            if not self._loops and not _is_followed(optimizer):
+                show_log_lines(default_world()[0])
+                _log.warning(self._why_nothing())
+
+    def _why_nothing(self) -> str:
+        if self._accelerator_made:
+            return (
+                "nothing is captured: the script makes an optimizer step, but iterates no dataloader that its "
+                "Accelerator has prepared. Give model, optimizer and dataloader to accelerator.prepare(), and iterate "
+                "what it returns."
+            )
+        return (
+            "nothing is captured: the script makes an optimizer step, but has made neither an Accelerator nor a "
+            "Trainer of Lightning or Hugging Face. In a loop of plain PyTorch, write SparseCheckpointing, with Fabric "
+            "FabricCheckpointing, of moetion_lightning.integrations."
+        )
+
     # --- Accelerate ----------------------------------------------------------------------------------------------
 
     def _change_accelerator(self, module: ModuleType) -> None:
         kind: Any = module.Accelerator
-        prepare = kind.prepare_data_loader
+        init, prepare = kind.__init__, kind.prepare_data_loader
+
+        @functools.wraps(init)
+        def __init__(accelerator: Any, *args: Any, **kwargs: Any) -> None:
+            self._accelerator_made = True
+            init(accelerator, *args, **kwargs)
 
         @functools.wraps(prepare)
         def prepare_data_loader(accelerator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +125,7 @@ class ZeroLines:
                 return accelerator.load_state(*args, **kwargs)
             return load(accelerator, *args, **kwargs)
 
-        kind.prepare_data_loader, kind.load_state = prepare_data_loader, load_state
+        kind.__init__, kind.prepare_data_loader, kind.load_state = __init__, prepare_data_loader, load_state
 
     def _iterated_by_us(self, base: type) -> type:
         if base not in self._classes:
@@ -123,3 +167,9 @@ class ZeroLines:
                 trainer.add_callback(MoEtionTrainerCallback(**self._settings()))
 
         kind.__init__ = __init__
+
+
+def _is_followed(optimizer: Optimizer) -> bool:
+    """Whether something of this package hooks into its steps."""
+    hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+    return any(getattr(hook, "__module__", "").startswith("moetion_lightning.") for hook in hooks)

@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from xml.etree import ElementTree
 
+from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.report.charts import draw_bytes, draw_load, draw_ratio, draw_stalls
 from moetion_lightning.report.drawing import bytes_text, element, seconds_text
 from moetion_lightning.report.failures import Failure
@@ -34,12 +35,18 @@ def write_report(run_dir: Path, out: Path) -> Reading:
         What was read.
 
     Raises:
-        ConfigurationError: There are no events.
+        ConfigurationError: There are no events, or the page cannot be written.
     """
     reading = read_events(run_dir)
     page = make_page(reading, run_dir.resolve().name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(
+            f"{out}: cannot write the report there: {error.strerror or error}. Give the path of a file in a folder "
+            "where this user may write (--out FILE)."
+        ) from error
     return reading
 
 

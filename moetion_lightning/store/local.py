@@ -51,8 +51,11 @@ def make_private_dir(path: Path) -> None:
     with explain_os_errors("create the directory", path):
         for missing in reversed([p for p in (path, *path.parents) if not p.exists()]):
             missing.mkdir(mode=0o700, exist_ok=True)  # parents=True would give parents the umask's mode
-        if not stat.S_ISDIR(os.lstat(path).st_mode):
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode):
             raise StoreError(f"{path}: a symbolic link is in the place of a directory. Remove it.")
+        if not stat.S_ISDIR(mode):
+            raise StoreError(f"{path} is a file; expected a directory, or nothing yet. Give another directory.")
 
 
 @contextlib.contextmanager

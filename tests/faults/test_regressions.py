@@ -32,6 +32,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "weight-norm-bf16": {"module": "weight_norm", "precision": "bf16-mixed"},
     # What trains changes while training.
     "unfreezing": {"module": "unfreezing"},
+    "freezing-for-an-epoch": {"module": "freezing"},
     "finetuning-adds-a-group": {"module": "only_trainable", "callbacks": ["finetuning"]},
     "fixed-statistics": {"module": "fixed_statistics"},
     # Gradients that outlive their iteration.

@@ -70,6 +70,21 @@ def test_killed_trainer_ends_bitwise_equal(drill: Drill, name: str) -> None:
     assert all(event["verified"] for event in read_events(killed, "ReplayFinished"))
 
 
+@pytest.mark.parametrize(
+    "name", ["accumulate-clip-warmup", "augment-workers", "persistent-workers", "bf16", "grouped", "seedable", "stream"]
+)
+def test_window_of_the_last_update_of_an_epoch(drill: Drill, name: str) -> None:
+    """At its first iteration the next pass is begun, and no batch of it is drawn yet."""
+    more = {
+        "grouped": {"args": {"train_sampling_strategy": "group_by_length"}},
+        "seedable": {"args": {"accelerator_config": {"use_seedable_sampler": True}}},
+    }
+    spec = {**PLAIN, **RUNS.get(name, {}), **more.get(name, {}), "policy_args": {"window": 1}}
+    killed = drill.killed(spec, [{"hook": "before_step", "step": 11}, {"hook": "substep", "step": 12}])
+    assert differences(drill.reference(spec), killed) == []
+    assert 11 in {event["iteration"] for event in read_events(killed, "RestoreApplied")}
+
+
 PHASES: dict[str, list[dict[str, Any]]] = {
     "before-first-window": [{"hook": "substep", "step": 1}],
     "between-micro-batches": [{"hook": "substep", "step": 9}],

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, DataLoaderConfiguration
 from torch.utils.data import DataLoader
 
 from moetion_lightning.core.policy import DensePolicy
 from moetion_lightning.errors import ConfigurationError, ForeignWindowError
-from moetion_lightning.integrations import FabricCheckpointing, SparseCheckpointing
+from moetion_lightning.integrations import FabricCheckpointing, SparseCheckpointing, attach
 from moetion_lightning.integrations._gradients import LastingGradients
+from moetion_lightning.integrations.accelerate import _Counters
+from moetion_lightning.integrations.loop import Position
 from moetion_lightning.testing.compare import compare_states
 from tests.runs.drill import ROOT, Drill, differences, read_events, read_steps
 
@@ -103,10 +106,15 @@ class Bench:
         self.memory_dir = memory_dir
         self.runs: list[SparseCheckpointing] = []
 
-    def make(self, model: torch.nn.Module | None = None, **settings: Any) -> SparseCheckpointing:
+    def make(
+        self,
+        model: torch.nn.Module | None = None,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        **settings: Any,
+    ) -> SparseCheckpointing:
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 4) if model is None else model
-        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer = optimizer_class(model.parameters())
         given = {"memory_dir": str(self.memory_dir), "job_id": "bench", "window": 2, **settings}
         run = SparseCheckpointing(model, optimizer, **given)
         self.runs.append(run)
@@ -204,6 +212,14 @@ def test_other_number_of_loaders_is_refused(bench: Bench) -> None:
         next(bench.make().steps([1], [2]))
 
 
+def test_other_optimizer_is_refused(bench: Bench) -> None:
+    run = bench.make()
+    bench.train(run, 6)
+    run.close(completed=False)
+    with pytest.raises(ForeignWindowError, match="captured with the optimizers AdamW, this run has SGD"):
+        bench.train(bench.make(optimizer_class=torch.optim.SGD))
+
+
 def test_loader_of_another_length_is_refused(bench: Bench) -> None:
     run = bench.make()
     bench.train(run, 6)
@@ -232,6 +248,64 @@ def test_moetion_launch_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match="under `moetion launch`.*Start this script with torchrun"):
         bench.make()
+
+
+def test_attach_expects_an_accelerator() -> None:
+    with pytest.raises(ConfigurationError, match=r"attach\(str\): expected an accelerate.Accelerator"):
+        attach("x")  # type: ignore[arg-type]
+
+
+class _Prepared:
+    """A process of an Accelerate script: its loaders, and what is captured beside its objects."""
+
+    def __init__(self, num_loaders: int, **settings: Any) -> None:
+        self.accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**settings))
+        made = [DataLoader(torch.arange(6), batch_size=2) for _ in range(num_loaders)]
+        self.loaders = [self.accelerator.prepare(loader) for loader in made]
+        self.counters = _Counters(self.accelerator, Position())
+
+    def passes(self) -> None:
+        for loader in self.loaders:
+            list(loader)
+
+
+def test_passes_over_other_loaders_are_restored_without_drawing() -> None:
+    before = _Prepared(2, use_stateful_dataloader=True)
+    before.passes()
+    after = _Prepared(2, use_stateful_dataloader=True)
+    generators = torch.get_rng_state()
+    after.counters.load_state_dict(before.counters.state_dict())
+    assert torch.equal(torch.get_rng_state(), generators)
+    assert [loader.iteration for loader in after.loaders] == [1, 1]
+    drawn = []
+    for process in (before, after):
+        torch.set_rng_state(generators)
+        process.passes()
+        drawn.append(torch.rand(()))
+    assert drawn[0] == drawn[1]
+
+
+def test_window_without_other_loaders_still_loads() -> None:
+    state = _Prepared(1).counters.state_dict()
+    del state["loaders"]
+    _Prepared(1).counters.load_state_dict(state)
+
+
+def test_passes_over_other_loaders_that_cannot_be_restored_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    before = _Prepared(2, use_stateful_dataloader=True)
+    left = iter(before.loaders[1])
+    next(left)
+    before.counters.state_dict()
+    before.counters.state_dict()
+    assert caplog.text.count("a pass over prepared loader 1 (DataLoaderShard) was begun and is not at its end") == 1
+    list(left)
+    fresh = _Prepared(1, use_stateful_dataloader=True)
+    fresh.counters.load_state_dict(before.counters.state_dict())
+    assert "prepared loader 1 (not there) may differ after this restart: it is not prepared yet" in caplog.text
+    iterated = _Prepared(1, use_stateful_dataloader=True)
+    iterated.passes()
+    iterated.counters.load_state_dict(_Prepared(1, use_stateful_dataloader=True).counters.state_dict())
+    assert "prepared loader 0 (DataLoaderShard) may differ after this restart: it was iterated before" in caplog.text
 
 
 def test_fabric_callback_says_what_is_missing() -> None:

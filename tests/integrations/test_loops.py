@@ -91,6 +91,25 @@ def test_killed_in_each_phase(drill: Drill, spec: dict[str, Any], phase: str) ->
     assert differences(drill.reference(spec), killed) == []
 
 
+EVALUATIONS: dict[str, dict[str, Any]] = {
+    "stateful": {"accelerate_args": {"use_stateful_dataloader": True}, "evaluate": "shuffle"},
+    "seedable": {"accelerate_args": {"use_seedable_sampler": True}, "evaluate": "shuffle"},
+    "own-generator": {"evaluate": "generator"},
+    "persistent-workers": {"evaluate": "persistent"},
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluation_is_the_same_after_a_kill(drill: Drill, name: str) -> None:
+    """The window begins behind the first evaluation: the restarted process has made none before."""
+    spec = {**ACCELERATE, "form": "epochs", **EVALUATIONS[name]}
+    killed = drill.killed(spec, [{"hook": "backward", "step": 13}])
+    assert [event["iteration"] for event in read_events(killed, "RestoreApplied")] == [9]
+    assert differences(drill.reference(spec), killed) == []
+    said = "prepared loader 1 (DataLoaderShard) may differ after this restart: it has persistent workers"
+    assert (said in (killed / "log").read_text()) == (name == "persistent-workers")
+
+
 def test_partial_policy_says_what_it_lost(drill: Drill) -> None:
     spec = {**PLAIN, "policy": "partial", "policy_args": {"num_experts_per_checkpoint": 1}}
     killed = drill.killed(spec, [{"hook": "backward", "step": 9}])

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from accelerate import Accelerator
 from lightning.pytorch import Callback, Trainer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 from moetion_lightning.callbacks import DenseInMemoryCheckpoint, SparseExpertCheckpoint
 from moetion_lightning.cli import main
@@ -21,6 +26,8 @@ from moetion_lightning.commands.automatic import Automatic, callbacks_of, loop_s
 from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy, SparsePolicy
 from moetion_lightning.entry_points import lightning_callbacks
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.integrations import SparseCheckpointing, zero_lines
+from moetion_lightning.integrations._automatic_loop import AutomaticLoop
 from tests.runs.drill import Drill, read_events, read_logs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,13 +254,179 @@ def test_module_sees_its_own_arguments(tmp_path: Path) -> None:
     assert done.stdout.strip() == "__main__ ['--config', 'theirs']", done.stderr
 
 
+# --- what is told, and what is put aside -----------------------------------------------------------------------------
+
+
+class _Script:
+    """One start of an Accelerate script with two prepared loaders of 4 batches."""
+
+    def __init__(self, memory_dir: Path) -> None:
+        torch.manual_seed(1)
+        self.accelerator = Accelerator(cpu=True)
+        loaders = [DataLoader(torch.ones(4, 2)) for _ in range(2)]
+        model = torch.nn.Linear(2, 1)
+        prepared = self.accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), *loaders)
+        self.model, self.optimizer, self.first, self.second = prepared
+        policy = SparsePolicy(window=2, max_window=2, overlap_target=0.8)
+        self.loop = AutomaticLoop(self.accelerator, {"policy": policy, "memory_dir": str(memory_dir), "job_id": "job"})
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        make = functools.partial(iter, loader)
+        return self.loop.iterate([self.first, self.second].index(loader), loader, make)
+
+    def step(self, batch: Any) -> None:
+        self.accelerator.backward(self.model(batch).sum())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _zip(script: _Script) -> None:
+    for a, b in zip(script.batches(script.first), script.batches(script.second)):
+        script.step(a + b)
+
+
+def _next(script: _Script) -> None:
+    other = script.batches(script.second)
+    for a in script.batches(script.first):
+        script.step(a + next(other))
+
+
+def _evaluation_within(script: _Script) -> None:
+    for a in script.batches(script.first):
+        script.step(a)
+        for _ in script.batches(script.second):
+            break
+        list(script.batches(script.second))
+
+
+@pytest.mark.parametrize(("body", "followed"), [(_zip, False), (_next, False), (_evaluation_within, True)])
+def test_dataloaders_that_are_iterated_at_once_are_not_followed(
+    memory_dir: Path, caplog: pytest.LogCaptureFixture, body: Callable[[_Script], None], followed: bool
+) -> None:
+    script = _Script(memory_dir)
+    body(script)
+    assert script.loop.ended is not followed
+    assert bool(list(memory_dir.rglob("windows/*.json"))) is followed
+    assert caplog.text.count("several prepared dataloaders at once") == (0 if followed else 1)
+    body(script)
+    assert caplog.text.count("run.steps(first, second") == (0 if followed else 1)
+    script.loop.close()
+
+
+def test_own_files_are_not_written_while_done_passes_go_by(
+    memory_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``save_file`` is imported by its own name, as scripts do."""
+    before = _Script(memory_dir)
+    for _ in range(2):
+        for batch in before.batches(before.first):
+            before.step(batch)
+    before.loop.close(completed=False)
+
+    functions = torch.save, safetensors.torch.serialize_file
+    script = _Script(memory_dir)
+    assert script.loop.on_the_way
+    assert list(script.batches(script.first)) == []
+    caplog.set_level("INFO", "moetion_lightning")
+    torch.save(script.model.state_dict(), tmp_path / "best.pt")
+    with (tmp_path / "empty.pt").open("wb") as file:
+        torch.save({}, f=file)
+    save_file({"x": torch.ones(1)}, tmp_path / "best.safetensors")
+    torch.save(1, memory := io.BytesIO())
+    assert memory.getbuffer().nbytes
+    assert [path.name for path in tmp_path.iterdir() if path.stat().st_size] == []
+    assert caplog.text.count("is not written: what the script saves here was saved before the restart") == 1
+    assert str(tmp_path / "best.pt") in caplog.text
+
+    for batch in script.batches(script.first):
+        if script.loop.replaying:
+            torch.save(1, tmp_path / "replayed.pt")
+        script.step(batch)
+    assert not script.loop.on_the_way
+    assert (torch.save, safetensors.torch.serialize_file) == functions
+    assert not (tmp_path / "replayed.pt").exists()
+    script.loop.close()
+
+
+def test_run_that_ends_before_its_window_keeps_it(memory_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = _Script(memory_dir)
+    for batch in before.batches(before.first):
+        before.step(batch)
+    before.loop.close(completed=False)
+    functions = torch.save, safetensors.torch.serialize_file
+    script = _Script(memory_dir)
+    assert torch.save is not functions[0]
+    script.accelerator.end_training()
+    assert (torch.save, safetensors.torch.serialize_file) == functions
+    assert "the windows are kept" in caplog.text
+    assert list(memory_dir.rglob("windows/*.json"))
+
+
+@pytest.mark.parametrize("on_the_way", [True, False])
+def test_error_in_a_done_pass_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], on_the_way: bool
+) -> None:
+    (tmp_path / "script.py").write_text("print(loss.item())")
+    with monkeypatch.context() as patch:
+        patch.setenv("MOETION", "default")
+        patch.setattr(sys, "argv", list(sys.argv))
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(sys, "excepthook", sys.__excepthook__)
+        patch.setattr(zero_lines, "after_import", lambda name, action: None)
+        patch.setattr(zero_lines.ZeroLines, "on_the_way", on_the_way)
+        with pytest.raises(NameError) as raised:
+            main(["run", str(tmp_path / "script.py")])
+        sys.excepthook(raised.type, raised.value, raised.tb)
+        assert sys.excepthook is sys.__excepthook__
+    _, _, after = capsys.readouterr().err.partition("NameError: name 'loss' is not defined\n")
+    assert ("gave no batches" in after) is on_the_way
+    assert ("MOETION_JOB_ID" in after) is on_the_way
+
+
+@pytest.fixture
+def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[zero_lines.ZeroLines]:
+    """Without changing classes for the rest of this process."""
+    monkeypatch.setattr(zero_lines, "after_import", lambda name, action: None)
+    found = zero_lines.ZeroLines({})
+    found.install()
+    yield found
+    found.finish(completed=True)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "expected"),
+    [(False, "SparseCheckpointing"), (True, "dataloader to accelerator.prepare()")],
+)
+def test_script_whose_loop_is_not_found_is_told_so(
+    watching: zero_lines.ZeroLines, caplog: pytest.LogCaptureFixture, accelerator: bool, expected: str
+) -> None:
+    watching._accelerator_made = accelerator
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    optimizer.step()
+    optimizer.step()
+    assert caplog.text.count("nothing is captured: the script makes an optimizer step") == 1
+    assert expected in caplog.text
+
+
+def test_script_with_a_loop_of_this_package_is_not_told_that_nothing_is_captured(
+    watching: zero_lines.ZeroLines, caplog: pytest.LogCaptureFixture, memory_dir: Path
+) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    with SparseCheckpointing(model, optimizer, memory_dir=str(memory_dir), job_id="job") as run:
+        for _, batch in run.steps(DataLoader(torch.ones(4, 2))):
+            model(batch).sum().backward()
+            optimizer.step()
+    assert "nothing is captured" not in caplog.text
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--config", "no_such_recipe", "train.py"], "unknown recipe 'no_such_recipe'"),
+        (["--config", "no_such_recipe", "train.py"], "--config='no_such_recipe': unknown recipe 'no_such_recipe'"),
         (["no_such_file.py"], "'no_such_file.py' is no file"),
     ],
 )
@@ -280,6 +453,11 @@ def test_recipe_gives_its_callbacks(setting: str) -> None:
     (callback,) = callbacks_of(setting)
     assert isinstance(callback, SparseExpertCheckpoint)
     assert callback.config.window == 4
+
+
+def test_unknown_recipe_is_told_with_where_it_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="^MOETION='nosuch': unknown recipe 'nosuch'"):
+        callbacks_of("nosuch")
 
 
 def test_yaml_gives_callbacks_of_all_kinds(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "capture": True,
     "strategy": "",
     "accelerate_args": {},
+    "evaluate": "",  # kind of a second prepared loader, gone through at each epoch's end
     "break": "",
     "kill": None,
     "seed": 1,
@@ -93,6 +94,7 @@ class Bench:
     counter: Counter = field(default_factory=Counter)
     noise: random.Random = field(default_factory=lambda: random.Random(11))
     average: Any = None
+    evaluation: Any = ()
     run: Any = None
 
     def kill(self, hook: str, step: int) -> None:
@@ -196,7 +198,8 @@ def validate(bench: Bench, epoch: int) -> None:
     with torch.no_grad():
         tokens = torch.randint(0, 32, (4, 5))
         value = bench.module(tokens).float().sum()
-    bench.write(epoch, 1000, value=float(value).hex())
+    seen = [batch["sample_id"].tolist() for batch in bench.evaluation]
+    bench.write(epoch, 1000, value=float(value).hex(), seen=seen)
 
 
 # --- frameworks ------------------------------------------------------------------------------------------------------
@@ -401,6 +404,9 @@ def _accelerate(spec: dict[str, Any], out: Path) -> tuple[Bench, Callable[[int, 
     if spec["ranks"] > 1:
         _seed(spec["seed"] + 1000 * spec["rank"])
     bench = Bench(spec, out, module, model, [optimizer], scheduler, loader, optimizers, framework=accelerator)
+    if spec["evaluate"]:
+        samples = Samples(spec["samples"], augment=False)
+        bench.evaluation = accelerator.prepare(make_loader(spec["evaluate"], samples, spec["batch_size"]))
     if spec["capture"]:
         bench.run = attach(accelerator, **settings(spec, out))
     return bench, accelerate_batch(bench)

@@ -98,6 +98,13 @@ class Unfreezing(Automatic):
             self.body.blocks.requires_grad_(True)
 
 
+class FreezingForAnEpoch(Automatic):
+    """Experts do not train in epoch 1; the optimizer keeps their state until they train again."""
+
+    def on_train_epoch_start(self) -> None:
+        self.body.blocks.requires_grad_(self.current_epoch != 1)
+
+
 class OnlyTrainable(Automatic):
     """The optimizer begins with the parameters that train; the callback ``finetuning`` adds the others."""
 
@@ -325,6 +332,7 @@ MODULES: dict[str, type[Automatic]] = {
     "weight_norm": WeightNorm,
     "late_penalty": LatePenalty,
     "unfreezing": Unfreezing,
+    "freezing": FreezingForAnEpoch,
     "only_trainable": OnlyTrainable,
     "fixed_statistics": FixedStatistics,
     "zeroed_gradients": ZeroedGradients,

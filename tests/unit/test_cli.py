@@ -117,6 +117,10 @@ def test_a_recipe_is_copied_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (folder / "tiny_moe_cpu.yaml").read_text() == recipe_path("tiny_moe_cpu").read_text()
     assert main(["recipes", "tiny_moe_cpu", "--copy", str(folder)]) == 2
     assert "exists already" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(["recipes", "tiny_moe_cpu", "--copy", str(place)]) == 2
+        assert f"--copy {place}: cannot write tiny_moe_cpu.yaml there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -236,6 +240,22 @@ def test_explain_takes_a_dense_module_with_a_notice(capsys: pytest.CaptureFixtur
 def test_explain_says_what_it_expected(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *args]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"model: [a", b"\xff\xfe"])
+def test_explain_of_a_broken_file_is_told(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    assert main(["explain", str(path)]) == 2
+    assert f"{path} cannot be read as YAML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--init", "{bad"], ["--meta"]])
+def test_explain_refuses_what_a_recipe_does_not_take(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", "recipe:tiny_moe_cpu", *option])
+    assert ended.value.code == 2
+    assert "--init and --meta are for an importable class" in capsys.readouterr().err
 
 
 PIPELINE = """\

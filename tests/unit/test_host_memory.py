@@ -293,6 +293,12 @@ def test_base_that_is_a_symbolic_link_is_refused(tmp_path):
         HostMemoryTier(tmp_path / "base", "job").open()
 
 
+def test_base_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "base").write_text("")
+    with pytest.raises(StoreError, match="is a file; expected a directory.*Give another directory"):
+        HostMemoryTier(tmp_path / "base", "job").open()
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
 def test_base_of_another_user_is_refused(tmp_path):
     base = tmp_path / "base"

@@ -467,6 +467,20 @@ def test_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "report.html").exists()
 
 
+def test_page_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    killed(tmp_path / "run")
+    for out in (tmp_path, tmp_path / "run" / "events-0.jsonl" / "x.html"):
+        assert main(["report", str(tmp_path / "run"), "--out", str(out)]) == 2
+        assert f"{out}: cannot write the report there" in capsys.readouterr().err
+
+
+def test_sink_that_cannot_write_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "events.jsonl"):
+        with pytest.raises(ConfigurationError, match="events_path=.*cannot append to this file"):
+            JsonlSink(path)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0 s"), (2e-6, "2 \u00b5s"), (0.0125, "12.5 ms"), (1.5, "1.5 s"), (119, "119 s"), (150, "2 min 30 s"),
