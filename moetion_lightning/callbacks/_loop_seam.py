@@ -24,6 +24,8 @@ from moetion_lightning.errors import ForeignWindowError
 
 __all__ = ["LoopSeam"]
 
+#: Of ModelCheckpoint: what it does not restore itself.
+_LAST_SAVED = ("_last_global_step_saved", "_last_checkpoint_saved", "current_score")
 _RESUME_WARNING = "You're resuming from a checkpoint that ended before the epoch ended"
 
 
@@ -190,7 +192,13 @@ class LoopSeam:
             "current_fx": trainer._logger_connector._current_fx,
             "metrics": self._metrics(),
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            # By it each rank decides whether to save, which all ranks do together.
+            "last_saved": [{name: getattr(c, name, None) for name in _LAST_SAVED} for c in self._checkpoints()],
         }
+
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
 
     def pin_when_loop_starts(self, counters: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         """Put counters and extras back once more, right before the first batch is fetched.
@@ -228,6 +236,8 @@ class LoopSeam:
             )
         for config, state in zip(trainer.lr_scheduler_configs, extras["schedulers"]):
             config.scheduler.load_state_dict(state)
+        for callback, saved in zip(self._checkpoints(), extras["last_saved"]):
+            vars(callback).update(saved)
         self._restore_results(extras["results"])
         connector = trainer._logger_connector
         # Saved after the next batch's `on_batch_start`, put back before it: None becomes True there, False stays.

@@ -20,8 +20,9 @@ _HOLLOW: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def hollow(module: nn.Module, keep: Iterable[str]) -> None:
     """Free all parameters of a module but some.
 
-    A hollow parameter is all zeros, of the same shape, dtype and device, on one element of memory; it cannot be written
-    in place. If it receives a gradient, the backward raises: the stage does not own it, so nobody would use it.
+    A hollow parameter is all NaN (zero, if it is of integers), so that nothing computes with it unnoticed. It has the
+    same shape, dtype and device, on one element of memory, and cannot be written in place. If it receives a gradient,
+    the backward raises: the stage does not own it, so nobody would use it.
 
     Args:
         module: The whole module.
@@ -44,9 +45,11 @@ def hollow(module: nn.Module, keep: Iterable[str]) -> None:
 
 def _empty(name: str, parameter: nn.Parameter) -> None:
     parameter.grad = None
-    parameter.data = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+    inexact = parameter.is_floating_point() or parameter.is_complex()
+    fill = float("nan") if inexact else 0
+    parameter.data = torch.full((), fill, dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
     _HOLLOW[parameter] = None
-    if parameter.is_floating_point() or parameter.is_complex():
+    if inexact:
         # A hook can only be registered while the parameter requires grad; it stays for one that is unfrozen later.
         requires_grad = parameter.requires_grad
         parameter.requires_grad_(True)

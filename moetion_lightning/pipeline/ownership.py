@@ -215,7 +215,7 @@ def _with_buffers(rehearsal: Rehearsal, plan: CutPlan) -> CutPlan:
     for stage in range(plan.num_stages):
         kept = set(plan.owned[stage])
         others = [parameter for name, parameter in rehearsal.parameters.items() if name not in kept]
-        with _replaced(others, _zero):
+        with _replaced(others, _nan):  # as hollow parameters
             rehearsal.is_true(plan, stage)
             found = rehearsal.state.changed_buffers()
         good = {name for name, buffer in found.items() if name in expected and same_bits(buffer, expected[name])}

@@ -65,7 +65,7 @@ class MoEtionStrategy(DDPStrategy):
     - The layers are called once each, one after the other, and what follows them reads nothing else of them than their
       last output and side values such as auxiliary losses. What cannot be cut is refused with the first batch.
     - The loss of a batch is the mean over its micro-batches, as with gradient accumulation. ``training_step`` gives the
-      loss (further entries of a dict stay on the last stage).
+      loss, alone or in a dict; every rank gets the mean loss back, and no further entries of the dict.
     - All ranks of a pipeline iterate their loaders; the batch of the first stage counts.
     - From the first training batch on the module holds this rank's stages only; a checkpoint has all of them.
 

@@ -31,7 +31,7 @@ from moetion_lightning.strategies.step_logs import StepLogs
 __all__ = ["Cut", "CutSettings", "PendingCut"]
 
 _logger = logging.getLogger(__name__)
-_MARK = "_moetion_pipeline"
+CUT_MARK = "_moetion_pipeline"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class PendingCut:
     """
 
     def __init__(self, module: LightningModule, settings: CutSettings) -> None:
-        if getattr(module, _MARK, False):
+        if getattr(module, CUT_MARK, False):
             raise ConfigurationError(
                 f"{type(module).__name__} holds the stages of one rank only, after training with another "
                 "MoEtionStrategy. Make a new module, and load a checkpoint into it"
@@ -125,7 +125,7 @@ class PendingCut:
             interceptor.remove()
             raise
         cut = Cut(module, interceptor, plan, groups, device, kind, loss_of, logs)
-        cut.template = map_tensors(batch, lambda tensor: tensor[:0] if tensor.dim() else tensor)
+        cut.template = map_tensors(batch, lambda tensor: tensor.new_empty(0))
         return cut
 
 
@@ -177,7 +177,7 @@ class Cut:
                     if layout.owner(stage) not in held:
                         held.append(layout.owner(stage))
         hollow(module, self.local_names)
-        object.__setattr__(module, _MARK, True)
+        object.__setattr__(module, CUT_MARK, True)
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in module.named_parameters() if name in self.local_names
         }

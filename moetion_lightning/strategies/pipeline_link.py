@@ -54,7 +54,7 @@ class PipelineLink:
         self._hook: Any = None
         self._exchange: TiedExchange | None = None
         self._settings: list[dict[str, Any]] = []
-        #: Shapes by signature as of the last run, for stages that replay: the runner forgets its own with its groups.
+        #: Shapes by signature, for stages that replay: the runner forgets its own with its groups.
         self._shapes: dict[Any, StageShapes] = {}
 
     # --- recording -----------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class PipelineLink:
 
     def end_round(self, batch: Any, number: int, seed: int, losses: list[Tensor]) -> None:
         """A batch has passed through the pipeline."""
-        self._shapes = dict(self._cut.runner.shapes)
+        self._shapes.update(self._cut.runner.shapes)  # also those that were learnt before a recovery
         self.log.end_round(
             Round(
                 batch=tuple(tensors_of(batch)),
@@ -212,18 +212,31 @@ class PipelineLink:
             (headers[source], shapes), _ = receive_message(source, device)
             if shapes:
                 cut.runner.shapes = {_signature_from_json(s): StageShapes.from_json(found) for s, found in shapes}
+                self._shapes.update(cut.runner.shapes)
         announced = Announced(routes, me, headers)
         problems = announced.problems()
         if not self._all_can(not problems):
             cut.runner.shapes = {}  # as on all others
             return problems or ["the records of another rank that replays are not whole"]
         start, stop = routes.replaying[me]
+        unknown: list[str] = []
         with self._in_replay(routes) as traffic:
             for iteration in range(start + 1, stop + 1):
                 records = announced.receive(iteration, device)
+                unknown = unknown or self._other_form(records)
+                if unknown:
+                    continue  # nothing follows on what cannot be replayed, but it must be received
                 problems += self._replay_iteration(records, routes, traffic, work)
                 work.end_iteration(iteration)
-        return problems
+        return [*problems, *unknown]
+
+    def _other_form(self, records: IterationRecords) -> list[str]:
+        """Whether a batch has more or fewer tensors than the one by which this process knows their form."""
+        known = len(tensors_of(self._cut.template))
+        counts = sorted({len(done.batch) for done in records.rounds} - {known})
+        if not counts:
+            return []
+        return [f"iteration {records.iteration}: its batch has {counts[0]} tensors, this process knows one of {known}"]
 
     @contextlib.contextmanager
     def _in_replay(self, routes: ReplayRoutes) -> Iterator[FedTraffic]:

@@ -93,6 +93,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "frozen front": {"frozen_front": True},
     "short batches": {"samples": 44},
+    "ordinary checkpoints": {"accumulate": 2, "callbacks": ["checkpoint"]},
     "skipping gradients": {"engine_args": {"skip_frozen_gradients": True}},
     "interleaved": {
         "pipeline": {
@@ -138,6 +139,15 @@ def test_one_after_the_other(drill: Drill) -> None:
     """The second one is replayed from a log that the first one has made again."""
     kills = [{**BACKWARD, "rank": 1}, {"hook": "backward", "step": 9, "rank": 2}]
     check(drill, STAGES, kills, replayed={1, 2})
+
+
+def test_shapes_that_were_seen_before_a_recovery_are_known_in_the_next(drill: Drill) -> None:
+    """Ten full batches and a short one in an epoch; the second replay repeats both kinds, after a first recovery."""
+    kills = [
+        {"hook": "backward", "step": 11, "rank": 1},
+        {"hook": "before_step", "step": 11, "rank": 1, "generation": 1},
+    ]
+    check(drill, {**STAGES, "samples": 84, "epochs": 2}, kills, replayed={1})
 
 
 @pytest.mark.parametrize("moment", [{"event": "StageReplayStarted"}, {"hook": "before_step", "step": 8}])

@@ -7,18 +7,22 @@ import json
 import logging
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import AUROC, MeanMetric, MetricCollection
 
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.pipeline.hollow import hollow
 from moetion_lightning.pipeline.runner import StageShapes
 from moetion_lightning.pipeline.specs import LayerSpec, LeafSpec, TensorSpec
 from moetion_lightning.strategies import MoEtionStrategy
@@ -256,19 +260,30 @@ class Net(pl.LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val_loss", self.model(batch[0]), sync_dist=True)
 
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.model(batch[0])
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.model(batch[0])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
-def fit(module: pl.LightningModule, path: Path, made: Any, batch_size: int = 8, **options: Any) -> pl.Trainer:
+def fit(
+    module: pl.LightningModule, path: Path, made: Any, batch_size: int = 8, function: str = "fit", **options: Any
+) -> pl.Trainer:
     ids = torch.randint(1, VOCAB, (40, 6), generator=torch.Generator().manual_seed(4))
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, strategy=made, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=path, log_every_n_steps=1,
         num_sanity_val_steps=0, use_distributed_sampler=False, **options,
     )  # fmt: skip
+    loaders = [DataLoader(TensorDataset(ids[:8]), 4)]
+    if function == "fit":
+        loaders.insert(0, DataLoader(TensorDataset(ids), batch_size))
     try:
-        trainer.fit(module, DataLoader(TensorDataset(ids), batch_size), DataLoader(TensorDataset(ids[:8]), 4))
+        getattr(trainer, function)(module, *loaders)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -358,6 +373,66 @@ def test_a_module_that_was_cut_is_refused_by_another_strategy(tmp_path: Path) ->
     fit(net, tmp_path, one_rank())
     with pytest.raises(ConfigurationError, match=r"Net holds the stages of one rank only.*Make a new module"):
         fit(net, tmp_path, one_rank())
+
+
+# --- what is refused at setup ----------------------------------------------------------------------------------------
+
+
+class Unfreezing(BaseFinetuning):
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None: ...
+
+    def finetune_function(self, pl_module: pl.LightningModule, epoch: int, optimizer: Any) -> None: ...
+
+
+def setup_of_two(module: pl.LightningModule, *callbacks: Any, fitting: bool = True) -> None:
+    """What a rank of a pipeline of two does first in setup, without process groups."""
+    strategy(2, pipeline_parallel_size=2)._refuse(SimpleNamespace(callbacks=callbacks), module, fitting)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("EMAWeightAveraging", {}), ("StochasticWeightAveraging", {"swa_lrs": 0.1})]
+)
+def test_averages_of_the_whole_module_are_refused(name: str, options: dict[str, Any]) -> None:
+    if not hasattr(pl.callbacks, name):
+        pytest.skip(f"this Lightning has no {name}")
+    averaging = getattr(pl.callbacks, name)(**options)
+    with pytest.raises(ConfigurationError, match=rf"^{name} in Trainer\(callbacks=.*every rank holds only.*Remove"):
+        setup_of_two(Net(), pl.Callback(), averaging)
+    setup_of_two(Net(), averaging, fitting=False)
+
+
+def test_callbacks_that_unfreeze_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"^BackboneFinetuning in .*Freeze in the module's __init__"):
+        setup_of_two(Net(), BackboneFinetuning())
+    with pytest.raises(ConfigurationError, match=r"^Unfreezing in Trainer\(callbacks=.*adds parameter groups"):
+        fit(Net(), tmp_path, one_rank(), callbacks=[Unfreezing()])
+
+
+def test_metrics_that_gather_lists_are_refused() -> None:
+    net = Net()
+    net.fixed = MetricCollection([MeanMetric(), AUROC(task="binary", thresholds=5)])
+    net.sum = MeanMetric() + MeanMetric()
+    setup_of_two(net)
+    net.lists = MetricCollection({"auroc": AUROC(task="binary")})
+    setup_of_two(net, fitting=False)
+    with pytest.raises(ConfigurationError, match=r"^Net\.lists\.auroc \(BinaryAUROC\): .*lists.*thresholds=\.\.\."):
+        setup_of_two(net)
+
+
+@pytest.mark.parametrize("function", ["fit", "validate", "test", "predict"])
+def test_a_module_whose_stages_are_elsewhere_is_refused_by_every_loop(function: str, tmp_path: Path) -> None:
+    net = Net()
+    hollow(net, [name for name, _ in net.named_parameters()][1:])
+    with pytest.raises(ConfigurationError, match=r"other stages are on other ranks.*Make a new module"):
+        fit(net, tmp_path, one_rank(), function=function)
+
+
+def test_a_marked_module_has_other_ranks_even_if_none_of_it_is_empty(tmp_path: Path) -> None:
+    net = Net()
+    fit(net, tmp_path, one_rank())
+    with pytest.raises(ConfigurationError, match="other stages are on other ranks"):
+        setup_of_two(net, fitting=False)
+    fit(net, tmp_path, one_rank(), function="validate")  # one rank has all stages
 
 
 def test_a_module_that_cuts_its_batches_itself_is_asked(tmp_path: Path) -> None:
