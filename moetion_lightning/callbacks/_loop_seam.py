@@ -197,8 +197,7 @@ class LoopSeam:
         }
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
-        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+        return [c for c in self._trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
 
     def pin_when_loop_starts(self, counters: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         """Put counters and extras back once more, right before the first batch is fetched.
@@ -336,9 +335,8 @@ class LoopSeam:
         Args:
             since: Time of the restored state, seconds since the epoch.
         """
-        for callback in self._trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                self._patch(callback, "file_exists", _exists_before(callback.file_exists, since))
+        for callback in self._checkpoints():
+            self._patch(callback, "file_exists", _exists_before(callback.file_exists, since))
 
 
 def _exists_before(original: Callable[..., bool], since: float) -> Callable[..., bool]:

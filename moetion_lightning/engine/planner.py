@@ -230,12 +230,12 @@ class WindowPlanner:
 
     def static_part(self) -> FlatTree | None:
         """Parameters that do not train (copied), unless the window before holds them as they are."""
-        names = self.operators.static
-        digest = static_digest(self._live, names)
+        tree = read_static(self._live, self.operators.static)
+        digest = static_digest(tree)
         if digest == self._static_digest:
             return None
         self._static_digest = digest
-        return flatten_tree(read_static(self._live, names), clone=True)
+        return flatten_tree(tree, clone=True)
 
     def forget_static(self) -> None:
         """The window that held the parameters that never train was given up."""

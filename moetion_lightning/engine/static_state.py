@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
 
 from moetion_lightning.core.operators import Operator, OperatorKind, Piece
 from moetion_lightning.core.state import LiveState, read_slot, write_active
@@ -29,15 +28,16 @@ def whole_operators(live: LiveState, names: Iterable[str]) -> list[Operator]:
     ]
 
 
-def static_digest(live: LiveState, names: Sequence[str]) -> str:
-    """Digest of a sample of what :func:`read_static` gives.
+def static_digest(tree: Mapping[str, Any]) -> str:
+    """Digest of a sample of what :func:`read_static` gave.
 
     In-place updates through ``.data`` (moving-average teachers) leave no trace in version counters, so a few thousand
     elements of each tensor are looked at: an update of the whole tensor changes them.
     """
-    slot = read_slot(live, whole_operators(live, names), (), {})
-    digest = xxhash.xxh3_64(json.dumps([list(names), slot.scalars], sort_keys=True).encode())
-    for tensor in [*map(live.weight, names), *(item.source for item in slot.items if item.name.startswith("s:"))]:
+    weights = {name: value for name, value in tree.items() if name != _OPTIMIZER}
+    states = tree[_OPTIMIZER]
+    digest = xxhash.xxh3_64(json.dumps([list(weights), states["scalars"]], sort_keys=True).encode())
+    for tensor in [*weights.values(), *states["tensors"].values()]:
         flat = tensor.reshape(-1)
         step = max(1, flat.numel() // _SAMPLE_ELEMENTS)
         digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
@@ -54,16 +54,9 @@ def read_static(live: LiveState, names: Sequence[str]) -> dict[str, Any]:
 @torch.no_grad()
 def write_static(live: LiveState, tree: Mapping[str, Any]) -> None:
     """Put back what :func:`read_static` gave."""
-    names = [name for name in tree if name != _OPTIMIZER]
-    for name in names:
-        live.weight(name).copy_(tree[name])
-    saved = tree[_OPTIMIZER]
-
-    def load(name: str) -> Tensor:
-        kind, _, parameter = name.partition(":")
-        value: Tensor = tree[parameter] if kind == "w" else saved["tensors"][name]
-        return value
-
-    for op in whole_operators(live, names):
-        (piece,) = op.pieces
-        write_active(live, [op], load, {piece.parameter: saved["scalars"][piece.parameter]})
+    weights = {name: value for name, value in tree.items() if name != _OPTIMIZER}
+    for name, value in weights.items():
+        if name not in live.owner:
+            live.weight(name).copy_(value)
+    stored = {**{f"w:{name}": value for name, value in weights.items()}, **tree[_OPTIMIZER]["tensors"]}
+    write_active(live, whole_operators(live, weights), stored.__getitem__, tree[_OPTIMIZER]["scalars"])

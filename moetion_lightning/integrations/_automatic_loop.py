@@ -24,10 +24,6 @@ _AT_ONCE = (
     "makes optimizer steps: a restart could not continue all of them. Write `run = moetion_lightning.attach("
     "accelerator)` and `for step, (a, b) in run.steps(first, second, epochs=...)`"
 )
-_NOT_REACHED = (
-    "the script ended before it came to where the window begins that was found: it has trained and saved nothing, and "
-    "the windows are kept. Start it with as many epochs as before, or begin afresh with another MOETION_JOB_ID."
-)
 
 
 class _Place(Position):
@@ -88,11 +84,8 @@ class AutomaticLoop(AcceleratedLoop):
         return not self._ended and self._run.saved is not None
 
     def close(self, *, completed: bool = True) -> None:
-        """See :meth:`GuidedLoop.close`. A window that the script did not come to is kept."""
+        """See :meth:`GuidedLoop.close`."""
         if not self._ended:
-            if completed and self.on_the_way:
-                completed = False
-                _log.warning(_NOT_REACHED)
             self._ended = True
             self._saves.end()
             for handle in self._on_step:

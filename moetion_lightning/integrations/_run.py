@@ -23,6 +23,10 @@ from moetion_lightning.integrations._state import LoopPosition, LoopState
 __all__ = ["Run"]
 
 _log = logging.getLogger(__name__)
+_NOT_REACHED = (
+    "training ended before it came to where the window begins that was found: nothing was trained, and the windows are "
+    "kept. Start it with as many epochs as before, or begin afresh with another job_id (MOETION_JOB_ID)."
+)
 
 
 class Run:
@@ -168,10 +172,14 @@ class Run:
         """End. Harmless if called again.
 
         Args:
-            completed: Whether training is complete, so that its windows are removed.
+            completed: Whether training is complete, so that its windows are removed. A window that was found and never
+                put in place is kept all the same.
         """
         if self._closed:
             return
+        if completed and self._point is not None:
+            completed = False
+            _log.warning(_NOT_REACHED)
         self._closed = True
         atexit.unregister(self._close_at_exit)
         try:

@@ -225,8 +225,7 @@ class _Counters:
         accelerator.project_configuration.iteration = state["saved"]
         for optimizer, skipped in zip(accelerator._optimizers, state["skipped"]):
             optimizer._is_overflow = skipped
-        if "loaders" in state:  # not in older windows
-            self._loaders.restore(state["loaders"])
+        self._loaders.restore(state["loaders"])
 
 
 class _OtherLoaders:

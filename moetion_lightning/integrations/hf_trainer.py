@@ -137,10 +137,7 @@ class _Session:
             _log.warning(
                 "training ended while its last steps were done again: its state is not whole, windows are kept"
             )
-        unused = self.run.saved is not None and not self.run.begun
-        if unused:
-            _log.warning("training ended before its first update, without the state that was found: windows are kept")
-        return not (stopped or unused or self.run.replaying)
+        return not stopped and not self.run.replaying
 
     def update_begins(self) -> None:
         """Between two updates."""

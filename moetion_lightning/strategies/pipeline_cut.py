@@ -28,9 +28,10 @@ from moetion_lightning.strategies.pipeline_gradients import PipelineGradients
 from moetion_lightning.strategies.pipeline_state import PipelineState
 from moetion_lightning.strategies.step_logs import StepLogs
 
-__all__ = ["Cut", "CutSettings", "PendingCut"]
+__all__ = ["CUT_MARK", "Cut", "CutSettings", "PendingCut"]
 
 _logger = logging.getLogger(__name__)
+#: Attribute of a module that was cut.
 CUT_MARK = "_moetion_pipeline"
 
 
@@ -59,15 +60,10 @@ class PendingCut:
         settings: How to cut.
 
     Raises:
-        ConfigurationError: The module has no layers to cut between, or too few, or was cut before.
+        ConfigurationError: The module has no layers to cut between, or too few.
     """
 
     def __init__(self, module: LightningModule, settings: CutSettings) -> None:
-        if getattr(module, CUT_MARK, False):
-            raise ConfigurationError(
-                f"{type(module).__name__} holds the stages of one rank only, after training with another "
-                "MoEtionStrategy. Make a new module, and load a checkpoint into it"
-            )
         self.module = module
         self._settings = settings
         self._layers: LayerList = find_layers(module, settings.layers)

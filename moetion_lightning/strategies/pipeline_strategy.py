@@ -17,38 +17,28 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
 from moetion_lightning.distributed.groups import current_groups
 from moetion_lightning.distributed.messages import broadcast_json
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.pipeline.hollow import is_hollow
 from moetion_lightning.pipeline.layout import PipelineGroups, PipelineLayout
 from moetion_lightning.pipeline.schedules import schedule_kind
 from moetion_lightning.strategies.moetion_strategy import MoEtionStrategy
 from moetion_lightning.strategies.optimizer_order import plain_optimizer
-from moetion_lightning.strategies.pipeline_cut import CUT_MARK, Cut, CutSettings, PendingCut
+from moetion_lightning.strategies.pipeline_cut import Cut, CutSettings, PendingCut
 from moetion_lightning.strategies.pipeline_link import PipelineLink
+from moetion_lightning.strategies.pipeline_refusals import (
+    NEED_WHOLE_MODULE,
+    NEVER,
+    refuse_callbacks,
+    refuse_lists,
+    refuse_parts,
+)
 from moetion_lightning.strategies.pipeline_steps import PipelineSteps, loss_of, step_arguments
 
 __all__ = ["PipelineStrategy"]
 
 _logger = logging.getLogger(__name__)
-
-_AVERAGING = (
-    "the averaged weights are kept whole, and here every rank holds only its own stages. Remove the callback, or train "
-    "without a pipeline"
-)
-#: Callbacks that cannot work where a rank holds only some stages, by class name (older versions of Lightning do not
-#: have all of them): why, and what to do.
-_NEED_WHOLE_MODULE = {"WeightAveraging": _AVERAGING, "StochasticWeightAveraging": _AVERAGING}
-#: Callbacks that cannot work where a batch runs as micro-batches.
-_NEVER = {
-    "BaseFinetuning": (
-        "it freezes layers and adds parameter groups while training, and a pipeline is cut once, with the parameters "
-        "and groups of the first batch. Freeze in the module's __init__, or train without a pipeline"
-    )
-}
 
 
 class PipelineStrategy(MoEtionStrategy):
@@ -175,12 +165,12 @@ class PipelineStrategy(MoEtionStrategy):
         """What would only fail later, or hang: before any rank waits for another."""
         spread = self.pipeline_parallel_size > 1
         if self.cut is None or self.cut.module is not module:
-            _refuse_parts(module, marked=spread)
+            refuse_parts(module, marked=spread or fitting)
         if fitting:
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
-            _refuse_callbacks(callbacks, {**_NEVER, **(_NEED_WHOLE_MODULE if spread else {})})
+            refuse_callbacks(callbacks, {**NEVER, **(NEED_WHOLE_MODULE if spread else {})})
             if spread:
-                _refuse_lists(module)
+                refuse_lists(module)
 
     def _cut_now(self) -> Cut:
         assert self.cut is not None, "the first training batch makes the cut"
@@ -499,38 +489,3 @@ class PipelineStrategy(MoEtionStrategy):
         if self.cut is not None:
             self.cut.interceptor.remove()
         super().teardown()
-
-
-def _refuse_parts(module: LightningModule, *, marked: bool) -> None:
-    """A module that another strategy has cut has no values for the parameters of other ranks.
-
-    Args:
-        module: The module.
-        marked: Whether a module with the mark of a cut has other ranks, even if nothing in it is empty.
-    """
-    if (marked and getattr(module, CUT_MARK, False)) or any(is_hollow(p) for p in module.parameters()):
-        raise ConfigurationError(
-            f"{type(module).__name__} holds the stages of one rank only, after training with another "
-            "MoEtionStrategy: this module's other stages are on other ranks; expected a whole module. Make a new "
-            "module, and load a checkpoint into it"
-        )
-
-
-def _refuse_callbacks(callbacks: Sequence[Any], reasons: Mapping[str, str]) -> None:
-    for callback in callbacks:
-        for kind in type(callback).__mro__:
-            if kind.__name__ in reasons:
-                raise ConfigurationError(
-                    f"{type(callback).__name__} in Trainer(callbacks=...) under pipeline parallelism: "
-                    f"{reasons[kind.__name__]}"
-                )
-
-
-def _refuse_lists(module: LightningModule) -> None:
-    for name, metric in module.named_modules():
-        if isinstance(metric, Metric) and any(isinstance(value, list) for value in metric._defaults.values()):
-            raise ConfigurationError(
-                f"{type(module).__name__}.{name} ({type(metric).__name__}): this metric gathers lists, which are on "
-                "the last stage only under pipeline parallelism. Use a metric with a fixed-size state (such as the "
-                "binned form, thresholds=...), or compute it in a run without a pipeline"
-            )

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from moetion_lightning.errors import ConfigurationError
 
-__all__ = ["StepLogs"]
+__all__ = ["StepLogs", "gathers_lists"]
 
 #: What may follow name and value by position.
 _OPTIONS = tuple(inspect.signature(LightningModule.log).parameters)[3:]
@@ -25,6 +25,11 @@ _REDUCTIONS = {
     "min": lambda values: values.min(),
     "max": lambda values: values.max(),
 }
+
+
+def gathers_lists(thing: object) -> bool:
+    """Whether this is a metric whose state grows with the data."""
+    return isinstance(thing, Metric) and any(isinstance(value, list) for value in thing._defaults.values())
 
 
 @dataclass
@@ -96,7 +101,7 @@ class StepLogs:
             entry.values.append(_scalar(name, value))
 
     def _refuse_lists(self, name: str, metric: Metric) -> None:
-        if any(isinstance(value, list) for value in metric._defaults.values()):
+        if gathers_lists(metric):
             raise ConfigurationError(
                 f"self.log({name!r}, {type(metric).__name__}) inside a step: this metric gathers lists, which are on "
                 "the last stage only under pipeline parallelism. Use a metric with a fixed-size state (such as the "

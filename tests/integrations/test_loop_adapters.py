@@ -285,12 +285,6 @@ def test_passes_over_other_loaders_are_restored_without_drawing() -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_window_without_other_loaders_still_loads() -> None:
-    state = _Prepared(1).counters.state_dict()
-    del state["loaders"]
-    _Prepared(1).counters.load_state_dict(state)
-
-
 def test_passes_over_other_loaders_that_cannot_be_restored_are_named(caplog: pytest.LogCaptureFixture) -> None:
     before = _Prepared(2, use_stateful_dataloader=True)
     left = iter(before.loaders[1])

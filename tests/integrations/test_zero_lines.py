@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -586,7 +587,7 @@ print(ours, sorted({"torch", "lightning", "yaml", "jsonargparse"} & set(sys.modu
 
 
 def test_entry_point_costs_next_to_nothing() -> None:
-    """CPU time of a process, as a ratio of the least of three in one run: the machine may be busy with other things."""
+    """CPU time of a process, as a ratio of medians in one run: the machine may be busy with something else."""
     code = """
 import sys, time
 from lightning.fabric.utilities import registry
@@ -598,7 +599,7 @@ Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_mode
 print(("moetion_lightning" in sys.modules), time.process_time())
 """
     seconds: dict[str, list[float]] = {"with": [], "without": []}
-    for _ in range(3):
+    for _ in range(5):
         for kind, measured in seconds.items():
             done = subprocess.run(
                 [sys.executable, "-c", code, kind], capture_output=True, text=True, timeout=120, check=True
@@ -606,4 +607,4 @@ print(("moetion_lightning" in sys.modules), time.process_time())
             loaded, value = done.stdout.split()
             assert loaded == str(kind == "with")
             measured.append(float(value))
-    assert min(seconds["with"]) <= 1.2 * min(seconds["without"]), seconds
+    assert statistics.median(seconds["with"]) <= 1.2 * statistics.median(seconds["without"]), seconds

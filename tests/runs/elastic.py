@@ -104,8 +104,8 @@ class _Job:
     def __init__(self, fork: Fork, spec: dict[str, Any], logs: list[str], control: int) -> None:
         self._fork, self._spec, self._logs, self._control = fork, spec, logs, control
         self._ranks, self._id = spec["ranks"], spec.get("job_id", "job")
-        self._host = _StoreHost()
-        self._announced = PrefixStore(self._id, connect_store("127.0.0.1", self._host.port))
+        self._server = _StoreHost()
+        self._announced = PrefixStore(self._id, connect_store("127.0.0.1", self._server.port))
         self._hosts: list[str] = list(spec.get("hosts") or ["here"] * self._ranks)
         self._has_hosts = "hosts" in spec
         self._spares = 0
@@ -124,7 +124,7 @@ class _Job:
             memory = Path(spec["memory_dir"], host)
             memory.mkdir(mode=0o700, exist_ok=True)
             spec = {**spec, "memory_dir": str(memory)}
-        env = environment(rank, self._ranks, self._id, self._host.port, generation, host)
+        env = environment(rank, self._ranks, self._id, self._server.port, generation, host)
         pid = self._fork(spec, self._logs[rank], env)
         self.pids[rank].append(pid)
         self._generations[rank] = generation
@@ -170,7 +170,7 @@ class _Job:
         for descriptor, rank in list(self.waiting.items()):
             os.killpg(self.pids[rank][-1], signal.SIGKILL)
             self._reap(descriptor)
-        self._host.close()
+        self._server.close()
 
     def _is_lost(self, rank: int) -> bool:
         code = self.ended.codes[rank]

@@ -5,6 +5,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -507,35 +508,27 @@ def test_random_failures(world: int) -> None:
     assert seen["Rollback"], seen
 
 
-def cpu_seconds(reports: list[RankReport]) -> float:
-    """Of a choice, without the collector: in a process of many tests it has much to go through."""
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """In a process of many tests the garbage collector has much to go through, whatever is measured."""
     gc.collect()
     gc.disable()
-    try:
-        start = time.process_time()
-        choose(reports)
-        return time.process_time() - start
-    finally:
-        gc.enable()
+    yield
+    gc.enable()
 
 
 @pytest.mark.parametrize("disk_only", [False, True])
-def test_time_grows_with_the_number_of_ranks_and_not_with_its_square(disk_only: bool) -> None:
-    """Eight times the ranks, in one process: 8 would be linear, 64 quadratic."""
-
-    def reports_of(nodes: int) -> list[RankReport]:
-        running = job(nodes, 8, replicas=2, group=64, copied=True, disk=True, all_newest=True)
-        reports = running.fail(nodes=set(range(nodes)) if disk_only else {3, 20})
-        return [replace(report, live=None) for report in reports]
-
-    many = reports_of(512)
-    choice = choose(many)
+@pytest.mark.usefixtures("no_collector")
+def test_thousands_of_ranks_are_quick(disk_only: bool) -> None:
+    running = job(512, 8, replicas=2, group=64, copied=True, disk=True, all_newest=True)
+    reports = running.fail(nodes=set(range(512)) if disk_only else {3, 200})
+    reports = [replace(report, live=None) for report in reports]
+    start = time.process_time()
+    choice = choose(reports)
+    assert time.process_time() - start < 2.0
     assert isinstance(choice, Rollback)
     assert choice.window == (OLD if disk_only else NEWEST)
-    few = reports_of(64)
-    assert cpu_seconds(many) < 24 * max(cpu_seconds(few) for _ in range(3))
-
-
-def test_thousands_of_ranks_that_live_on() -> None:
-    running = job(512, 8, replicas=2, group=64, copied=True, disk=True, all_newest=True)
-    assert isinstance(choose(running.fail(ranks={rank for rank in range(4096) if rank // 8 % 2})), Live)
+    start = time.process_time()
+    live = choose(running.fail(ranks={rank for rank in range(4096) if rank // 8 % 2}))
+    assert time.process_time() - start < 2.0
+    assert isinstance(live, Live)
