@@ -35,7 +35,7 @@ demo: $(STAMP)  ## Train a small MoE, kill it, watch it come back bit for bit
 test: $(DOCS_STAMP)  ## Run all tests
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup --durations 15 $(ARGS)
 
-check: $(DEV_STAMP)  ## Lint, type check, fast tests (about a minute)
+check: $(DEV_STAMP)  ## Lint, type check, fast tests (a few minutes)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy

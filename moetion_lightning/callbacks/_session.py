@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 _UNSUPPORTED: dict[type, str] = {
     StochasticWeightAveraging: (
         "it replaces the schedulers when an epoch starts, which a restart in mid-epoch cannot repeat. "
-        "Use WeightAveraging or EMAWeightAveraging."
+        "Use WeightAveraging or EMAWeightAveraging, where there is no pipeline."
     ),
     LearningRateFinder: "it trains and rolls back before every start. Find the learning rate in a run of its own.",
     BatchSizeFinder: "it trains and rolls back before every start. Find the batch size in a run of its own.",

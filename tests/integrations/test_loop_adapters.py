@@ -212,6 +212,17 @@ def test_other_number_of_loaders_is_refused(bench: Bench) -> None:
         next(bench.make().steps([1], [2]))
 
 
+def test_window_that_no_loop_came_to_is_kept(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    run = bench.make()
+    bench.train(run, 6)
+    run.close(completed=False)
+    again = bench.make()
+    assert again.resuming
+    again.close()
+    assert caplog.text.count("the windows are kept") == 1
+    assert list(bench.memory_dir.rglob("windows/*.json"))
+
+
 def test_other_optimizer_is_refused(bench: Bench) -> None:
     run = bench.make()
     bench.train(run, 6)
