@@ -10,6 +10,7 @@ from pathlib import Path
 from moetion_lightning.config import default_memory_dir
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.store.jobs import JobInfo, clean_stale, default_base_dir, find_jobs
+from moetion_lightning.units import age_text, bytes_text
 
 __all__ = ["clean", "inspect", "jobs", "parse_duration"]
 
@@ -115,14 +116,8 @@ def _base(given: Path | None) -> Path:
 def _line(info: JobInfo) -> str:
     state = f"alive, process {info.pid}" if info.alive else "dead"
     newest = f"{len(info.windows)} windows, newest {info.windows[0]}" if info.windows else "no window"
+    aside = f", {len(info.aside)} of an earlier course aside, newest {info.aside[0]}" if info.aside else ""
     return (
-        f"{info.name}/{info.rank_name}: {state}, {newest}, {info.nbytes / 1e6:.1f} MB, "
-        f"{_age(info.age_seconds)} old, {info.path}"
+        f"{info.name}/{info.rank_name}: {state}, {newest}{aside}, {bytes_text(info.nbytes)}, "
+        f"{age_text(info.age_seconds)} old, {info.path}"
     )
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -196,7 +196,7 @@ class Engine:
     def start(self, run_state: RunState) -> None:
         """A fresh run begins now: before its first forward."""
         self._need().steps.take()
-        self.tiers.forget_windows()
+        self.tiers.set_aside()
         self.precision.enabled = self.precision.enabled and self.policy.name == "sparse"
         self.precision.start(self._need().live)
         self._stages.begin(self.iteration + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,12 @@ from moetion_lightning.distributed.restore_choice import (
 from moetion_lightning.engine.journal import Boundary
 from moetion_lightning.engine.peers import Peers
 from moetion_lightning.engine.ranks import Ranks
-from moetion_lightning.errors import ForeignWindowError, MoEtionError, RankLostError, StateLostError
+from moetion_lightning.errors import ConfigurationError, ForeignWindowError, MoEtionError, RankLostError, StateLostError
 from moetion_lightning.store.disk import DirectoryTier
 from moetion_lightning.store.format import Manifest
 from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.tier import Tier
+from moetion_lightning.store.tier import Accept, Tier
+from moetion_lightning.units import span_text
 
 __all__ = ["Found", "GroupRestore", "LiveReport", "Part"]
 
@@ -83,14 +85,29 @@ class GroupRestore:
         peers: Their memory.
         host: This rank's windows in memory, open.
         disk: This rank's windows on storage, open, or None.
+        accept: Says why a window is not wanted; None takes all.
+        iteration: Only windows that contain this iteration are wanted.
     """
 
-    def __init__(self, ranks: Ranks, peers: Peers, host: HostMemoryTier, disk: DirectoryTier | None) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        peers: Peers,
+        host: HostMemoryTier,
+        disk: DirectoryTier | None,
+        *,
+        accept: Accept | None = None,
+        iteration: int | None = None,
+    ) -> None:
+        self._accept = accept
+        self._iteration = iteration
         self._ranks = ranks
         self._peers = peers
         self._host = host
         self._disk = disk
         self._problems: list[str] = []
+        self._spans: set[str] = set()
+        self._not_finite: set[Excluded] = set()
 
     def find(self, live: LiveReport, *, replay_stages: bool) -> Found | None:
         """Choose, and read this rank's part.
@@ -110,8 +127,12 @@ class GroupRestore:
         reports, replay_stages = self._reports(live, replay_stages)
         excluded: set[Excluded] = set()
         while True:
-            choice = choose(reports, frozenset(excluded), replay_stages=replay_stages)
+            choice = choose(reports, frozenset(excluded | self._not_finite), replay_stages=replay_stages)
+            if isinstance(choice, Nothing) and self._not_finite:
+                self._not_finite = set()  # better than nothing
+                continue
             if isinstance(choice, Nothing):
+                self._refuse_if_asked_for()
                 if not choice.fresh and any(r.memory or r.held or r.disk for r in reports):
                     raise StateLostError(choice.reason)
                 if not choice.fresh:  # no window was committed yet: processes that are all new begin anew
@@ -141,12 +162,23 @@ class GroupRestore:
     def _settle(self, choice: Live | Rollback) -> None:
         """The choice stands."""
         if isinstance(choice, Rollback):
+            if any(place.last > choice.window.last for place in self._not_finite):
+                _log.warning(
+                    "rank %d goes back to the window of iterations %d..%d: newer ones hold a loss, a gradient norm or "
+                    "a weight that is not finite",
+                    self._host.rank, choice.window.first, choice.window.last,
+                )  # fmt: skip
             _log.log(
                 logging.INFO if choice.reason and self._host.rank == 0 else logging.DEBUG,
                 "all ranks go back to the window of iterations %d..%d. %s",
                 choice.window.first, choice.window.last, choice.reason,
             )  # fmt: skip
-            self._drop_later(choice.window, [self._host, *self._peers.held().values(), *self._disks()])
+            for tier in (self._host, *self._disks()):
+                # Not dropped: resume=<iteration> or a poisoned window may have led here.
+                tier.set_aside(i for i in tier.windows() if i > choice.window.last)
+                if self._iteration is not None:
+                    tier.mark_resumed(self._iteration)
+            self._drop_later(choice.window, list(self._peers.held().values()))
             return
         mine = choice.replays[self._host.rank]
         if mine is not None:
@@ -164,12 +196,26 @@ class GroupRestore:
                 "time, persist to storage that every rank can read (persist_dir=)."
             )
 
+    def _refuse_if_asked_for(self) -> None:
+        """``resume=<iteration>`` never begins anew."""
+        if self._iteration is not None:
+            there = sorted({span for spans in self._ranks.agree("spans", sorted(self._spans)) for span in spans})
+            raise ConfigurationError(
+                f"resume={self._iteration}: no window that all ranks have contains iteration {self._iteration}. "
+                f"Windows of this job: {', '.join(there) or 'none'}. Give the last iteration of one of them, or resume='auto'."
+            )
+
     def _windows(self, tier: Tier) -> dict[int, Manifest]:
-        """Windows whose manifests can be read, by last iteration."""
+        """Windows that are wanted and whose manifests can be read, by last iteration."""
         found = {}
         for iteration in tier.windows():
             try:
-                found[iteration] = tier.read_manifest(iteration)
+                manifest = tier.read_manifest(iteration)
+                if self._accept is not None and self._accept(manifest):
+                    continue
+                self._spans.add(span_text(manifest.first_iteration, manifest.last_iteration))
+                if self._iteration is None or manifest.first_iteration <= self._iteration <= manifest.last_iteration:
+                    found[iteration] = manifest
             except MoEtionError as error:
                 _log.warning("passed over: window %d in %s: %s", iteration, tier.name, error)
                 self._problems.append(f"window {iteration} in {tier.name}: {error}")
@@ -215,17 +261,19 @@ class GroupRestore:
         )
         world = self._ranks.control.world_size
         foreign = sorted({m.world_size for _, m in seen if m.world_size != world})
-        answers = self._ranks.agree("reports", [report.to_json(), foreign, replay_stages])
-        sizes = sorted({size for _, sizes, _ in answers for size in sizes})
+        poisoned = sorted({m.iteration for _, m in seen if not m.finite})
+        answers = self._ranks.agree("reports", [report.to_json(), foreign, replay_stages, poisoned])
+        sizes = sorted({size for _, sizes, _, _ in answers for size in sizes})
         if sizes:
             raise ForeignWindowError(
                 f"job {self._host.job!r} has windows of a run with {sizes[0]} ranks, this one has {world}. Start as "
                 "many ranks as before, or start afresh with resume='never' or another job_id."
             )
-        reports = [RankReport.from_json(answer) for answer, _, _ in answers]
+        reports = [RankReport.from_json(answer) for answer, _, _, _ in answers]
+        self._not_finite = _places(reports, {last for *_, lasts in answers for last in lasts})
         if all(report.live is None for report in reports):  # run states alone continue nothing
             reports = [dataclasses.replace(report, journal=()) for report in reports]
-        return reports, all(allowed for _, _, allowed in answers)
+        return reports, all(allowed for _, _, allowed, _ in answers)
 
     def _disks(self) -> list[Tier]:
         return [] if self._disk is None else [self._disk]
@@ -272,3 +320,14 @@ class GroupRestore:
 
 def _ages(manifests: Mapping[int, Manifest]) -> tuple[Window, ...]:
     return tuple(Window(first=m.first_iteration, last=m.last_iteration) for m in manifests.values())
+
+
+def _places(reports: Sequence[RankReport], lasts: AbstractSet[int]) -> set[Excluded]:
+    """Everywhere that windows of these last iterations are: a value that is not finite spoils them on all ranks."""
+    found: set[Excluded] = set()
+    for report in reports:
+        for owner, windows in ((report.rank, report.memory), *report.held.items()):
+            found.update(Excluded(owner, "memory", report.rank, w.last) for w in windows if w.last in lasts)
+        for owner, windows in report.disk.items():
+            found.update(Excluded(owner, "disk", report.rank, w.last) for w in windows if w.last in lasts)
+    return found

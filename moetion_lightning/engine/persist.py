@@ -153,7 +153,7 @@ class Persister:
         policy, routing = manifest.extra.get("policy", {}), manifest.extra.get("routing", {})
         count = policy.get("num_persisted")
         if count is None:
-            self._target.persist(manifest, self._source)
+            self._put(manifest)
             return manifest.nbytes, None
         if base is None or base[0].extra["routing"]["layers"] != routing["layers"]:
             before, experts = None, PersistedExperts.first(routing)
@@ -161,9 +161,14 @@ class Persister:
             before, experts = base[0], base[1].following(routing, count, policy["selection"])
         reduced = reduce_window(manifest, self._source, before, experts)
         try:
-            self._target.persist(reduced.manifest, self._source)
+            self._put(reduced.manifest)
         finally:
             for record in reduced.written:
                 self._source.discard(record)
         known = set(before.files if before is not None else ())
         return sum(r.nbytes for r in reduced.manifest.files if r not in known), (reduced.manifest, experts)
+
+    def _put(self, manifest: Manifest) -> None:
+        self._target.persist(manifest, self._source)
+        if manifest.finite:
+            self._target.forget_aside()

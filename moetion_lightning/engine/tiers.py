@@ -18,12 +18,13 @@ from moetion_lightning.engine.peers import Peers
 from moetion_lightning.engine.persist import Persister
 from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.engine.restore import RestorePoint
-from moetion_lightning.errors import HostMemoryError
+from moetion_lightning.errors import HostMemoryError, JobBusyError, MoEtionError
 from moetion_lightning.events import EventBus, Notice, RestoreStarted
 from moetion_lightning.store.disk import DirectoryTier
 from moetion_lightning.store.format import Manifest
 from moetion_lightning.store.host_memory import HostMemoryTier, clean_stale
-from moetion_lightning.store.tier import Tier, choose_window
+from moetion_lightning.store.jobs import remove_if_ours
+from moetion_lightning.store.tier import Accept, Refusal, Tier, choose_window
 
 __all__ = ["Tiers"]
 
@@ -63,20 +64,31 @@ class Tiers:
         self.journal: Journal | None = None
         #: Where the restore point came from.
         self.origin = ""
+        #: Windows that are whole and were not wanted when the newest one was looked for, and why.
+        self.refused: list[Refusal] = []
+        #: Whether the course of training that was restored had come to its end.
+        self.trained = False
         self.peers: Peers | None = None
         self._persister: Persister | None = None
         self._opened = False
+        self._accept: Accept | None = None
 
-    def open(self, report: Callable[[], LiveReport], *, replay_stages: bool) -> RestorePoint | LivePoint | None:
+    def open(
+        self, report: Callable[[], LiveReport], *, replay_stages: bool, accept: Accept | None = None
+    ) -> RestorePoint | LivePoint | None:
         """Open the tiers; find and verify the newest window of this job.
 
         Args:
             report: Says what this process holds besides windows.
             replay_stages: Whether stages of a pipeline may be replayed alone.
+            accept: Says why a window is not wanted. Those that are not are set aside, if another one is restored or
+                training begins anew; :attr:`refused` has them.
         """
         # A process whose place this one takes may take a while to die.
         self.host.open(wait_seconds=_ALONE_SECONDS if self._ranks.alone else _REPLACED_SECONDS)
         self._opened = True
+        self._accept = accept
+        self.refused = []
         try:
             return self._find(report, replay_stages)
         except BaseException:  # another attempt opens everything again
@@ -117,7 +129,12 @@ class Tiers:
             self.journal = Journal(self.peers.service.keep_note, self.peers.service.own_note)
         if first and self._config.resume == "never" and not self._ranks.replaced:
             return None
-        restore = GroupRestore(self._ranks, self.peers, self.host, self._usable_disk())
+        if first:
+            self._prepare_together()
+        restore = GroupRestore(
+            self._ranks, self.peers, self.host, self._usable_disk(), accept=self._accept,
+            iteration=self._wanted_iteration() if first else None,
+        )  # fmt: skip
         mine = report()
         found = restore.find(mine, replay_stages=replay_stages)
         if found is None:
@@ -142,22 +159,85 @@ class Tiers:
             window=window,
         )
 
+    def _tiers(self) -> list[Tier]:
+        return [self.host, *([self.disk] if self.disk is not None else [])]
+
     def _usable_disk(self) -> DirectoryTier | None:
         if self.disk is not None and self.disk.completed:
             _log.info("%s holds the last window of a run that completed: starting afresh", self.disk.url)
             return None
         return self.disk
 
+    def _wanted_iteration(self) -> int | None:
+        """The iteration of ``resume=<iteration>``, unless the course that is there began from it."""
+        wanted = self._config.resume
+        if isinstance(wanted, str):
+            return None
+        if any(tier.resumed == wanted for tier in self._tiers()):
+            _log.info(
+                "resume=%d has been done, and training went on from there: the newest window of that course is taken. "
+                "To go back again, choose an iteration of another window.",
+                wanted,
+            )
+            return None
+        return wanted
+
+    def _prepare_together(self) -> None:
+        """Leave only wanted windows where all ranks look for one; what is not wanted lies aside."""
+        if self._accept is None:
+            return
+        for tier in self._tiers():
+            wanted, refused = self._sorted(tier)
+            if not wanted:
+                for course in tier.courses_aside():
+                    if self._sorted(tier, course)[0]:
+                        tier.take_back(course)
+                        break
+                _, refused = self._sorted(tier)
+            tier.set_aside(m.iteration for m in refused)
+
+    def _sorted(self, tier: Tier, aside: str = "") -> tuple[list[Manifest], list[Manifest]]:
+        """Readable windows that are wanted, and that are not."""
+        assert self._accept is not None
+        wanted, refused = [], []
+        for iteration in tier.windows(aside):
+            with contextlib.suppress(MoEtionError):  # said by whoever chooses
+                manifest = tier.read_manifest(iteration, aside)
+                reason = self._accept(manifest)
+                if reason:
+                    refused.append(manifest)
+                    self.refused.append(Refusal(tier=tier.name, manifest=manifest, reason=reason, aside=aside))
+                else:
+                    wanted.append(manifest)
+        return wanted, refused
+
     def _choose_alone(self) -> RestorePoint | None:
-        disk = self._usable_disk()
-        choice = choose_window([self.host, *([disk] if disk else [])], job=self.host.job)
+        self._usable_disk()
+        tiers, iteration = self._tiers(), self._wanted_iteration()
+        choice = choose_window(
+            tiers, job=self.host.job, accept=self._accept, iteration=iteration, on_refused=self.refused.append
+        )
         if choice is None:
             return None
         for problem in choice.problems:
             _log.warning("passed over: %s", problem)
             self._bus.emit(Notice(message=f"passed over: {problem}"))
+        chosen = choice.manifest
+        if choice.aside:
+            choice.tier.take_back(choice.aside)
+        for tier in tiers:
+            others = {r.manifest.iteration for r in choice.refused if r.tier == tier.name and not r.aside}
+            if iteration is not None:
+                others.update(i for i in tier.windows() if i > chosen.iteration)
+            tier.set_aside(others)
+            if iteration is not None:
+                tier.mark_resumed(iteration)
+        for refusal in choice.refused:
+            if not refusal.manifest.finite and chosen.finite:
+                _log.warning("not restored: %s", refusal)
+                self._bus.emit(Notice(message=f"not restored: {refusal}"))
         self.origin = choice.tier.name
-        return RestorePoint(choice.manifest, choice.tier)
+        return RestorePoint(chosen, choice.tier)
 
     def _announce(self, point: _Point) -> _Point:
         self.point = point
@@ -174,6 +254,9 @@ class Tiers:
             )
         if not isinstance(point, RestorePoint):
             return point
+        for tier in self._tiers():
+            self.trained = self.trained or tier.trained
+            tier.mark_continued()
         manifest = point.manifest
         age = max(0.0, time.time() - manifest.created_at)
         _log.log(
@@ -197,23 +280,29 @@ class Tiers:
         """The restore point has been used."""
         self.point = None
 
-    def forget_windows(self) -> None:
-        """A fresh run begins: windows of an earlier run of the same job must never be restored into it."""
+    def set_aside(self) -> None:
+        """A fresh course of training begins: windows of an earlier one must not be restored into it, but stay.
+
+        They are removed when this course has a window of its own on that tier. Copies at peers go now.
+        """
         self.point = None
-        tiers: list[Tier] = [self.host, *([self.disk] if self.disk is not None else [])]
         if self.peers is not None:
             self.peers.service.forget_windows()
         if self.journal is not None:
             self.journal.forget()
-        for tier in tiers:
-            for iteration in tier.windows():
-                _log.info("dropping window %d of an earlier run from %s", iteration, tier.name)
-                tier.drop(iteration)
-        if self.disk is not None:
-            self.disk.clear_completed()
+        for tier in self._tiers():
+            windows = tier.windows()
+            if tier.set_aside():
+                _log.info(
+                    "%d windows of an earlier course of training in %s are set aside (the newest is %d); they are "
+                    "removed when this one has committed a window there",
+                    len(windows), tier.name, windows[0],
+                )  # fmt: skip
 
     def on_commit(self, manifest: Manifest) -> None:
         """A window was committed in host memory (capture thread)."""
+        if manifest.finite:
+            self.host.forget_aside()
         if self.peers is not None:
             self.peers.offer(manifest)
             if self._persister is not None:
@@ -296,18 +385,40 @@ class Tiers:
         free = self.host.free_bytes() // self._ranks.local_size
         return free + self.host.used_bytes() - self.host.pooled_bytes()
 
-    def close(self, *, completed: bool) -> None:
-        """Finish persisting, then let go: keep the windows, or remove them if training is complete."""
-        self.point = None
-        self._let_go(completed=completed)
+    def close(self, *, completed: bool, trained: bool = False) -> None:
+        """Finish persisting, then let go of everything.
 
-    def _let_go(self, *, completed: bool) -> None:
+        Args:
+            completed: Remove the windows, and note on storage that the run is complete.
+            trained: Keep them, but note that training came to its end: :meth:`complete` follows when the process has
+                ended well, too.
+        """
+        self.point = None
+        self._let_go(completed=completed, trained=trained)
+
+    def complete(self) -> None:
+        """After ``close(trained=True)``: the process ends well now. Windows that are of another process by now stay."""
+        with contextlib.suppress(*STORE_ERRORS):  # a run that is complete needs no store any more
+            self._ranks.note_window(self.host.job, None)
+        with contextlib.suppress(JobBusyError):  # the job was started again: it is that process's
+            if self.host.is_of_this_process():
+                self.host.open().mark_completed()
+            replicas = self.host.path.parent.glob(f"replica-*-at-{self.host.rank:05d}")
+            for path in replicas:
+                remove_if_ours(path)
+        if self.disk is not None and self.disk.is_of_this_process():
+            self.disk.mark_completed()
+            self.disk.close()
+
+    def _let_go(self, *, completed: bool, trained: bool = False) -> None:
         try:
             if self._persister is not None:
                 self._persister.close()
                 self._persister = None
-                if completed and self.disk is not None:
+                if self.disk is not None and completed:
                     self.disk.mark_completed()
+                elif self.disk is not None and trained:
+                    self.disk.mark_trained()
         finally:
             if self.journal is not None:
                 self.journal.close()
@@ -318,7 +429,9 @@ class Tiers:
             if completed and self._opened:
                 with contextlib.suppress(*STORE_ERRORS):  # a run that is complete needs no store any more
                     self._ranks.note_window(self.host.job, None)
-                self.host.destroy()
+                self.host.mark_completed()
+            elif trained and self._opened:
+                self.host.mark_trained()
             self.host.close()
             if self.disk is not None:
                 self.disk.close()

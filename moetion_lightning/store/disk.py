@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from moetion_lightning.errors import CorruptSnapshotError, StoreError
-from moetion_lightning.store.jobs import job_note
+from moetion_lightning.store.folders import COMPLETED, RESUMED, TRAINED
+from moetion_lightning.store.jobs import is_of_this_process, job_note
 from moetion_lightning.store.local import LocalRoot
-from moetion_lightning.store.manifest import FileRecord, Manifest
+from moetion_lightning.store.manifest import FileRecord, Manifest, parse_json
 from moetion_lightning.store.remote import RemoteRoot
 from moetion_lightning.store.retention import files_to_drop, windows_to_keep
 from moetion_lightning.store.tier import Tier
 from moetion_lightning.store.windows import Root, WindowSet, rank_dir
 
 __all__ = ["DirectoryTier", "is_local_url", "local_path_of"]
+
+_log = logging.getLogger(__name__)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_local_url(url: str) -> bool:
@@ -123,7 +128,7 @@ class DirectoryTier:
         for record in manifest.files:
             if not self._is_present(record, sizes):
                 self._make_way(record, manifest, readable)
-                self._root.put_file(record, source.local_path(record))
+                self._put(record, source.local_path(record), manifest)
             self._known.add(record)
             if on_file is not None:
                 on_file(record.name)
@@ -151,13 +156,17 @@ class DirectoryTier:
         self._root.remove_manifest(iteration)
         self._collect()
 
-    def windows(self) -> list[int]:
-        """Iterations of committed windows, newest first; none when the directory does not exist."""
-        return self._set.windows()
+    def windows(self, aside: str = "") -> list[int]:
+        """Iterations of committed windows, newest first; of a course that lies aside when one is named."""
+        return self._set.windows(aside)
 
-    def read_manifest(self, iteration: int) -> Manifest:
+    def courses_aside(self) -> list[str]:
+        """Courses of training whose windows lie aside, the latest first."""
+        return self._set.courses_aside()
+
+    def read_manifest(self, iteration: int, aside: str = "") -> Manifest:
         """Read and check a manifest. Raises ``CorruptSnapshotError``, ``VersionError``, ``ForeignWindowError``."""
-        return self._set.read_manifest(iteration)
+        return self._set.read_manifest(iteration, aside)
 
     def verify(self, manifest: Manifest) -> None:
         """Check sizes and checksums of all files of a window. Raises ``CorruptSnapshotError``."""
@@ -168,19 +177,71 @@ class DirectoryTier:
         """A local path of a file; remote ones are downloaded to a private directory and verified."""
         return self._root.file_path(record)
 
-    def mark_completed(self) -> None:
-        """Note that training ended as planned, so that the same command starts anew instead of resuming."""
-        self.open()
-        self._root.write_note("completed.json", json.dumps({"completed_at": time.time()}).encode())
+    def set_aside(self, iterations: Iterable[int] | None = None) -> str:
+        """Another course of training begins: move windows aside, where no restart takes them by itself.
 
-    def clear_completed(self) -> None:
-        """Take the note back (a new run under the same name)."""
-        self._root.write_note("completed.json", None)
+        Args:
+            iterations: the windows; None for all, with what was noted of their course.
+
+        Returns:
+            Name of the course that lies aside now, "" when there was no such window.
+        """
+        return self._set.set_aside(iterations)
+
+    def take_back(self, course: str) -> None:
+        """Make the windows of a course that lies aside the current ones; the current ones go aside."""
+        self._set.take_back(course)
+
+    def forget_aside(self, *, keep: Collection[str] = ()) -> None:
+        """The current course has a window of its own: remove what lies aside.
+
+        Args:
+            keep: files of a window that is being written.
+        """
+        if self._root.courses_aside():
+            self._set.forget_aside()
+            self._collect(keep)
+
+    def mark_trained(self) -> None:
+        """Note that training came to its end. The windows can be restored until the process has ended well, too."""
+        self.open()
+        self._set.mark(TRAINED)
+
+    def mark_resumed(self, iteration: int) -> None:
+        """Note which iteration the user asked for when this course began."""
+        self.open()
+        self._set.mark(RESUMED, {"iteration": iteration})
+
+    def mark_completed(self) -> None:
+        """Note that the process ended well, so that the same command starts anew instead of resuming."""
+        self.open()
+        if self.windows():
+            self.forget_aside()
+        self._set.mark(COMPLETED)
+
+    def mark_continued(self) -> None:
+        """The course of the current windows goes on: it is neither at its end nor completed."""
+        self._set.mark_continued()
+
+    @property
+    def trained(self) -> bool:
+        """Whether the course of the current windows came to its end (:meth:`mark_trained`)."""
+        return self._set.trained
 
     @property
     def completed(self) -> bool:
-        """Whether :meth:`mark_completed` was called."""
-        return self._root.read_note("completed.json") is not None
+        """Whether the process that trained the current windows ended well (:meth:`mark_completed`)."""
+        return self._set.completed
+
+    @property
+    def resumed(self) -> int | None:
+        """The iteration that the user asked for when this course began (:meth:`mark_resumed`)."""
+        return self._set.resumed
+
+    def is_of_this_process(self) -> bool:
+        """Whether this process was the last one to open it for writing."""
+        data = self._root.read_note("job.json")
+        return data is not None and is_of_this_process(parse_json(data, path=self.location))
 
     def close(self) -> None:
         """Remove downloaded copies."""
@@ -199,11 +260,31 @@ class DirectoryTier:
             return False
         return True
 
+    def _put(self, record: FileRecord, source: Path, manifest: Manifest) -> None:
+        try:
+            self._root.put_file(record, source)
+        except StoreError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in _FULL or not self.courses_aside():
+                raise
+            _log.warning(
+                "%s is full; the windows of an earlier course of training that lay aside are removed, before this one "
+                "has a window of its own there",
+                self.location,
+            )
+            self.forget_aside(keep={r.name for r in manifest.files})
+            self._root.put_file(record, source)
+
     def _make_way(self, record: FileRecord, manifest: Manifest, readable: dict[int, Manifest]) -> None:
         """Before a file is replaced: a window that names it with other content stops being a restore point.
 
         That can only be the window being written again, or a later one of a course that was given up.
         """
+        if any(r.name == record.name and r != record for other in self._set.manifests_aside()[0] for r in other.files):
+            raise StoreError(
+                f"{self.location}: a window that lies aside needs {record.name} with other content than window "
+                f"{manifest.iteration}. Give files names that no earlier window has used."
+            )
         for iteration, other in list(readable.items()):
             if any(r.name == record.name and r != record for r in other.files):
                 if iteration < manifest.iteration:
@@ -223,9 +304,11 @@ class DirectoryTier:
                 self._root.remove_manifest(iteration)
         self._collect()
 
-    def _collect(self) -> None:
+    def _collect(self, keep: Collection[str] = ()) -> None:
         readable, is_safe = self._set.named_files()
-        if is_safe:
-            for name in files_to_drop(readable.values(), self._root.files()):
+        aside, is_aside_safe = self._set.manifests_aside()
+        if is_safe and is_aside_safe:
+            manifests = [*readable.values(), *aside]
+            for name in set(files_to_drop(manifests, self._root.files())).difference(keep):
                 self._root.remove_file(name)
-            self._known &= {record for manifest in readable.values() for record in manifest.files}
+            self._known &= {record for manifest in manifests for record in manifest.files}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
 from collections import Counter
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from moetion_lightning.errors import StoreError
+from moetion_lightning.errors import HostMemoryError, StoreError
 from moetion_lightning.store.buffers import BufferPool, BufferState, HostBuffer, free_bytes_at, no_room
+from moetion_lightning.store.folders import NOTES, RESUMED, TRAINED
 from moetion_lightning.store.format import SnapshotLayout
 from moetion_lightning.store.jobs import (
     JobInfo,
@@ -25,16 +27,21 @@ from moetion_lightning.store.jobs import (
     clean_stale,
     default_base_dir,
     find_jobs,
+    is_of_this_process,
     job_note,
     prepare_base_dir,
+    read_job_note,
     remove_rank_dir,
 )
 from moetion_lightning.store.local import LocalRoot
 from moetion_lightning.store.manifest import FILE_NAME, FileRecord, Manifest, bytes_checksum
 from moetion_lightning.store.retention import files_to_drop
 from moetion_lightning.store.windows import WindowSet, rank_dir, replica_dir
+from moetion_lightning.units import bytes_text
 
 __all__ = ["HostBuffer", "HostMemoryTier", "JobInfo", "clean_stale", "find_jobs"]
+
+_log = logging.getLogger(__name__)
 
 
 class HostMemoryTier:
@@ -43,6 +50,9 @@ class HostMemoryTier:
     A buffer belongs to exactly one of: the pool (free), a capture, a sealed file that waits for its commit, the
     committed windows that name it, or the persister that pinned such a window. Only free ones are handed out.
     All methods may be called from any thread.
+
+    Windows of an earlier course of training lie aside until the current course has one of its own
+    (:meth:`forget_aside`), or until memory runs out.
 
     Args:
         base_dir: None for ``/dev/shm/moetion-<uid>``, or the temporary directory where there is no /dev/shm.
@@ -74,6 +84,7 @@ class HostMemoryTier:
         self._mutex = threading.RLock()
         self._pool = BufferPool()
         self._named: dict[int, frozenset[str]] = {}
+        self._named_aside: frozenset[str] = frozenset()
         self._pins: Counter[int] = Counter()
         self._pinned: dict[int, frozenset[str]] = {}
         self._is_open = False
@@ -100,10 +111,9 @@ class HostMemoryTier:
                 self._root.create()
                 note = job_note(job=self.job, rank=self.rank, world_size=self.world_size)
                 self._root.write_note("job.json", json.dumps(note, indent=1).encode())
-                readable, is_safe = self._set.named_files()
-                self._named = {i: frozenset(r.name for r in m.files) for i, m in readable.items()}
+                manifests, is_safe = self._read_names()
                 if is_safe:
-                    for name in files_to_drop(readable.values(), self._root.files()):
+                    for name in files_to_drop(manifests, self._root.files()):
                         self._root.remove_file(name)
             except BaseException:
                 self._lock.release()
@@ -138,7 +148,7 @@ class HostMemoryTier:
             raise StoreError(f"{self.path}: acquire({uid!r}, {nbytes}): a buffer has at least one byte.")
         with self._mutex:
             self._require_open()
-            return self._pool.acquire(self._free_path(uid), nbytes)
+            return self._acquire(self._free_path(uid), nbytes)
 
     def acquire_copy(self, record: FileRecord) -> HostBuffer:
         """A buffer for the copy of a file that exists elsewhere, under the name that it has there.
@@ -166,7 +176,7 @@ class HostMemoryTier:
                 self._pool.delete(old)
             else:
                 self._root.remove_file(record.name)  # of no committed window
-            return self._pool.acquire(path, record.nbytes)
+            return self._acquire(path, record.nbytes)
 
     def seal(self, buffer: HostBuffer, layout: SnapshotLayout | None = None) -> FileRecord:
         """Make a captured file immutable: write its header and compute its checksum.
@@ -304,13 +314,17 @@ class HostMemoryTier:
         finally:
             self.unpin(iteration)
 
-    def windows(self) -> list[int]:
-        """Iterations of committed windows, newest first."""
-        return self._set.windows()
+    def windows(self, aside: str = "") -> list[int]:
+        """Iterations of committed windows, newest first; of a course that lies aside when one is named."""
+        return self._set.windows(aside)
 
-    def read_manifest(self, iteration: int) -> Manifest:
+    def courses_aside(self) -> list[str]:
+        """Courses of training whose windows lie aside, the latest first."""
+        return self._set.courses_aside()
+
+    def read_manifest(self, iteration: int, aside: str = "") -> Manifest:
         """Read and check a manifest. Raises ``CorruptSnapshotError``, ``VersionError``, ``ForeignWindowError``."""
-        return self._set.read_manifest(iteration)
+        return self._set.read_manifest(iteration, aside)
 
     def verify(self, manifest: Manifest) -> None:
         """Check sizes and checksums of all files of a window. Raises ``CorruptSnapshotError``."""
@@ -319,6 +333,79 @@ class HostMemoryTier:
     def local_path(self, record: FileRecord) -> Path:
         """Where to read or map a file from. Raises ``CorruptSnapshotError`` when it is missing or of another size."""
         return self._root.file_path(record)
+
+    # -- courses of training ---------------------------------------------------------------------------------------
+
+    def set_aside(self, iterations: Iterable[int] | None = None) -> str:
+        """Another course of training begins: move windows aside, where no restart takes them by itself.
+
+        Args:
+            iterations: the windows; None for all, with what was noted of their course.
+
+        Returns:
+            Name of the course that lies aside now, "" when there was no such window.
+        """
+        with self._mutex:
+            self._require_open()
+            course = self._set.set_aside(iterations)
+            self._read_names()
+            return course
+
+    def take_back(self, course: str) -> None:
+        """Make the windows of a course that lies aside the current ones; the current ones go aside."""
+        with self._mutex:
+            self._require_open()
+            self._set.take_back(course)
+            self._read_names()
+
+    def forget_aside(self) -> None:
+        """The current course has a window of its own: free what lies aside."""
+        with self._mutex:
+            if not self._named_aside and not self._set.root.courses_aside():
+                return
+            self._require_open()
+            self._set.forget_aside()
+            names, self._named_aside = self._named_aside, frozenset()
+            self._settle(names)
+
+    def mark_trained(self) -> None:
+        """Note that training came to its end. The windows stay until the process has ended well, too."""
+        with self._mutex:
+            self._require_open()
+            self._set.mark(TRAINED)
+
+    def mark_resumed(self, iteration: int) -> None:
+        """Note which iteration the user asked for when this course began."""
+        with self._mutex:
+            self._require_open()
+            self._set.mark(RESUMED, {"iteration": iteration})
+
+    def mark_completed(self) -> None:
+        """The process ends well: remove everything, which nothing needs any more, and close."""
+        self.destroy()
+
+    def mark_continued(self) -> None:
+        """The course of the current windows goes on: it is neither at its end nor completed."""
+        self._set.mark_continued()
+
+    @property
+    def trained(self) -> bool:
+        """Whether the course of the current windows came to its end (:meth:`mark_trained`)."""
+        return self._set.trained
+
+    @property
+    def completed(self) -> bool:
+        """Whether the process that trained the current windows ended well, too."""
+        return self._set.completed
+
+    @property
+    def resumed(self) -> int | None:
+        """The iteration that the user asked for when this course began (:meth:`mark_resumed`)."""
+        return self._set.resumed
+
+    def is_of_this_process(self) -> bool:
+        """Whether this process was the last one to open it."""
+        return is_of_this_process(read_job_note(self.path))
 
     # -- room and end ----------------------------------------------------------------------------------------------
 
@@ -336,6 +423,14 @@ class HostMemoryTier:
         with self._mutex:
             return self._pool.free_bytes()
 
+    def aside_bytes(self) -> int:
+        """Bytes that only windows aside need: they are given up when memory runs out."""
+        with self._mutex:
+            if not self._named_aside:
+                return 0
+            needed = set().union(*self._named.values(), *self._pinned.values())
+            return sum(n for name, n in self._root.files().items() if name in self._named_aside and name not in needed)
+
     def check_capacity(self, needed_bytes: int) -> None:
         """Refuse before the first step what would fail in the middle of a window.
 
@@ -345,7 +440,7 @@ class HostMemoryTier:
         Raises:
             HostMemoryError: there is less room; the message has both numbers and the remedies.
         """
-        if self.free_bytes() < needed_bytes:
+        if self.free_bytes() + self.aside_bytes() < needed_bytes:
             raise no_room(_existing_parent(self.path), needed_bytes)
 
     def close(self) -> None:
@@ -361,11 +456,20 @@ class HostMemoryTier:
             self._lock.release()
 
     def destroy(self) -> None:
-        """Remove all state of this job and rank (the normal end of training), and close."""
+        """Remove all state of this job and rank (the normal end of training), and close.
+
+        Windows that lie aside stay if the current course has none of its own to show for them.
+        """
         with self._mutex:
             self._require_open()
+            if self._named_aside and not self._named:
+                for note in NOTES:
+                    self._root.write_note(note, None)
+                self.close()
+                return
             remove_rank_dir(self.path)
             self._named.clear()
+            self._named_aside = frozenset()
             self._pins.clear()
             self._pinned.clear()
             self._pool.forget_all()
@@ -383,7 +487,30 @@ class HostMemoryTier:
             raise StoreError(f"{buffer.path}: the buffer is {buffer.state.value}, expected {state.value}.")
 
     def _in_use(self) -> set[str]:
-        return set().union(*self._named.values(), *self._pinned.values())
+        return set(self._named_aside).union(*self._named.values(), *self._pinned.values())
+
+    def _read_names(self) -> tuple[list[Manifest], bool]:
+        """Learn which files committed windows need; see :meth:`WindowSet.named_files`."""
+        readable, is_safe = self._set.named_files()
+        aside, is_aside_safe = self._set.manifests_aside()
+        self._named = {i: frozenset(r.name for r in m.files) for i, m in readable.items()}
+        self._named_aside = frozenset(record.name for manifest in aside for record in manifest.files)
+        return [*readable.values(), *aside], is_safe and is_aside_safe
+
+    def _acquire(self, path: Path, nbytes: int) -> HostBuffer:
+        try:
+            return self._pool.acquire(path, nbytes)
+        except HostMemoryError:
+            if not self._named_aside:
+                raise
+            before = self.used_bytes()
+            self.forget_aside()
+            _log.warning(
+                "%s: memory is full; the windows of an earlier course of training that lay aside are removed, before "
+                "this one has a window of its own (%s)",
+                self.path, bytes_text(before - self.used_bytes() + self._pool.free_bytes()),
+            )  # fmt: skip
+            return self._pool.acquire(path, nbytes)
 
     def _free_path(self, uid: str) -> Path:
         for number in range(1, 1_000_000):

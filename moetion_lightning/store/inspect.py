@@ -10,10 +10,12 @@ from pathlib import Path
 
 from moetion_lightning.errors import MoEtionError, StoreError
 from moetion_lightning.store.disk import is_local_url, local_path_of
+from moetion_lightning.store.folders import ASIDE_NAME, WINDOWS
 from moetion_lightning.store.jobs import is_locked, read_job_note
 from moetion_lightning.store.local import LocalRoot
 from moetion_lightning.store.manifest import Manifest
 from moetion_lightning.store.windows import WindowSet
+from moetion_lightning.units import age_text, bytes_text, span_text
 
 __all__ = ["RootReport", "StoreReport", "WindowReport", "describe", "format_report"]
 
@@ -31,6 +33,7 @@ class WindowReport:
         age_seconds: since it was captured.
         verified: True: every checksum is right; False: see ``problem``; None: checksums were not asked for.
         problem: what is wrong, with the remedy.
+        aside: whether it is of an earlier course of training, and lies aside.
     """
 
     iteration: int
@@ -38,6 +41,7 @@ class WindowReport:
     age_seconds: float | None = None
     verified: bool | None = None
     problem: str | None = None
+    aside: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +54,10 @@ class RootReport:
         rank_name: ``rank-00000``, or ``replica-00003-at-00000`` for rank 0's copies of rank 3's windows.
         pid: process that owned it last, if known.
         alive: whether a live process holds its lock.
-        completed: whether training ended as planned.
+        completed: whether training and its process ended as planned.
         nbytes: bytes of all files, uncommitted ones included.
         uncommitted_nbytes: bytes of files that no readable window names (a capture in progress, or garbage).
-        windows: newest first.
+        windows: current ones, then those that lie aside, newest first.
         problem: why it could not be listed.
     """
 
@@ -106,7 +110,7 @@ def describe(path: str | os.PathLike[str], *, verify: bool = True) -> StoreRepor
     local = local_path_of(text)
     only: int | None = None
     start = local
-    if local.parent.name == "windows" and local.suffix == ".json":
+    if (local.parent.name == WINDOWS or ASIDE_NAME.fullmatch(local.parent.name)) and local.suffix == ".json":
         only = int(local.stem) if local.stem.isdigit() else None
         start = local.parent.parent
     roots = sorted(_find_roots(start, _MAX_DEPTH))
@@ -120,7 +124,7 @@ def describe(path: str | os.PathLike[str], *, verify: bool = True) -> StoreRepor
 
 def _find_roots(path: Path, depth: int) -> Iterator[Path]:
     try:
-        if (path / "windows").is_dir():
+        if (path / WINDOWS).is_dir() or LocalRoot(path).courses_aside():
             yield path
         elif depth > 0 and path.is_dir():
             for child in path.iterdir():
@@ -135,12 +139,15 @@ def _describe_root(path: Path, *, only: int | None, verify: bool) -> RootReport:
     found = WindowSet(root, job=None, rank=None)
     job = path.resolve().parent.name
     try:
-        iterations = [i for i in found.windows() if only in (None, i)]
+        courses = ["", *found.courses_aside()]
+        listed = [(course, i) for course in courses for i in found.windows(course) if only in (None, i)]
         sizes = root.files()
+        completed = found.completed
     except MoEtionError as error:
         return RootReport(path=path, job=job, rank_name=path.name, problem=_one_line(error))
-    windows = tuple(_describe_window(found, iteration, verify=verify) for iteration in iterations)
-    named = {r.name for m in found.named_files()[0].values() for r in m.files}
+    windows = tuple(_describe_window(found, iteration, course, verify=verify) for course, iteration in listed)
+    manifests = [*found.named_files()[0].values(), *found.manifests_aside()[0]]
+    named = {record.name for manifest in manifests for record in manifest.files}
     pid = read_job_note(path).get("pid")
     return RootReport(
         path=path,
@@ -148,26 +155,29 @@ def _describe_root(path: Path, *, only: int | None, verify: bool) -> RootReport:
         rank_name=path.name,
         pid=pid if isinstance(pid, int) else None,
         alive=is_locked(path),
-        completed=os.path.lexists(path / "completed.json"),
+        completed=completed,
         nbytes=sum(sizes.values()),
         uncommitted_nbytes=sum(size for name, size in sizes.items() if name not in named),
         windows=windows,
     )
 
 
-def _describe_window(found: WindowSet, iteration: int, *, verify: bool) -> WindowReport:
+def _describe_window(found: WindowSet, iteration: int, course: str, *, verify: bool) -> WindowReport:
     manifest = None
     try:
-        manifest = found.read_manifest(iteration)
+        manifest = found.read_manifest(iteration, course)
         if verify:
             found.verify(manifest)
     except MoEtionError as error:
-        return WindowReport(iteration=iteration, manifest=manifest, verified=False, problem=_one_line(error))
+        return WindowReport(
+            iteration=iteration, manifest=manifest, verified=False, problem=_one_line(error), aside=bool(course)
+        )
     return WindowReport(
         iteration=iteration,
         manifest=manifest,
         age_seconds=max(0.0, time.time() - manifest.created_at),
         verified=True if verify else None,
+        aside=bool(course),
     )
 
 
@@ -180,9 +190,9 @@ def format_report(report: StoreReport) -> str:
         if root.completed:
             state += ", completed"
         lines.append(f"{root.path}")
-        lines.append(f"  job {root.job}, {root.rank_name}, {state}, {_size(root.nbytes)} in files")
+        lines.append(f"  job {root.job}, {root.rank_name}, {state}, {bytes_text(root.nbytes)} in files")
         if root.uncommitted_nbytes:
-            lines.append(f"  {_size(root.uncommitted_nbytes)} of them belong to no committed window")
+            lines.append(f"  {bytes_text(root.uncommitted_nbytes)} of them belong to no committed window")
         if root.problem:
             lines.append(f"  PROBLEM: {root.problem}")
         rows = [_COLUMNS, *(_row(window) for window in root.windows)]
@@ -203,30 +213,15 @@ def _row(window: WindowReport) -> tuple[str, ...]:
     if m is None:
         return (str(window.iteration), "?", "?", "?", "?", "?", "?", verdict)
     return (
-        str(window.iteration),
-        f"{m.first_iteration}..{m.last_iteration}",
+        f"{window.iteration}{' (aside)' if window.aside else ''}",
+        span_text(m.first_iteration, m.last_iteration) + ("" if m.finite else ", not finite"),
         m.policy if m.complete else f"{m.policy}, incomplete",
         str(len(m.slots)),
         str(len(m.operators)),
-        _size(m.nbytes),
-        "?" if window.age_seconds is None else _age(window.age_seconds),
+        bytes_text(m.nbytes),
+        "?" if window.age_seconds is None else age_text(window.age_seconds),
         verdict,
     )
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _one_line(error: MoEtionError) -> str:

@@ -14,18 +14,14 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moetion_lightning.errors import CorruptSnapshotError, JobBusyError, StoreError
-from moetion_lightning.store.local import (
-    LocalRoot,
-    explain_os_errors,
-    make_private_dir,
-    read_regular,
-)
+from moetion_lightning.store.folders import WINDOWS
+from moetion_lightning.store.local import LocalRoot, explain_os_errors, make_private_dir, read_regular
 
 __all__ = ["JobInfo", "JobLock", "clean_stale", "default_base_dir", "find_jobs", "job_note", "prepare_base_dir"]
 
@@ -169,8 +165,16 @@ def job_note(*, job: str, rank: int, world_size: int) -> dict[str, Any]:
         "boot_id": boot_id.read_text().strip() if boot_id.exists() else None,
         "argv": sys.argv,
         "cwd": os.getcwd(),
+        "script": main_file(),
         "created": time.time(),
     }
+
+
+def main_file() -> str:
+    """Absolute path of the program's main file; "" where there is none (a notebook, ``python -c``)."""
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None) or (sys.argv[0] if sys.argv else "")
+    return os.path.abspath(file) if file and os.path.exists(file) else ""
 
 
 def read_job_note(path: Path) -> dict[str, Any]:
@@ -182,6 +186,12 @@ def read_job_note(path: Path) -> dict[str, Any]:
     if not isinstance(note, dict) or not isinstance(note.get("created", 0), (int, float)):
         return {}
     return note
+
+
+def is_of_this_process(note: Mapping[str, Any]) -> bool:
+    """Whether a ``job.json`` is this process's."""
+    mine = job_note(job="", rank=0, world_size=1)
+    return all(note.get(key) == mine[key] for key in ("pid", "host", "boot_id"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +207,7 @@ class JobInfo:
         age_seconds: since the last commit, or since it was opened.
         nbytes: size of all files in bytes.
         windows: iterations of committed windows, newest first.
+        aside: iterations of windows of earlier courses of training, which lie aside, the latest course first.
     """
 
     name: str
@@ -207,6 +218,7 @@ class JobInfo:
     age_seconds: float
     nbytes: int
     windows: tuple[int, ...]
+    aside: tuple[int, ...] = ()
 
 
 def find_jobs(base_dir: Path | None = None) -> list[JobInfo]:
@@ -258,13 +270,28 @@ def clean_stale(
     return removed
 
 
+def remove_if_ours(path: Path) -> None:
+    """Remove a rank directory that this process was the last one to own, unless another one owns it now."""
+    if not is_of_this_process(read_job_note(path)):
+        return
+    lock = JobLock(path)
+    with contextlib.suppress(JobBusyError):
+        lock.acquire()
+        try:
+            remove_rank_dir(path)
+        finally:
+            lock.release()
+
+
 def remove_rank_dir(path: Path) -> None:
     """Remove a rank directory (its lock is held by the caller), and the job's when it was the last.
 
     Manifests go first, so that a kill in the middle leaves no window without its files.
     """
     with explain_os_errors("remove", path):
-        shutil.rmtree(path / "windows", ignore_errors=True)
+        root = LocalRoot(path)
+        for folder in (WINDOWS, *root.courses_aside()):
+            shutil.rmtree(path / folder, ignore_errors=True)
         shutil.rmtree(path)
         with contextlib.suppress(OSError):
             path.parent.rmdir()
@@ -297,7 +324,7 @@ def _describe(path: Path) -> JobInfo:
     root = LocalRoot(path)
     note = read_job_note(path)
     times = [0.0]
-    for place in (path, root.windows_dir, path / "job.json"):
+    for place in (path, root.windows_dir, path / "job.json", *(path / course for course in root.courses_aside())):
         with contextlib.suppress(OSError):
             times.append(os.lstat(place).st_mtime)
     pid = note.get("pid")
@@ -310,4 +337,5 @@ def _describe(path: Path) -> JobInfo:
         age_seconds=max(0.0, time.time() - max(times)),
         nbytes=sum(root.files().values()),
         windows=tuple(root.iterations()),
+        aside=tuple(iteration for course in root.courses_aside() for iteration in root.iterations(course)),
     )

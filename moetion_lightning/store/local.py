@@ -9,21 +9,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import xxhash
 
 from moetion_lightning.errors import CorruptSnapshotError, MoEtionError, StoreError
+from moetion_lightning.store.folders import ASIDE_NAME, MANIFEST_NAME, WINDOWS, manifest_name
 from moetion_lightning.store.manifest import FileRecord
 
 __all__ = ["LocalRoot", "explain_os_errors", "hash_file", "make_private_dir", "read_regular", "write_atomically"]
 
 _CHUNK_BYTES = 4 * 1024 * 1024
-_MANIFEST_NAME = re.compile(r"(\d{12})\.json")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDY = "Restore from another window or tier."
 OnStage = Callable[[str], None]
@@ -51,6 +50,7 @@ def make_private_dir(path: Path) -> None:
     with explain_os_errors("create the directory", path):
         for missing in reversed([p for p in (path, *path.parents) if not p.exists()]):
             missing.mkdir(mode=0o700, exist_ok=True)  # parents=True would give parents the umask's mode
+            sync_dir(missing.parent)  # else a power cut may take the directory, with all that was synchronised in it
         mode = os.lstat(path).st_mode
         if stat.S_ISLNK(mode):
             raise StoreError(f"{path}: a symbolic link is in the place of a directory. Remove it.")
@@ -192,7 +192,7 @@ class LocalRoot:
         self.path = path
         self.location = str(path)
         self.files_dir = path / "files"
-        self.windows_dir = path / "windows"
+        self.windows_dir = path / WINDOWS
 
     def create(self) -> None:
         """Make the directories and remove half-written manifests. Raises ``StoreError`` when that fails."""
@@ -202,28 +202,60 @@ class LocalRoot:
             if name.startswith(".") and name.endswith(".tmp"):
                 _remove(self.windows_dir / name)
 
-    def iterations(self) -> list[int]:
+    def courses_aside(self) -> list[str]:
+        """Folders of windows that were set aside, the latest first."""
+        return sorted(filter(ASIDE_NAME.fullmatch, self._names(self.path)), reverse=True)
+
+    def iterations(self, folder: str = WINDOWS) -> list[int]:
         """Iterations that have something under a manifest's name, newest first; none when there is no directory."""
-        found = (_MANIFEST_NAME.fullmatch(name) for name in self._names(self.windows_dir))
+        found = (MANIFEST_NAME.fullmatch(name) for name in self._names(self.path / folder))
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
-    def manifest_location(self, iteration: int) -> str:
+    def manifest_location(self, iteration: int, folder: str = WINDOWS) -> str:
         """Where a manifest is, for messages."""
-        return str(self._manifest_path(iteration))
+        return str(self.path / folder / manifest_name(iteration))
 
-    def read_manifest(self, iteration: int, max_bytes: int) -> bytes:
+    def read_manifest(self, iteration: int, max_bytes: int, folder: str = WINDOWS) -> bytes:
         """Content of a manifest."""
-        return read_regular(self._manifest_path(iteration), max_bytes=max_bytes)
+        return read_regular(self.path / folder / manifest_name(iteration), max_bytes=max_bytes)
 
     def write_manifest(self, iteration: int, data: bytes, on_stage: OnStage | None = None) -> None:
         """Commit: everything that the manifest names must be there already."""
         with explain_os_errors("flush", self.files_dir):
             sync_dir(self.files_dir)
-        write_atomically(self._manifest_path(iteration), data, on_stage)
+        write_atomically(self.windows_dir / manifest_name(iteration), data, on_stage)
 
-    def remove_manifest(self, iteration: int) -> None:
+    def remove_manifest(self, iteration: int, folder: str = WINDOWS) -> None:
         """Remove a manifest, or whatever is in its place."""
-        _remove(self._manifest_path(iteration))
+        _remove(self.path / folder / manifest_name(iteration))
+
+    def move(self, source: str, target: str, iterations: Iterable[int] | None = None) -> None:
+        """Move manifests from one folder to a new one; each is in one of them at every instant.
+
+        Args:
+            source: folder that exists.
+            target: folder that does not, or holds nothing.
+            iterations: the manifests, or None for the whole folder with its notes.
+        """
+        with explain_os_errors("move", self.path / source):
+            if iterations is None:
+                with contextlib.suppress(FileNotFoundError):
+                    (self.path / target).rmdir()
+                os.rename(self.path / source, self.path / target)
+            else:
+                make_private_dir(self.path / target)
+                for iteration in iterations:
+                    name = manifest_name(iteration)
+                    os.rename(self.path / source / name, self.path / target / name)
+                sync_dir(self.path / target)
+            make_private_dir(self.windows_dir)
+            sync_dir(self.path / source if iterations is not None else self.path)
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove a folder of manifests; those that a kill leaves are whole."""
+        with explain_os_errors("remove", self.path / folder):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+            sync_dir(self.path)
 
     def files(self) -> dict[str, int]:
         """Names and sizes in bytes of everything under ``files``, leftovers of interrupted copies included."""
@@ -274,7 +306,7 @@ class LocalRoot:
         _remove(self.files_dir / name)
 
     def read_note(self, name: str) -> bytes | None:
-        """Content of a small file beside the windows (``job.json``, ``completed.json``), None when absent."""
+        """Content of a small file beside the windows (``job.json``), None when absent."""
         path = self.path / name
         return read_regular(path, max_bytes=1 << 20) if os.path.lexists(path) else None
 
@@ -287,9 +319,6 @@ class LocalRoot:
 
     def close(self) -> None:
         """Nothing is held."""
-
-    def _manifest_path(self, iteration: int) -> Path:
-        return self.windows_dir / f"{iteration:012d}.json"
 
     def _names(self, directory: Path) -> list[str]:
         with explain_os_errors("list", directory):

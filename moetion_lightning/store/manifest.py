@@ -167,6 +167,11 @@ class Manifest:
         return self.last_iteration
 
     @property
+    def finite(self) -> bool:
+        """Whether no loss, gradient norm or weight that is not finite was seen while it was captured."""
+        return self.extra.get("finite") is not False
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(record.nbytes for record in self.files)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
-import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from moetion_lightning.errors import ConfigurationError, CorruptSnapshotError, MoEtionError, StoreError
+from moetion_lightning.store.folders import ASIDE_NAME, MANIFEST_NAME, WINDOWS, manifest_name
 from moetion_lightning.store.local import LocalRoot, hash_file
 from moetion_lightning.store.manifest import FileRecord
 
 __all__ = ["RemoteRoot"]
 
 _CHUNK_BYTES = 8 * 1024 * 1024
-_MANIFEST_NAME = re.compile(r"(\d{12})\.json")
 _REMEDY = "Restore from another window or tier."
 
 
@@ -70,21 +69,27 @@ class RemoteRoot:
             for part in ("files", "windows"):
                 self._fs.makedirs(self._join(part), exist_ok=True)
 
-    def iterations(self) -> list[int]:
+    def courses_aside(self) -> list[str]:
+        """Folders of windows that were set aside, the latest first."""
+        names = (posixpath.basename(entry["name"].rstrip("/")) for entry in self._entries(""))
+        return sorted(filter(ASIDE_NAME.fullmatch, names), reverse=True)
+
+    def iterations(self, folder: str = WINDOWS) -> list[int]:
         """Iterations that have a manifest, newest first."""
-        found = (_MANIFEST_NAME.fullmatch(name) for name in self._list("windows"))
+        found = (MANIFEST_NAME.fullmatch(name) for name in self._list(folder))
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
-    def manifest_location(self, iteration: int) -> str:
+    def manifest_location(self, iteration: int, folder: str = WINDOWS) -> str:
         """Where a manifest is, for messages."""
-        return f"{self.location}/windows/{iteration:012d}.json"
+        return f"{self.location}/{folder}/{manifest_name(iteration)}"
 
-    def read_manifest(self, iteration: int, max_bytes: int) -> bytes:
+    def read_manifest(self, iteration: int, max_bytes: int, folder: str = WINDOWS) -> bytes:
         """Content of a manifest."""
-        where = self.manifest_location(iteration)
-        data = self._read(f"windows/{iteration:012d}.json", max_bytes)
+        data = self._read(f"{folder}/{manifest_name(iteration)}", max_bytes)
         if data is None:
-            raise CorruptSnapshotError(f"{where}: the manifest is missing. {_REMEDY}")
+            raise CorruptSnapshotError(
+                f"{self.manifest_location(iteration, folder)}: the manifest is missing. {_REMEDY}"
+            )
         return data
 
     def write_manifest(self, iteration: int, data: bytes, on_stage: Callable[[str], None] | None = None) -> None:
@@ -92,13 +97,43 @@ class RemoteRoot:
         if on_stage is not None:
             on_stage("temporary")
         with _explain("write", self.manifest_location(iteration)):
-            self._fs.pipe_file(self._join(f"windows/{iteration:012d}.json"), data)
+            self._fs.pipe_file(self._join(f"{WINDOWS}/{manifest_name(iteration)}"), data)
         if on_stage is not None:
             on_stage("committed")
 
-    def remove_manifest(self, iteration: int) -> None:
+    def remove_manifest(self, iteration: int, folder: str = WINDOWS) -> None:
         """Remove a manifest."""
-        self._remove(f"windows/{iteration:012d}.json")
+        self._remove(f"{folder}/{manifest_name(iteration)}")
+
+    def move(self, source: str, target: str, iterations: Iterable[int] | None = None) -> None:
+        """Move manifests from one folder to another; each is in one of them, or in both, at every instant.
+
+        Args:
+            source: folder that exists.
+            target: folder that does not, or holds nothing.
+            iterations: the manifests, or None for all, with the folder's notes.
+        """
+        if iterations is None:
+            # Notes first, then the newest window: whatever a kill leaves, the target is what it says it is.
+            manifests = [manifest_name(iteration) for iteration in self.iterations(source)]
+            names = [*sorted(set(self._list(source)) - set(manifests)), *manifests]
+        else:
+            names = [manifest_name(iteration) for iteration in iterations]
+        with _explain("move", f"{self.location}/{source}"):
+            self._fs.makedirs(self._join(target), exist_ok=True)
+            for name in names:
+                self._fs.cp_file(self._join(f"{source}/{name}"), self._join(f"{target}/{name}"))
+        for name in reversed(names):
+            self._remove(f"{source}/{name}")
+        if source != WINDOWS:
+            self.remove_folder(source)
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove a folder of manifests; those that a kill leaves are whole."""
+        for name in self._list(folder):
+            self._remove(f"{folder}/{name}")
+        with contextlib.suppress(Exception):  # an object store has no folders
+            self._fs.rmdir(self._join(folder))
 
     def files(self) -> dict[str, int]:
         """Names and sizes in bytes of the files."""
@@ -178,13 +213,16 @@ class RemoteRoot:
         return posixpath.join(self._path, name)
 
     def _list(self, part: str) -> dict[str, int]:
+        entries = self._entries(part)
+        return {posixpath.basename(e["name"]): int(e.get("size") or 0) for e in entries if e["type"] == "file"}
+
+    def _entries(self, part: str) -> list[dict[str, Any]]:
         with _explain("list", f"{self.location}/{part}"):
             self._fs.invalidate_cache()
             try:
-                entries = self._fs.ls(self._join(part), detail=True)
+                return list(self._fs.ls(self._join(part) if part else self._path, detail=True))
             except FileNotFoundError:
-                return {}
-        return {posixpath.basename(e["name"]): int(e.get("size") or 0) for e in entries if e["type"] == "file"}
+                return []
 
     def _read(self, name: str, max_bytes: int) -> bytes | None:
         where = f"{self.location}/{name}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from moetion_lightning.errors import (
+    ConfigurationError,
     CorruptSnapshotError,
     ForeignWindowError,
     MoEtionError,
@@ -15,8 +16,12 @@ from moetion_lightning.errors import (
     VersionError,
 )
 from moetion_lightning.store.manifest import FileRecord, Manifest
+from moetion_lightning.units import span_text
 
-__all__ = ["Choice", "Problem", "RestoreChoice", "Tier", "choose_window"]
+__all__ = ["Accept", "Problem", "Refusal", "RestoreChoice", "Tier", "choose_window"]
+
+Accept = Callable[[Manifest], str]
+"""Says why a window is not to be restored; "" if it is."""
 
 
 class Tier(Protocol):
@@ -26,10 +31,17 @@ class Tier(Protocol):
     def name(self) -> str:
         """What messages call it: ``"host memory"``, ``"disk"``."""
 
-    def windows(self) -> list[int]:
-        """Iterations of committed windows (a manifest is present), newest first."""
+    @property
+    def completed(self) -> bool:
+        """Whether the current windows are of a course that came to its end, in a process that ended well."""
 
-    def read_manifest(self, iteration: int) -> Manifest:
+    def windows(self, aside: str = "") -> list[int]:
+        """Iterations of committed windows (a manifest is present), newest first; of a course aside if one is named."""
+
+    def courses_aside(self) -> list[str]:
+        """Courses of training whose windows lie aside, the latest first."""
+
+    def read_manifest(self, iteration: int, aside: str = "") -> Manifest:
         """Read and check a manifest."""
 
     def verify(self, manifest: Manifest) -> None:
@@ -43,6 +55,29 @@ class Tier(Protocol):
 
     def drop(self, iteration: int) -> None:
         """Remove a window: its manifest first, then the files that no other window names."""
+
+    @property
+    def resumed(self) -> int | None:
+        """The iteration that the user asked for when the course of the current windows began."""
+
+    def mark_resumed(self, iteration: int) -> None:
+        """Note that iteration."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether the course of the current windows came to its end."""
+
+    def mark_continued(self) -> None:
+        """The course of the current windows goes on: it is neither at its end nor completed."""
+
+    def set_aside(self, iterations: Iterable[int] | None = None) -> str:
+        """Move windows (None: all, with what is noted of their course) aside, for another course of training."""
+
+    def take_back(self, course: str) -> None:
+        """Make the windows of a course that lies aside the current ones; the current ones go aside."""
+
+    def forget_aside(self) -> None:
+        """Remove what lies aside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +100,52 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A readable window that was passed over although nothing is wrong with its bytes.
+
+    Args:
+        tier: name of the tier.
+        manifest: the window's manifest; its files were not read.
+        reason: why it was not taken.
+        aside: the course that it lies aside with; "" for a current window.
+    """
+
+    tier: str
+    manifest: Manifest
+    reason: str
+    aside: str = ""
+
+    def __str__(self) -> str:
+        span = span_text(self.manifest.first_iteration, self.manifest.last_iteration)
+        return f"window {span} in {self.tier}{' (aside)' if self.aside else ''}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RestoreChoice:
     """The window to restore.
 
     Args:
         tier: where to read it from.
         manifest: its verified manifest.
-        problems: newer or nearer windows that were passed over, and why.
+        problems: newer or nearer windows that were passed over because something is wrong with them.
+        refused: those that are whole, but not wanted.
+        aside: the course that the window lies aside with: :meth:`Tier.take_back` it; "" for a current one.
     """
 
     tier: Tier
     manifest: Manifest
     problems: tuple[Problem, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    aside: str = ""
 
 
-Choice = RestoreChoice
+@dataclass(kw_only=True)
+class _Candidates:
+    """Windows of all tiers, and what was passed over on the way; each with its place in the order of preference."""
+
+    found: list[tuple[tuple[int, ...], Tier, str, Manifest]] = field(default_factory=list)
+    problems: list[tuple[tuple[int, ...], Problem]] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
 
 
 def choose_window(
@@ -89,11 +155,15 @@ def choose_window(
     rank: int | None = None,
     world_size: int | None = None,
     fingerprint: str | None = None,
+    accept: Accept | None = None,
+    iteration: int | None = None,
+    on_refused: Callable[[Refusal], object] | None = None,
 ) -> RestoreChoice | None:
-    """Find the newest window that is whole.
+    """Find the newest window that is whole and wanted.
 
     Every file of the chosen window is read and its checksum compared. A window that fails gives way to the same window
-    on a later tier, then to the next older one.
+    on a later tier, then to the next older one. Windows that hold a value that is not finite come after all others,
+    windows that lie aside after current ones; those of a course that is completed are left out.
 
     Args:
         tiers: fastest first; of two copies of one window the earlier tier's is taken.
@@ -101,36 +171,100 @@ def choose_window(
         rank: and to this rank, unless None.
         world_size: and be of a run with as many ranks, unless None.
         fingerprint: and of this model, unless None.
+        accept: and be wanted: returns why not.
+        iteration: take the window that ends with this iteration, or else the one that contains it.
+        on_refused: told of every window that is readable and not taken, also when none is.
 
     Returns:
-        The choice, or None when no tier has any window.
+        The choice, or None when no tier has any window that is wanted.
 
     Raises:
+        ConfigurationError: there is no window of ``iteration``; the message lists those that there are.
         CorruptSnapshotError: there are windows, but none is whole; the message lists every problem.
         ForeignWindowError: all of them belong to another job or model.
         VersionError: all of them were written by a newer version.
         StoreError: a tier could not be read and no other has a window: starting anew could lose the run.
     """
-    problems: list[Problem] = []
-    candidates: list[tuple[int, int]] = []
+    candidates = _Candidates()
+
+    def refuse(tier: Tier, aside: str, manifest: Manifest, reason: str) -> None:
+        refusal = Refusal(tier=tier.name, manifest=manifest, reason=reason, aside=aside)
+        candidates.refused.append(refusal)
+        if on_refused is not None:
+            on_refused(refusal)
+
     for order, tier in enumerate(tiers):
+        for aside, window in _listed(tier, order, candidates, completed=iteration is not None):
+            # Current windows before those aside, newest first, nearest first.
+            place = (int(aside != ""), -window, order)
+            try:
+                manifest = tier.read_manifest(window, aside)
+                _check_belongs(manifest, job=job, rank=rank, world_size=world_size, fingerprint=fingerprint)
+            except MoEtionError as error:
+                candidates.problems.append((place, Problem(tier=tier.name, iteration=window, error=error)))
+                continue
+            reason = accept(manifest) if accept is not None else ""
+            if reason:
+                refuse(tier, aside, manifest, reason)
+            else:
+                candidates.found.append((place, tier, aside, manifest))
+    if iteration is not None:
+        candidates.found = _of_iteration(candidates, iteration)
+    for place, tier, aside, manifest in sorted(candidates.found, key=lambda item: (not item[3].finite, item[0])):
         try:
-            candidates.extend((-iteration, order) for iteration in tier.windows())
-        except MoEtionError as error:
-            problems.append(Problem(tier=tier.name, iteration=None, error=error))
-    for negative, order in sorted(candidates):
-        tier = tiers[order]
-        try:
-            manifest = tier.read_manifest(-negative)
-            _check_belongs(manifest, job=job, rank=rank, world_size=world_size, fingerprint=fingerprint)
             tier.verify(manifest)
         except MoEtionError as error:
-            problems.append(Problem(tier=tier.name, iteration=-negative, error=error))
-        else:
-            return RestoreChoice(tier=tier, manifest=manifest, problems=tuple(problems))
-    if not problems:
+            candidates.problems.append((place, Problem(tier=tier.name, iteration=manifest.iteration, error=error)))
+            continue
+        for other_place, other_tier, other_aside, other in candidates.found:
+            if manifest.finite and not other.finite and other_place < place:
+                refuse(
+                    other_tier, other_aside, other, "it holds a loss, a gradient norm or a weight that is not finite"
+                )
+        problems = tuple(problem for where, problem in sorted(candidates.problems, key=_place) if where < place)
+        return RestoreChoice(
+            tier=tier, manifest=manifest, problems=problems, refused=tuple(candidates.refused), aside=aside
+        )
+    # Damage among windows that lie aside, which nobody asked for, must not keep training from beginning.
+    serious = [problem for place, problem in sorted(candidates.problems, key=_place) if place[0] <= 0]
+    if not serious:
         return None
-    raise _nothing_whole(job, problems)
+    raise _nothing_whole(job, serious)
+
+
+def _place(item: tuple[tuple[int, ...], Problem]) -> tuple[int, ...]:
+    return item[0]
+
+
+def _listed(tier: Tier, order: int, candidates: _Candidates, *, completed: bool) -> Iterator[tuple[str, int]]:
+    """Windows of a tier, current ones (of a completed course only if asked for) first: (course aside, iteration)."""
+    try:
+        listed = [("", iteration) for iteration in tier.windows()] if completed or not tier.completed else []
+        for course in tier.courses_aside():
+            listed += [(course, iteration) for iteration in tier.windows(course)]
+    except MoEtionError as error:
+        candidates.problems.append(((-1, order, 0), Problem(tier=tier.name, iteration=None, error=error)))
+        return
+    yield from listed
+
+
+def _of_iteration(candidates: _Candidates, iteration: int) -> list[tuple[tuple[int, ...], Tier, str, Manifest]]:
+    """The windows that end with an iteration, or else those that contain it."""
+    found = candidates.found
+    exact = [item for item in found if item[3].last_iteration == iteration]
+    around = [item for item in found if item[3].first_iteration <= iteration <= item[3].last_iteration]
+    if exact or around:
+        return exact or around
+    there = [
+        f"{span_text(m.first_iteration, m.last_iteration)} in {tier.name}{' (aside)' if aside else ''}"
+        for _, tier, aside, m in sorted(found, key=lambda item: item[0])
+    ]
+    passed = [str(refusal) for refusal in candidates.refused] + [str(problem) for _, problem in candidates.problems]
+    raise ConfigurationError(
+        f"resume={iteration}: no window ends with or contains iteration {iteration}. Windows of this job: "
+        f"{', '.join(there) or 'none'}.{''.join(f' Passed over: {text}.' for text in passed)} Give the last iteration "
+        "of one of them, or resume='auto'."
+    )
 
 
 def _check_belongs(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from moetion_lightning.errors import (
     ConfigurationError,
@@ -13,6 +15,7 @@ from moetion_lightning.errors import (
     StoreError,
     VersionError,
 )
+from moetion_lightning.store.folders import COMPLETED, NOTES, RESUMED, TRAINED, WINDOWS, next_aside
 from moetion_lightning.store.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest
 
 __all__ = ["Root", "WindowSet", "rank_dir", "replica_dir"]
@@ -59,20 +62,29 @@ class Root(Protocol):
     def create(self) -> None:
         """Make what must exist before the first write."""
 
-    def iterations(self) -> list[int]:
+    def courses_aside(self) -> list[str]:
+        """Folders of windows that were set aside, the latest first."""
+
+    def iterations(self, folder: str = WINDOWS) -> list[int]:
         """Iterations that have a manifest, newest first."""
 
-    def manifest_location(self, iteration: int) -> str:
+    def manifest_location(self, iteration: int, folder: str = WINDOWS) -> str:
         """Where a manifest is, for messages."""
 
-    def read_manifest(self, iteration: int, max_bytes: int) -> bytes:
+    def read_manifest(self, iteration: int, max_bytes: int, folder: str = WINDOWS) -> bytes:
         """Content of a manifest."""
 
     def write_manifest(self, iteration: int, data: bytes, on_stage: Callable[[str], None] | None = None) -> None:
         """Write a manifest whole or not at all."""
 
-    def remove_manifest(self, iteration: int) -> None:
+    def remove_manifest(self, iteration: int, folder: str = WINDOWS) -> None:
         """Remove a manifest."""
+
+    def move(self, source: str, target: str, iterations: Iterable[int] | None = None) -> None:
+        """Move manifests (None: the whole folder) to a new folder; each can be read at every instant."""
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove a folder of manifests."""
 
     def files(self) -> dict[str, int]:
         """Names and sizes in bytes of the files."""
@@ -115,11 +127,15 @@ class WindowSet:
         self.job = job
         self.rank = rank
 
-    def windows(self) -> list[int]:
-        """Iterations of committed windows, newest first."""
-        return self.root.iterations()
+    def windows(self, aside: str = "") -> list[int]:
+        """Iterations of committed windows, newest first; of a course that lies aside when one is named."""
+        return self.root.iterations(aside or WINDOWS)
 
-    def read_manifest(self, iteration: int) -> Manifest:
+    def courses_aside(self) -> list[str]:
+        """Courses of training whose windows lie aside, the latest first."""
+        return [course for course in self.root.courses_aside() if self.root.iterations(course)]
+
+    def read_manifest(self, iteration: int, aside: str = "") -> Manifest:
         """Read and check one manifest.
 
         Raises:
@@ -127,14 +143,75 @@ class WindowSet:
             VersionError: from a newer version.
             ForeignWindowError: of another job or rank.
         """
-        where = self.root.manifest_location(iteration)
-        manifest = Manifest.from_bytes(self.root.read_manifest(iteration, MAX_MANIFEST_BYTES), path=where)
+        where = self.root.manifest_location(iteration, aside or WINDOWS)
+        data = self.root.read_manifest(iteration, MAX_MANIFEST_BYTES, aside or WINDOWS)
+        manifest = Manifest.from_bytes(data, path=where)
         if manifest.iteration != iteration:
             raise CorruptSnapshotError(
                 f"{where}: holds the manifest of window {manifest.iteration}. It was renamed or copied; delete it."
             )
         self._check_owner(manifest, where)
         return manifest
+
+    def set_aside(self, iterations: Iterable[int] | None = None) -> str:
+        """Move current windows aside: all of them with what was noted of their course, or only some.
+
+        A kill leaves every window readable, in its old place or in the new one.
+
+        Returns:
+            Name of the course, "" when there was nothing to move.
+        """
+        existing = self.windows()
+        if iterations is None and not existing:
+            for note in NOTES:
+                self.root.write_note(note, None)
+        moved = existing if iterations is None else sorted(set(iterations).intersection(existing), reverse=True)
+        if not moved:
+            return ""
+        course = next_aside(self.root.courses_aside())
+        self.root.move(WINDOWS, course, None if iterations is None else moved)
+        return course
+
+    def take_back(self, course: str) -> None:
+        """Make the windows of a course that lies aside the current ones; the current ones go aside."""
+        if not self.set_aside():
+            self.root.remove_folder(WINDOWS)  # notes of a course without windows
+        self.root.move(course, WINDOWS)
+
+    def mark(self, note: str, content: dict[str, Any] | None = None) -> None:
+        """Note something about the course of the current windows; it goes with them when they are set aside."""
+        self.root.write_note(note, json.dumps({**(content or {}), "at": time.time()}).encode())
+
+    def mark_continued(self) -> None:
+        """The course goes on: it is neither at its end nor completed."""
+        for note in (TRAINED, COMPLETED):
+            if self.root.read_note(note) is not None:
+                self.root.write_note(note, None)
+
+    @property
+    def trained(self) -> bool:
+        """Whether training came to its end."""
+        return self.root.read_note(TRAINED) is not None
+
+    @property
+    def completed(self) -> bool:
+        """Whether the process ended well, too."""
+        return self.root.read_note(COMPLETED) is not None
+
+    @property
+    def resumed(self) -> int | None:
+        """The iteration that the user asked for when this course began."""
+        data = self.root.read_note(RESUMED)
+        try:
+            value = None if data is None else json.loads(data)["iteration"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return value if type(value) is int else None
+
+    def forget_aside(self) -> None:
+        """Remove all manifests that lie aside, the oldest course first."""
+        for course in reversed(self.root.courses_aside()):
+            self.root.remove_folder(course)
 
     def verify(self, manifest: Manifest) -> None:
         """Check sizes and checksums of all files of a window. Raises ``CorruptSnapshotError``."""
@@ -159,21 +236,26 @@ class WindowSet:
                 )
         self.root.write_manifest(manifest.iteration, manifest.to_bytes(), on_stage)
 
-    def named_files(self, iterations: Iterable[int] | None = None) -> tuple[dict[int, Manifest], bool]:
+    def named_files(self, aside: str = "") -> tuple[dict[int, Manifest], bool]:
         """Manifests that can be read, and whether it is safe to call all other files garbage.
 
         It is not when a manifest could not be read for a reason that may pass (a newer version, no permission): its
         window may be whole.
         """
         readable, is_safe = {}, True
-        for iteration in self.windows() if iterations is None else iterations:
+        for iteration in self.windows(aside):
             try:
-                readable[iteration] = self.read_manifest(iteration)
+                readable[iteration] = self.read_manifest(iteration, aside)
             except CorruptSnapshotError:
                 pass
             except (VersionError, ForeignWindowError, StoreError):
                 is_safe = False
         return readable, is_safe
+
+    def manifests_aside(self) -> tuple[list[Manifest], bool]:
+        """As :meth:`named_files`, of all courses that lie aside."""
+        found = [self.named_files(course) for course in self.root.courses_aside()]
+        return [m for readable, _ in found for m in readable.values()], all(is_safe for _, is_safe in found)
 
     def _check_owner(self, manifest: Manifest, where: str) -> None:
         if self.job not in (None, manifest.job) or self.rank not in (None, manifest.rank):

@@ -31,7 +31,7 @@ def killed_run(memory_dir: Path, tmp_path: Path) -> Path:
         child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path)
         try:
             windows = memory_dir / "killed" / "rank-00000" / "windows"
-            while not (windows.is_dir() and any(windows.iterdir())):
+            while not (windows.is_dir() and any(windows.glob("[0-9]*.json"))):
                 assert child.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < deadline, "no window was committed"
                 time.sleep(0.02)

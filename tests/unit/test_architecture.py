@@ -17,7 +17,8 @@ PACKAGE = Path(moetion_lightning.__file__).resolve().parent
 ROOT = PACKAGE.parent
 
 BELOW_ADAPTERS = (
-    "errors", "config", "events", "core", "store", "distributed", "pipeline", "data_position", "data_sampler", "engine",
+    "errors", "units", "config", "events", "core", "store", "distributed", "pipeline", "data_position", "data_sampler",
+    "engine",
 )  # fmt: skip
 # The rooms that each room may import, apart from itself and the root's `__version__`.
 TABLE: dict[str, set[str]] = {
@@ -27,9 +28,9 @@ TABLE: dict[str, set[str]] = {
     "callbacks": {*BELOW_ADAPTERS, "strategies", "metrics"},
     "strategies": set(BELOW_ADAPTERS),
     "integrations": set(BELOW_ADAPTERS),
-    "metrics": {"errors", "config", "events"},
+    "metrics": {"errors", "units", "config", "events"},
     "planning": {"errors", "core"},
-    "report": {"errors", "events"},
+    "report": {"errors", "units", "events"},
     "recipes": {"errors"},
     "testing": {*BELOW_ADAPTERS, "callbacks"},
     "entry_points": {"config", "commands"},

@@ -117,7 +117,7 @@ def test_drop_removes_manifest_and_files(memory, disk):
 def test_completion_is_noted(disk):
     disk.mark_completed()
     assert disk.completed
-    disk.clear_completed()
+    disk.set_aside()
     assert not disk.completed
 
 

@@ -1,0 +1,27 @@
+"""Sizes, durations and window spans as people read them: one place, so that no message shows 0.00 GB."""
+
+from __future__ import annotations
+
+__all__ = ["age_text", "bytes_text", "span_text"]
+
+
+def bytes_text(nbytes: float) -> str:
+    """``512 B``, ``1.5 kB``, ``21.0 MB``, ``3.2 GB``: the largest decimal unit that leaves a number of at least 1."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def age_text(seconds: float) -> str:
+    """``20 s``, ``1.5 min``, ``3.0 h``, ``2.1 d``."""
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def span_text(first: int, last: int) -> str:
+    """``5..8``: the iterations of a window."""
+    return f"{first}..{last}"
