@@ -202,7 +202,8 @@ class GroupRestore:
             there = sorted({span for spans in self._ranks.agree("spans", sorted(self._spans)) for span in spans})
             raise ConfigurationError(
                 f"resume={self._iteration}: no window that all ranks have contains iteration {self._iteration}. "
-                f"Windows of this job: {', '.join(there) or 'none'}. Give the last iteration of one of them, or resume='auto'."
+                f"Windows of this job: {', '.join(there) or 'none'}. Give the last iteration of one of them, or "
+                "resume='auto'."
             )
 
     def _windows(self, tier: Tier) -> dict[int, Manifest]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from moetion_lightning.errors import (
     ConfigurationError,
@@ -139,12 +139,16 @@ class RestoreChoice:
     aside: str = ""
 
 
+# Order of preference: current windows before those aside, newest first, nearest first.
+_Place: TypeAlias = tuple[int, int, int]
+
+
 @dataclass(kw_only=True)
 class _Candidates:
     """Windows of all tiers, and what was passed over on the way; each with its place in the order of preference."""
 
-    found: list[tuple[tuple[int, ...], Tier, str, Manifest]] = field(default_factory=list)
-    problems: list[tuple[tuple[int, ...], Problem]] = field(default_factory=list)
+    found: list[tuple[_Place, Tier, str, Manifest]] = field(default_factory=list)
+    problems: list[tuple[_Place, Problem]] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
 
 
@@ -195,8 +199,7 @@ def choose_window(
 
     for order, tier in enumerate(tiers):
         for aside, window in _listed(tier, order, candidates, completed=iteration is not None):
-            # Current windows before those aside, newest first, nearest first.
-            place = (int(aside != ""), -window, order)
+            place: _Place = (int(aside != ""), -window, order)
             try:
                 manifest = tier.read_manifest(window, aside)
                 _check_belongs(manifest, job=job, rank=rank, world_size=world_size, fingerprint=fingerprint)
@@ -232,7 +235,7 @@ def choose_window(
     raise _nothing_whole(job, serious)
 
 
-def _place(item: tuple[tuple[int, ...], Problem]) -> tuple[int, ...]:
+def _place(item: tuple[_Place, Problem]) -> _Place:
     return item[0]
 
 
@@ -248,7 +251,7 @@ def _listed(tier: Tier, order: int, candidates: _Candidates, *, completed: bool)
     yield from listed
 
 
-def _of_iteration(candidates: _Candidates, iteration: int) -> list[tuple[tuple[int, ...], Tier, str, Manifest]]:
+def _of_iteration(candidates: _Candidates, iteration: int) -> list[tuple[_Place, Tier, str, Manifest]]:
     """The windows that end with an iteration, or else those that contain it."""
     found = candidates.found
     exact = [item for item in found if item[3].last_iteration == iteration]
