@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
+from moetion_lightning.callbacks._before_setup import EarlyCallback
 from moetion_lightning.callbacks._session import Session
 from moetion_lightning.callbacks.stage_boundary_logging import StageBoundaryLogging
 from moetion_lightning.config import EngineConfig
@@ -22,7 +23,7 @@ from moetion_lightning.events import Sink
 __all__ = ["EngineCallback"]
 
 
-class EngineCallback(Callback):
+class EngineCallback(EarlyCallback):
     """Runs one :class:`Session` per ``fit``. Subclasses say with what policy.
 
     Args:
@@ -96,6 +97,10 @@ class EngineCallback(Callback):
 
     # --- hooks of Lightning --------------------------------------------------------------------------------------
 
+    def before_setup(self, trainer: Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self._session is None:
+            self._begin(trainer)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         groups = current_groups()
         if stage != "fit":
@@ -105,13 +110,18 @@ class EngineCallback(Callback):
                     "replaced. Start the job again."
                 )
             return
+        self.before_setup(trainer)
+        if self._session is not None:
+            self._session.on_setup()
+
+    def _begin(self, trainer: Trainer) -> None:
         self._make_first(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StageBoundaryLogging):
                 callback.make_link(trainer)  # before ranks report what they have
         self._session = Session(
             trainer,
-            pl_module,
+            trainer.lightning_module,
             config=self._effective_config(trainer),
             policy=self._policy(),
             specs=self._specs,
@@ -146,9 +156,13 @@ class EngineCallback(Callback):
         if self._session is not None and trainer.state.fn == TrainerFn.FITTING:
             self._session.hold()
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._session is not None:
+            self._session.before_checkpoint_hooks(checkpoint)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session is not None:
-            self._session.hold()
+            self._session.on_train_end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close(completed=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -13,10 +14,12 @@ from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, ddp_of
 from moetion_lightning.core.local import local
+from moetion_lightning.core.run_state import write_buffers
 from moetion_lightning.data_position import loader_parts
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
+from moetion_lightning.engine import RestorePoint
 
-__all__ = ["LightningRunState"]
+__all__ = ["LightningRunState", "write_model"]
 
 
 class LightningRunState:
@@ -41,7 +44,7 @@ class LightningRunState:
         Args:
             weights: Whether an ordinary checkpoint's weights are in it.
         """
-        checkpoint = self._loops.dump(weights=weights)
+        checkpoint = self._loops.checkpoints.dump(self._loops.counters(), weights=weights)
         gradients = {}
         if not self._module.automatic_optimization or is_overridden("optimizer_zero_grad", self._module):
             # Lightning sets gradients to None before it makes new ones; a user's code may keep them.
@@ -52,6 +55,7 @@ class LightningRunState:
             "checkpoint": checkpoint,
             "pipeline": strategy.pipeline_state() if cuts_at_first_batch(self._trainer) else {},  # type: ignore[attr-defined]
             "extras": self._loops.extras(),
+            "files": self._loops.files.snapshot(),
             "data": self._data.snapshot(),
             "gradients": gradients,
             "extra_states": {name: module.get_extra_state() for name, module in _with_extra_state(self._module)},
@@ -66,6 +70,7 @@ class LightningRunState:
         Args:
             state: What :meth:`capture` gave.
         """
+        self._loops.files.restore(state["files"])
         ddp = ddp_of(self._trainer)
         if ddp is not None:
             set_bucket_order(ddp, state["buckets"])
@@ -89,6 +94,19 @@ class LightningRunState:
             for role, part in loader_parts(loader).items():
                 roots[f"{name}.{role}"] = part
         return roots
+
+
+@torch.no_grad()
+def write_model(module: nn.Module, point: RestorePoint) -> None:
+    """Weights and buffers as of a window's first iteration, for hooks that look at them before the first batch.
+
+    Args:
+        module: The module.
+        point: The window; what it has of other parameters in compute precision only is precise after the replay.
+    """
+    for name, parameter in module.named_parameters():
+        parameter.copy_(point.parameter(name))
+    write_buffers(module, point.run_state()["buffers"])
 
 
 def _with_extra_state(module: nn.Module) -> list[tuple[str, nn.Module]]:

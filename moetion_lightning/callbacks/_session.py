@@ -19,7 +19,7 @@ from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._elastic import Elastic
 from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, gathers_state, make_ranks
-from moetion_lightning.callbacks._run_state import LightningRunState
+from moetion_lightning.callbacks._run_state import LightningRunState, write_model
 from moetion_lightning.config import EngineConfig
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.policy import Policy
@@ -114,11 +114,10 @@ class Session:
             elastic.attempt(self._find)
             self._loops.guard_training(lambda start: elastic.run(start, self._loops.run_again))
         ours_first = self.ranks.replaced and self._point is not None
-        self._loops.inject_checkpoint(self._checkpoint, self._user_checkpoint, ours_first=ours_first)
-        self._loops.guard_checkpoints(
-            lambda: self.engine.converting,
-            lambda path: _log.info("%s is not written: this step is being replayed, and was saved before", path),
-        )
+        self._loops.checkpoints.inject(self._checkpoint, self._user_checkpoint, ours_first=ours_first)
+        self._loops.files.guard(lambda: self.engine.converting)
+        if self._point is not None:
+            self._loops.files.continue_from(self._point.run_state()["adapter"]["files"])
 
     # --- restoring -----------------------------------------------------------------------------------------------
 
@@ -129,21 +128,21 @@ class Session:
         parameters = dict(self._module.named_parameters())
         if isinstance(self._point, RestorePoint) and parameters and not gathers_state(self._trainer):
             self._point.check_model(parameters, dtypes=False)
+        self._loops.epoch_start.make_up()
         return self._position(self._point)
 
     def _position(self, point: RestorePoint | LivePoint) -> dict[str, Any]:
         """Lightning's part of a restored state; data and counters follow when the loops begin."""
         state = point.run_state()["adapter"]
         self._data.restore(state["data"])
-        checkpoint = dict(state["checkpoint"])
-        counters = checkpoint["loops"]["fit_loop"]
-        self._loops.pin_when_loop_starts(counters, state["extras"])
-        self._loops.overwrite_undone_checkpoints(point.captured_at)
-        self._loops.skip_weights = isinstance(point, LivePoint) or gathers_state(self._trainer)
+        own = state["checkpoint"]["own"]
+        self._loops.pin_when_loop_starts(own["loops"]["fit_loop"], state["extras"], own["callbacks"])
+        self._loops.files.overwrite_undone(point.captured_at)
+        if isinstance(point, RestorePoint) and not gathers_state(self._trainer):
+            self._loops.checkpoints.load_weights = lambda: write_model(self._module, point)
         if state["pipeline"]:
             self._trainer.strategy.given_bounds = tuple(state["pipeline"]["bounds"])  # type: ignore[attr-defined]
-        # Loops of validate, test and predict have nothing to restore inside fit.
-        checkpoint["loops"] = {"fit_loop": counters}
+        checkpoint: dict[str, Any] = state["checkpoint"]
         return checkpoint
 
     def _go_back(self) -> None:
@@ -166,9 +165,14 @@ class Session:
 
     # --- hooks ---------------------------------------------------------------------------------------------------
 
+    def on_setup(self) -> None:
+        """Loggers have begun."""
+        self._loops.files.follow()
+
     def on_fit_start(self) -> None:
         """Module and optimizers exist, no forward has run."""
         if self._point is None:
+            self._loops.files.begin_anew()
             self.engine.tiers.release_point()
         callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
         # By name: older versions of Lightning do not have it.
@@ -203,6 +207,8 @@ class Session:
         """The state is whole: everything of the last batch is done, nothing of the next one has begun."""
         if self._begun:
             self.engine.boundary(self.run_state)
+            if not self.engine.converting:
+                self._loops.files.write_postponed()
             return
         if cuts_at_first_batch(self._trainer) and not self._attached:
             self._attached = True
@@ -224,16 +230,26 @@ class Session:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self.engine.record_loss(loss)
         if self._log_metrics and self.reporter.is_due(getattr(self._trainer, "log_every_n_steps", 50)):
-            self.reporter.log_to(self._module, has_logger=bool(self._trainer.loggers))
+            # The capture thread writes to it.
+            self._loops.results.show(dict(self.reporter.metrics), ("moetion/committed_step", "moetion/stall_ms"))
 
     def before_optimizer_step(self) -> None:
         """Gradients are complete. The user's own hooks come after this one and may change weights."""
         self.engine.attempt_step()
         self.engine.hold()
 
+    def before_checkpoint_hooks(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint is made, and no hook of a user has seen it."""
+        self._loops.checkpoints.note_before_hooks(checkpoint)
+
     def hold(self) -> None:
         """Something other than the optimizer may change weights now (validation with averaged weights)."""
         self.engine.hold()
+
+    def on_train_end(self) -> None:
+        """The fit loop has ended."""
+        self.hold()
+        self._loops.files.warn_of_postponed()
 
     def close(self, *, completed: bool) -> None:
         """The run is over."""

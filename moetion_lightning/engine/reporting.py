@@ -88,9 +88,3 @@ class Reporter:
         due = committed != self._logged_step or self._batches % max(1, every_n_batches) == 0
         self._logged_step = committed
         return due and bool(self.metrics)
-
-    def log_to(self, module: Any, *, has_logger: bool) -> None:
-        """Hand the newest numbers to Lightning's ``self.log`` (from ``on_train_batch_end``)."""
-        for name, value in dict(self.metrics).items():  # the capture thread writes to it
-            shown = name in ("moetion/committed_step", "moetion/stall_ms")
-            module.log(name, value, prog_bar=shown, logger=has_logger, on_step=True, on_epoch=False, batch_size=1)

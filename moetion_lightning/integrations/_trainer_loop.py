@@ -17,6 +17,7 @@ import transformers.trainer
 from torch import Tensor
 from transformers.trainer_callback import ExportableState
 
+from moetion_lightning.core.instance_patches import InstancePatches
 from moetion_lightning.errors import ConfigurationError, UnsupportedStateError
 from moetion_lightning.integrations._loaders import Followed, follow
 
@@ -59,7 +60,8 @@ class TrainerLoop:
                 "transformers 5.3 or later. Upgrade transformers."
             )
         self._trainer = trainer
-        self._patched: list[str] = []
+        self._patches = InstancePatches()
+        self._until_restored: list[Callable[[], None]] = []
         self._followed: Followed | None = None
         self._source: Any = None
         self._to_come: Mapping[str, Any] | None = None
@@ -69,16 +71,13 @@ class TrainerLoop:
 
     def remove(self) -> None:
         """Leave the trainer as it was."""
-        for name in reversed(self._patched):
-            self._trainer.__dict__.pop(name, None)
-        self._patched = []
+        self._patches.undo()
         if self._followed is not None:
             self._followed.release()
             self._followed = None
 
-    def _patch(self, name: str, replacement: Any) -> None:
-        setattr(self._trainer, name, replacement)
-        self._patched.append(name)
+    def _patch(self, name: str, replacement: Any) -> Callable[[], None]:
+        return self._patches.put(self._trainer, name, replacement)
 
     # --- while it runs -------------------------------------------------------------------------------------------
 
@@ -205,22 +204,24 @@ class TrainerLoop:
         def init_training_state(max_steps: int, per_epoch: int, num_epochs: int, *args: Any) -> tuple[int, int]:
             original(max_steps, per_epoch, num_epochs, None, *args[1:])
             self._restore_state(position)
-            trainer.__dict__.pop("_init_training_state", None)
+            undo()
             return position["epoch"], position["batches"]
 
         def evaluate(*args: Any, **kwargs: Any) -> None:
             _log.info("eval_on_start=True: not done again, training continues from %s", shown)
 
         self._to_come = position
-        self._patch("_init_training_state", init_training_state)
-        self._patch("_load_rng_state", lambda checkpoint: None)
-        self._patch("_evaluate", evaluate)
+        undo = self._patch("_init_training_state", init_training_state)
+        self._until_restored = [
+            self._patch("_load_rng_state", lambda checkpoint: None),
+            self._patch("_evaluate", evaluate),
+        ]
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """At the first ``on_step_begin``: the same batches are drawn, and the Trainer has begun all that begins."""
         trainer = self._trainer
-        for name in ("_load_rng_state", "_evaluate"):
-            trainer.__dict__.pop(name, None)
+        for undo in self._until_restored:
+            undo()
         self._restore_state(state)
         for name, value in state["counters"].items():
             setattr(trainer, name, value.to(trainer.args.device) if isinstance(value, Tensor) else value)

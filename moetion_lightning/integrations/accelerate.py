@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from moetion_lightning.core.instance_patches import InstancePatches
 from moetion_lightning.core.run_state import find_generators, get_rng, set_rng
 from moetion_lightning.data_position import loader_parts
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.integrations._instance_patch import InstancePatches
 from moetion_lightning.integrations._parts import Parts, unwrap_optimizer
 from moetion_lightning.integrations._settings import Settings
 from moetion_lightning.integrations.loop import GuidedLoop, Position

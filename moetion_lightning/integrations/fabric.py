@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moetion_lightning.core.instance_patches import InstancePatches
 from moetion_lightning.distributed.torchrun import separate_restarts
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.integrations._instance_patch import InstancePatches
 from moetion_lightning.integrations._parts import Parts
 from moetion_lightning.integrations._settings import Settings
 from moetion_lightning.integrations.loop import GuidedLoop
