@@ -62,7 +62,7 @@ class _Replayed:
         contents = read_slot(self._live, plan.active, plan.frozen, {})
         saved = {item.name: item.source.clone() for item in contents.items}
         return SavedSlot(
-            iteration=iteration, active=plan.active, frozen=plan.frozen, scalars=contents.scalars, witness={},
+            iteration=iteration, active=plan.active, frozen=plan.frozen, scalars=contents.scalars, record={},
             load=saved.__getitem__,
         )  # fmt: skip
 

@@ -36,6 +36,7 @@ __all__ = [
     "PartialExpertsRestored",
     "ReplayFinished",
     "ReplayIteration",
+    "ReplayMismatch",
     "ReplicationFailed",
     "RestoreApplied",
     "RestoreProgress",
@@ -50,7 +51,6 @@ __all__ = [
     "WindowCommitted",
     "WindowPersisted",
     "WindowReplicated",
-    "WitnessMismatch",
 ]
 
 
@@ -229,7 +229,7 @@ class RestoreApplied(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayIteration(Event):
-    """A window's iteration was re-executed and its snapshot applied."""
+    """A window's iteration was re-executed and its snapshot applied; `verified`: compared, and equal."""
 
     iteration: int
     slot: int
@@ -239,11 +239,15 @@ class ReplayIteration(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayFinished(Event):
-    """The state is dense again; training goes on."""
+    """The state is dense again, and the next batch is known; training goes on.
+
+    `compared` names what both runs had; `verified` means that this was something, and that all of it agreed.
+    """
 
     iteration: int
     replayed: int
     seconds: float
+    compared: list[str]
     verified: bool
 
 
@@ -268,8 +272,8 @@ class StageReplayFinished(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WitnessMismatch(Event):
-    """A replayed iteration differs from the recorded one."""
+class ReplayMismatch(Event):
+    """A replayed iteration, or the batch behind the restored state, differs from the recorded one."""
 
     iteration: int
     quantity: str

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch import Tensor
 
 from moetion_lightning.callbacks._before_setup import EarlyCallback
 from moetion_lightning.callbacks._session import Session
@@ -140,7 +141,11 @@ class EngineCallback(EarlyCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._session is not None:
-            self._session.on_train_batch_start()
+            self._session.on_train_batch_start(batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._session is not None:
+            self._session.before_backward(loss)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

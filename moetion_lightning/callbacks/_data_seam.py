@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from moetion_lightning.core.run_state import get_rng, set_rng
 from moetion_lightning.data_position import LoaderPosition, make_resumable, release
+from moetion_lightning.engine.replay_record import BatchDigest, describe_batch
 
 __all__ = ["DataSeam"]
 
@@ -35,10 +36,13 @@ class DataSeam:
 
     Args:
         trainer: The trainer; its fit loop is hooked where it has just built its loaders and not yet iterated them.
+        record_batch: Gets the batches that a training step draws for itself.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, record_batch: Callable[[BatchDigest], None]) -> None:
         self._trainer = trainer
+        self._record_batch = record_batch
+        self._digests: deque[BatchDigest] = deque()  # of batches that are drawn, and not begun
         self._positions: list[LoaderPosition] = []
         self._history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
         self._fetched = 0
@@ -80,6 +84,7 @@ class DataSeam:
         """``iter(combined)``."""
         pending, self._pending = self._pending, None
         self._history.clear()
+        self._digests.clear()
         self._fetched = 0
         if pending is None:
             return make()
@@ -103,7 +108,23 @@ class DataSeam:
         self._history.append(self._record(combined))
         batch = draw()
         self._fetched += 1
+        # On the host still, as the loader gave it: the batch, its number and that of the loader.
+        digest = describe_batch(batch[0], self._positions)
+        if isinstance(self._trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+            self._record_batch(digest)  # by the step, which has begun
+        else:
+            self._digests.append(digest)
         return batch
+
+    def begun(self, batch: object) -> list[BatchDigest]:
+        """A training step begins. Returns what it is to be trained on, unless the step draws for itself.
+
+        Args:
+            batch: Where the loaders are not followed.
+        """
+        if isinstance(self._trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+            return []
+        return [self._digests.popleft() if self._digests else describe_batch(batch)]
 
     def _record(self, combined: CombinedLoader) -> dict[str, Any]:
         iterator = combined._iterator

@@ -88,8 +88,9 @@ class Session:
         self.engine = Engine(config, policy, bus=bus, job=job, ranks=self.ranks)
         self._point: RestorePoint | LivePoint | None = None
         self._begun = self._trained = self._attached = False
+        self._loss_known = False  # of the present batch
         self._loops = LoopSeam(trainer)
-        self._data = DataSeam(trainer)
+        self._data = DataSeam(trainer, self.engine.record_batch)
         self.run_state = LightningRunState(trainer, module, self._loops, self._data)
         groups = current_groups()
         self._elastic: Elastic | None = None
@@ -203,8 +204,14 @@ class Session:
         if not cuts_at_first_batch(self._trainer):
             self.engine.check_run_state(self.run_state)
 
-    def on_train_batch_start(self) -> None:
+    def on_train_batch_start(self, batch: Any) -> None:
         """The state is whole: everything of the last batch is done, nothing of the next one has begun."""
+        self._between_batches()
+        self._loss_known = False
+        for digest in self._data.begun(batch):
+            self.engine.record_batch(digest)
+
+    def _between_batches(self) -> None:
         if self._begun:
             self.engine.boundary(self.run_state)
             if not self.engine.converting:
@@ -224,10 +231,15 @@ class Session:
             self._point = None
             self.engine.restore(self.run_state)
 
+    def before_backward(self, loss: Tensor) -> None:
+        """A backward pass begins, also one that a module makes itself."""
+        self._loss_known = True
+        self.engine.record_loss(loss)
+
     def on_train_batch_end(self, outputs: Any) -> None:
         """A micro-batch is done."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
+        if not self._loss_known and isinstance(loss, Tensor) and loss.numel() == 1:
             self.engine.record_loss(loss)
         if self._log_metrics and self.reporter.is_due(getattr(self._trainer, "log_every_n_steps", 50)):
             # The capture thread writes to it.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moetion_lightning.core.digests import sample_positions
 from moetion_lightning.core.state import CopyItem
 
 __all__ = ["CaptureThread", "DeviceFence", "copy_items", "measure_bandwidth"]
@@ -77,6 +78,17 @@ class DeviceFence:
             stream.wait_event(self._ready[source.device])
             converted = source if source.dtype == target.dtype else source.to(target.dtype)
             target.copy_(converted, non_blocking=True)
+
+    def sample(self, source: Tensor, count: int) -> Tensor:
+        """Capture thread: some elements of a flat tensor; on CUDA they arrive with the job's other copies."""
+        stream = self._streams.get(source.device)
+        if stream is None:
+            return source.index_select(0, sample_positions(source.numel(), source.device, count))
+        with torch.cuda.stream(stream):
+            stream.wait_event(self._ready[source.device])
+            found = source.index_select(0, sample_positions(source.numel(), source.device, count))
+            target = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            return target.copy_(found, non_blocking=True)
 
     def mark_done(self) -> None:
         """Capture thread: all copies of the job are queued."""

@@ -46,7 +46,7 @@ class GradNormSeam:
                 norm = torch.tensor(self._given[len(self.norms)], device=device, dtype=dtype)
             else:
                 norm = original(tensors, *args, **kwargs)
-            self.norms.append(norm)
+            self.norms.append(norm.detach().clone())  # the caller may change it, or its memory be used again
             return norm
 
         self._original, self._replacement = original, total_norm

@@ -18,7 +18,7 @@ from typing import Any
 from moetion_lightning.core.operators import Operator, OperatorKind
 from moetion_lightning.core.state import LiveState, TensorLoader, write_active, write_compute
 
-__all__ = ["CarriedSlot", "Reconstruction", "SavedSlot", "compare_witness"]
+__all__ = ["CarriedSlot", "Reconstruction", "SavedSlot"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class SavedSlot:
         active: Operators saved in full.
         frozen: Operators of which compute weights were saved.
         scalars: Non-tensor optimizer state.
-        witness: What the iteration looked like, to check the replay.
+        record: What the iteration looked like, to check the replay.
         load: Gives a stored tensor by name.
     """
 
@@ -38,7 +38,7 @@ class SavedSlot:
     active: tuple[Operator, ...]
     frozen: tuple[Operator, ...]
     scalars: Mapping[str, Any]
-    witness: Mapping[str, Any]
+    record: Mapping[str, Any]
     load: TensorLoader
 
 
@@ -179,20 +179,3 @@ class Reconstruction:
                 parameter.requires_grad_(False)
                 parameter.grad = None
                 self._skipped.append(name)
-
-
-def compare_witness(recorded: Mapping[str, Any], replayed: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Differences between two witnesses as (quantity, recorded, replayed)."""
-    differences = []
-    for quantity in ("losses", "norms", "lrs", "rng"):
-        if quantity not in recorded or quantity not in replayed:
-            continue
-        if recorded[quantity] != replayed[quantity]:
-            differences.append((quantity, _readable(recorded[quantity]), _readable(replayed[quantity])))
-    return differences
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(f"{float.fromhex(v):.9g}" for v in value) + "]"
-    return str(value)

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor, nn
 
-__all__ = ["find_generators", "get_rng", "read_buffers", "rng_digest", "set_rng", "write_buffers"]
+__all__ = ["find_generators", "get_rng", "read_buffers", "set_rng", "write_buffers"]
 
 _MODULE_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
 _MAX_ITEMS = 1000  # a long list holds data, not generators
@@ -52,19 +51,6 @@ def set_rng(state: Mapping[str, Any], generators: Mapping[str, object] | None = 
     for name, value in state.get("generators", {}).items():
         if generators and name in generators:
             _set_generator(generators[name], value)
-
-
-def rng_digest() -> str:
-    """Short digest of the global generators, for the witness of an iteration."""
-    digest = xxhash.xxh3_64()
-    digest.update(torch.get_rng_state().numpy().tobytes())
-    digest.update(repr(random.getstate()[1][-1:]).encode())  # the position in the Mersenne twister's block
-    numpy_state: Any = np.random.get_state(legacy=False)
-    digest.update(str(numpy_state["state"].get("pos", "")).encode())
-    if torch.cuda.is_initialized():
-        for cuda_state in torch.cuda.get_rng_state_all():
-            digest.update(cuda_state.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _get_generator(generator: object) -> Any:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from moetion_lightning.config import EngineConfig
 from moetion_lightning.core.capture import CaptureThread, DeviceFence
+from moetion_lightning.core.digests import rng_digests
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.layouts import MoESpec
@@ -36,6 +37,7 @@ from moetion_lightning.engine.planner import WindowPlanner
 from moetion_lightning.engine.precision_watch import PrecisionWatch
 from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.engine.recovery import Recovery
+from moetion_lightning.engine.replay_record import BatchDigest, BatchToCome, IterationRecorder, record_of_next
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.engine.run_state import EngineState, capture_run_state
 from moetion_lightning.engine.shares import Shares
@@ -43,9 +45,8 @@ from moetion_lightning.engine.stage_recovery import Stages
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.engine.tiers import Tiers
 from moetion_lightning.engine.token_counts import TokenCounts
-from moetion_lightning.engine.witness import WitnessRecorder
 from moetion_lightning.engine.writer import TORN, OpenWindow, WindowWriter
-from moetion_lightning.errors import HostMemoryError, UnsupportedStateError
+from moetion_lightning.errors import HostMemoryError, NonDeterminismError, UnsupportedStateError
 from moetion_lightning.events import (
     EventBus,
     IterationFinished,
@@ -85,7 +86,7 @@ class Engine:
         self.tiers = Tiers(config, job, bus, self.ranks)
         self.pace = Pace()
         self.norms = GradNormSeam()
-        self.witness = WitnessRecorder(self.norms)
+        self.record = IterationRecorder(self.norms)
         self.recovery: Recovery | None = None
         self.precision = PrecisionWatch()
         #: An adapter with a gradient scaler clears this: whether a step was skipped depends on all gradients.
@@ -93,6 +94,8 @@ class Engine:
         self.living = Living(self.ranks, self.tiers)
         self._attached: Attached | None = None
         self._window: OpenWindow | None = None
+        self._to_come: BatchToCome | None = None  # of a window that is whole but for the batch behind it
+        self._concluding: Recovery | None = None  # its state is dense, and the batch behind it not known
         self._given_up = 0  # windows in a row
         self._synchronous = False
         self._stall = 0.0
@@ -218,7 +221,7 @@ class Engine:
         assert point is not None
         state = EngineState.of(point)
         attached.steps.take()
-        self.witness.take()
+        self.record.take()
         attached.routing.load_state(state)
         attached.planner.restored()
         self.living.serial = int(point.extra["serial"])
@@ -240,7 +243,15 @@ class Engine:
         slots, carried = point.slots(known), point.carried(known)
         skip = self._skips_gradients
         reconstruction = Reconstruction(attached.live, slots, carried, skip_gradients=skip)
-        self.recovery = Recovery(reconstruction, point, state, bus=self.bus, on_mismatch=self.config.on_mismatch)
+        self.recovery = Recovery(
+            reconstruction,
+            attached.live,
+            point,
+            state,
+            bus=self.bus,
+            on_mismatch=self.config.on_mismatch,
+            gradients_skipped=skip,
+        )
         self.recovery.begin(attached.live, run_state.generators())
         self.norms.give(self.recovery.norms_to_give() if skip else None)
         if point.tier is self.tiers.host:
@@ -284,13 +295,38 @@ class Engine:
             self._say(str(error), warning=True)
             raise error
         if point.window is not None:
-            self.witness.take()
+            self.record.take()
             attached.routing.load_state(state)
             state.apply_structure(attached.live)
 
     def record_loss(self, loss: Tensor) -> None:
-        """Note the loss of a micro-batch, for the witness (0-d tensor; read later, on another thread)."""
-        self.witness.losses.append(loss.detach())
+        """Note the loss of a micro-batch: replays are compared by it (a copy is taken)."""
+        self.record.add_loss(loss)
+
+    def record_batch(self, batch: BatchDigest) -> None:
+        """A micro-batch is about to be trained on: after :meth:`start`, :meth:`restore` or :meth:`boundary`.
+
+        Raises:
+            NonDeterminismError: A state was restored, it is not the batch that followed before, and
+                ``on_mismatch="raise"``.
+        """
+        started = time.perf_counter()
+        self.record.add_batch(batch)
+        to_come, self._to_come = self._to_come, None
+        concluding, self._concluding = self._concluding, None
+        if to_come is not None or concluding is not None:
+            rng = rng_digests()
+            try:
+                if concluding is not None:
+                    concluding.conclude(record_of_next(batch, rng))
+            except NonDeterminismError as error:
+                if self._window is not None:
+                    self._window.broken = str(error)
+                raise
+            finally:
+                if to_come is not None:
+                    to_come.came(batch, rng)
+        self._stall += time.perf_counter() - started
 
     def attempt_step(self) -> None:
         """An optimizer step is about to be tried: if it then does not happen, it was skipped."""
@@ -298,8 +334,13 @@ class Engine:
 
     def hold(self) -> None:
         """Wait until nothing is being copied from the live state: before anything may change it."""
+        started = time.perf_counter()
+        self._wait()
+        self._stall += time.perf_counter() - started
+
+    def _wait(self) -> None:
         if self._attached is not None:
-            self._stall += self._attached.thread.wait_copied()
+            self._attached.thread.wait_copied()
         if self.tiers.journal is not None:
             self.tiers.journal.wait()
 
@@ -310,18 +351,21 @@ class Engine:
         next forward.
         """
         attached = self._need()
+        started = time.perf_counter()
         self.precision.pause()  # what follows is this package's own work
         try:
+            self._no_batch_to_come()  # where an adapter records none
             return self._boundary(attached, run_state)
         finally:
             self.precision.resume()
+            self._stall += time.perf_counter() - started
 
     def _boundary(self, attached: Attached, run_state: RunState) -> bool:
         if not any(attached.steps.steps):
             if attached.steps.attempts:
                 attached.steps.take()
                 self.bus.emit(StepSkipped(iteration=self.iteration))
-                self.witness.take()
+                self.record.take()
                 self._stages.begin(self.iteration + 1)
                 self._note_boundary(run_state)
             return False
@@ -333,11 +377,11 @@ class Engine:
         self._started_at, self._stall = now, 0.0
         self.pace.iteration(seconds)
         attached.routing.end_iteration()
-        witness = self.witness.take(attached.live.optimizers)
+        record = self.record.take(attached.live.optimizers)
         misread = self.precision.end_iteration(self.iteration, replaying=self.recovery is not None)
         self.bus.emit(IterationFinished(iteration=self.iteration, seconds=seconds, stall_seconds=stall))
         if self.recovery is not None:
-            self.recovery.end_iteration(witness.read(), misread)
+            self.recovery.end_iteration(record.read(), misread)
             self.norms.give(self.recovery.norms_to_give() if self._skips_gradients else None)
             if not self.recovery.done:
                 self.living.serial += 1
@@ -348,9 +392,11 @@ class Engine:
             self._window.broken = f"{misread[0]} was read in full precision, not only cast to 16 bits"
         window = self._open_window(run_state, steps)
         if window is not None:
-            attached.writer.capture(window, self.iteration, witness.read)
+            attached.writer.capture(window, self.iteration, record.read)
+            if window.complete:
+                self._to_come = window.to_come
             if self._synchronous:
-                self.hold()
+                self._wait()  # as all of this, it is counted by boundary()
         return True
 
     @property
@@ -366,6 +412,7 @@ class Engine:
         """End: finish what is in flight; keep the windows for a restart, or remove them if training is complete."""
         self.precision.stop()
         self.norms.remove()
+        self._no_batch_to_come()
         try:
             if self._attached is not None:
                 self._attached.steps.remove()
@@ -402,9 +449,21 @@ class Engine:
         _log.log(logging.WARNING if warning else logging.INFO, message)
         self.bus.emit(Notice(message=message))
 
-    def _before_update(self) -> None:
+    def _no_batch_to_come(self) -> None:
+        """Nobody shall wait for one any more."""
+        to_come, self._to_come = self._to_come, None
+        if to_come is not None:
+            to_come.never_comes()
+        concluding, self._concluding = self._concluding, None
+        if concluding is not None:
+            concluding.conclude(None)
+
+    def _before_update(self, optimizer_index: int | None) -> None:
         self.hold()
         self.precision.pause()
+        if optimizer_index is not None:
+            live = self._need().live
+            self.record.look_at_gradients(live.optimizers[optimizer_index], live.parameters)
         self.living.about_to_update()
 
     # --- when a rank is lost -------------------------------------------------------------------------------------
@@ -428,6 +487,7 @@ class Engine:
         if attached is None:
             return
         window, self._window = self._window, None
+        self._no_batch_to_come()
         try:
             attached.thread.drain()
         except Exception:
@@ -455,7 +515,7 @@ class Engine:
     def _end_recovery(self) -> None:
         assert self.recovery is not None
         self.recovery.finish()
-        self.recovery = None
+        self.recovery, self._concluding = None, self.recovery
         self.precision.stop()
         self.norms.give(None)
         self.tiers.release_point()

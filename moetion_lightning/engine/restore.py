@@ -111,7 +111,7 @@ class RestorePoint:
             active=tuple(active),
             frozen=tuple(frozen),
             scalars=scalars,
-            witness=own["witness"],
+            record=own.get("record", {}),
             load=self._loader([(part.slots[index]["file"], part, tier) for part, tier in self._parts]),
         )
 

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 __all__ = ["StepWatcher"]
 
+_CLOSURE = 1  # its position among the arguments of ``step``; the first one is the optimizer itself
+
 
 class StepWatcher:
     """Hooks on the optimizers' ``step``.
@@ -25,7 +27,8 @@ class StepWatcher:
     Args:
         optimizers: Raw torch optimizers.
         closure_first: For each, whether its ``step`` calls the closure before it changes anything.
-        before: Called before each update: nothing may be copying from the state any more.
+        before: Called before each update, with the optimizer's index: nothing may be copying from the state any more.
+            None in its place: the gradients are not there yet, a closure will make them.
         done: Called after each update, also one that a scaler turned into nothing.
         after: Called with the optimizer's index after each real step.
     """
@@ -34,7 +37,7 @@ class StepWatcher:
         self,
         optimizers: Sequence[Optimizer],
         closure_first: Sequence[bool],
-        before: Callable[[], None],
+        before: Callable[[int | None], None],
         done: Callable[[], None],
         after: Callable[[int], None],
     ) -> None:
@@ -86,20 +89,18 @@ class StepWatcher:
                 return None
             if index not in self._groups:
                 self._groups[index] = [_settings(group) for group in optimizer.param_groups]
-            changed = self._with_holding_closure(args, kwargs) if self._closure_first[index] else None
-            if changed is None:
-                self._before()
-            return changed
+            closure = _closure_of(args, kwargs)
+            if closure is not None and self._closure_first[index]:
+                return self._with_holding_closure(index, closure, args, kwargs)
+            self._before(index if closure is None else None)
+            return None
 
         return hook
 
-    def _with_holding_closure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The arguments of ``step`` with a closure that waits at its end; None if there is no closure."""
-        position = 1  # args[0] is the optimizer itself
-        closure = kwargs.get("closure", args[position] if len(args) > position else None)
-        if not callable(closure):
-            return None
-
+    def _with_holding_closure(
+        self, index: int, closure: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of ``step`` with a closure that waits at its end."""
         calls = 0
 
         def holding() -> Any:
@@ -107,12 +108,12 @@ class StepWatcher:
             calls += 1
             self.closure_calls = max(self.closure_calls, calls)
             result = closure()
-            self._before()
+            self._before(index)
             return result
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": holding}
-        return (*args[:position], holding, *args[position + 1 :]), kwargs
+        return (*args[:_CLOSURE], holding, *args[_CLOSURE + 1 :]), kwargs
 
     def _post_hook(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -131,6 +132,11 @@ class StepWatcher:
             self._after(index)
 
         return hook
+
+
+def _closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    closure = kwargs.get("closure", args[_CLOSURE] if len(args) > _CLOSURE else None)
+    return closure if callable(closure) else None
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import SlotPlan, WindowPlan
 from moetion_lightning.core.state import LiveState, read_slot
+from moetion_lightning.engine.replay_record import BatchToCome
+from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole
 from moetion_lightning.errors import MoEtionError
 from moetion_lightning.events import (
     CaptureFinished,
@@ -55,7 +57,10 @@ class WindowHeader:
 
 @dataclass
 class OpenWindow:
-    """A window that is being captured; without ``static``, that of the window before it still holds."""
+    """A window that is being captured; without ``static``, that of the window before it still holds.
+
+    It is committed when the batch behind it is known.
+    """
 
     plan: WindowPlan
     first_iteration: int
@@ -69,6 +74,7 @@ class OpenWindow:
     broken: str = ""
     records: list[FileRecord] = field(default_factory=list)
     slots: list[dict[str, Any]] = field(default_factory=list)
+    to_come: BatchToCome = field(default_factory=BatchToCome)
     rest_record: FileRecord | None = None
     static_record: FileRecord | None = None
 
@@ -154,18 +160,18 @@ class WindowWriter:
         for older in [it for it in self._tier.windows() if it < iteration]:
             self._tier.drop(older)
 
-    def capture(self, window: OpenWindow, iteration: int, witness: Callable[[], dict[str, Any]]) -> None:
+    def capture(self, window: OpenWindow, iteration: int, record: Callable[[], dict[str, Any]]) -> None:
         """Training thread: hand the window's next slot to the capture thread.
 
         Args:
             window: The window.
             iteration: The iteration that has just ended.
-            witness: Gives the iteration's witness; called on the capture thread.
+            record: Gives the iteration's record; called on the capture thread.
         """
         slot = window.next_slot
         window.next_slot += 1
         plan = window.plan.slots[slot]
-        job = _SlotJob(self, window, slot, plan, iteration, witness)
+        job = _SlotJob(self, window, slot, plan, iteration, record)
         self._thread.submit(job.run_copy, job.run_finish)
 
     def abandon(self, window: OpenWindow) -> None:
@@ -210,8 +216,14 @@ class WindowWriter:
         elif self._newest is not None and self._newest.static is not None:
             window.static_record = self._newest.file(self._newest.static)
 
-    def commit(self, window: OpenWindow, iteration: int) -> None:
-        """Write the manifest of a complete window, then drop the windows before it."""
+    def commit(self, window: OpenWindow, iteration: int, following: dict[str, Any]) -> None:
+        """Write the manifest of a complete window, then drop the windows before it.
+
+        Args:
+            window: The window.
+            iteration: Its last iteration.
+            following: Record of the batch behind it.
+        """
         operators, index = _operator_table(window.plan)
         carried = self._carried(window.plan, index)
         carried_files = {entry["file"] for entry in carried}
@@ -242,6 +254,7 @@ class WindowWriter:
                 "parameters": window.header.parameters,
                 "carried": carried,
                 "first_captured_at": window.captured_at,
+                "next": following,
             },
         )
         previous = [it for it in self._tier.windows() if it != manifest.iteration]
@@ -299,20 +312,23 @@ class _SlotJob:
         slot: int,
         plan: SlotPlan,
         iteration: int,
-        witness: Callable[[], dict[str, Any]],
+        record: Callable[[], dict[str, Any]],
     ) -> None:
         self._writer = writer
         self._window = window
         self._slot = slot
         self._plan = plan
         self._iteration = iteration
-        self._witness = witness
+        self._record = record
         self._buffer: HostBuffer | None = None
         self._layout: SnapshotLayout | None = None
         self._scalars: dict[str, Any] = {}
         self._seconds = 0.0
         # Taken on the training thread, at the iteration's end: copies that began late see later changes, too.
         self._versions = writer._live.versions((*plan.active, *plan.frozen))
+        self._whole = choose_whole(writer._live, window.plan.slots, slot)
+        self._whole_versions = self._versions_of_whole()
+        self._samples: OperatorSamples | None = None
 
     def run_copy(self) -> None:
         """:meth:`copy`; what fails in the store gives the window up, not the training."""
@@ -353,11 +369,21 @@ class _SlotJob:
                 )
 
         copy_items(contents.items, views, writer._thread.fence, progress)
+        self._samples = OperatorSamples(writer._live, self._whole, writer._thread.fence)
         if self._versions != writer._live.versions((*self._plan.active, *self._plan.frozen)):
             window.broken = TORN
+        elif self._whole_versions != self._versions_of_whole():
+            self._samples = None  # user code has changed them since: they are not those of this iteration
         layout.write_header(buffer.tensor)
         self._buffer, self._layout = buffer, layout
         self._seconds = time.perf_counter() - started
+
+    def _versions_of_whole(self) -> list[int]:
+        live = self._writer._live
+        return [live.weight(piece.parameter)._version for op in self._whole for piece in op.pieces[:1]]
+
+    def _weights(self) -> dict[str, str]:
+        return {} if self._samples is None else self._samples.read()
 
     def finish(self) -> None:
         """Capture thread: seal the slot; commit the window if it was the last one."""
@@ -380,11 +406,13 @@ class _SlotJob:
                 "active": [op.name for op in self._plan.active],
                 "frozen": [op.name for op in self._plan.frozen],
                 "scalars": self._scalars,
-                "witness": self._witness(),
+                "record": {**self._record(), "weights": self._weights()},
             }
         )
         if self._slot == 0:
             writer.write_run_state(window)
         writer._bus.emit(SlotSealed(iteration=self._iteration, slot=self._slot, file=record.name))
         if self._slot == num_slots - 1:
-            writer.commit(window, self._iteration)
+            following = window.to_come.wait()
+            if not window.broken:
+                writer.commit(window, self._iteration, following)

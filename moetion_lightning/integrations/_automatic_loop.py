@@ -175,6 +175,8 @@ class AutomaticLoop(AcceleratedLoop):
         try:
             for batch in batches:
                 position.step += 1
+                if not self._ended and position.index in (-1, index):
+                    self._run.record_batch(batch, [followed])
                 yield batch
                 self._batch_done(index)
         finally:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from moetion_lightning.distributed.default_store import default_world
 from moetion_lightning.engine import Engine, RestorePoint, derive_job_id
+from moetion_lightning.engine.replay_record import BatchDigest, describe_batch
 from moetion_lightning.engine.reporting import Reporter, show_log_lines
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.events import EventBus, JsonlSink
@@ -162,6 +163,17 @@ class Run:
         """A batch is done, with all that belongs to it."""
         if self._state is not None and not self._closed:
             self.engine.boundary(self._state)
+
+    def record_batch(self, batch: object, positions: Sequence[object] = ()) -> None:
+        """A batch was drawn and is trained on next: restarts are compared by it.
+
+        Args:
+            batch: The batch, or its digest if it was taken before.
+            positions: What follows the loaders that it comes from.
+        """
+        if self._state is not None and not self._closed:
+            known = batch if isinstance(batch, BatchDigest) else describe_batch(batch, positions)
+            self.engine.record_batch(known)
 
     def record_loss(self, loss: Tensor) -> None:
         """The loss of a batch: replays are verified by it."""

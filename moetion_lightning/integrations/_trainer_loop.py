@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.trainer_callback import ExportableState
 
 from moetion_lightning.core.instance_patches import InstancePatches
+from moetion_lightning.engine.replay_record import BatchDigest, describe_batch
 from moetion_lightning.errors import ConfigurationError, UnsupportedStateError
 from moetion_lightning.integrations._loaders import Followed, follow
 
@@ -68,6 +69,8 @@ class TrainerLoop:
         self._epoch = 0
         self._drawn = 0  # batches of the present epoch
         self._before_update: dict[str, Any] = {}
+        #: The batches of the update that begins.
+        self.drawn: list[BatchDigest] = []
 
     def remove(self) -> None:
         """Leave the trainer as it was."""
@@ -101,6 +104,7 @@ class TrainerLoop:
             self._before_update = {"epoch": self._epoch, "batches": self._drawn, "data": self._followed.snapshot()}
             batches, *rest = draw(*args, **kwargs)
             self._drawn += len(batches)
+            self.drawn = [describe_batch(batch, [self._followed] if len(batches) == 1 else []) for batch in batches]
             return (batches, *rest)
 
         def recording_training_step(*args: Any, **kwargs: Any) -> Any:

@@ -145,6 +145,8 @@ class _Session:
             self.run.boundary()
         else:
             self.run.begin(self._loop, autocast=self._trainer.accelerator.mixed_precision != "no")
+        for digest in self._loop.drawn:
+            self.run.record_batch(digest)
 
     def close(self, *, completed: bool) -> None:
         """The call is over."""

@@ -324,7 +324,9 @@ class GuidedLoop:
                     return
                 batches.append(batch)
             step, position.step = position.step, position.step + 1
-            yield step, tuple(batches) if len(batches) > 1 else batches[0]
+            batch = tuple(batches) if len(batches) > 1 else batches[0]
+            self._run.record_batch(batch, position.loaders)
+            yield step, batch
             self._run.boundary()
 
     def _finish_epoch(self) -> None:

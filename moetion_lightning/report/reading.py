@@ -16,7 +16,7 @@ __all__ = ["Reading", "Record", "read_events"]
 
 _KINDS = {kind.__name__: kind for kind in Event.__subclasses__()}
 #: What JSON gives for a field, by the beginning of its annotation.
-_JSON = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "dict": (dict,)}
+_JSON = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "dict": (dict,), "list": (list,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +127,8 @@ def _fits(value: Any, annotation: str) -> bool:
         return isinstance(value, dict) and all(
             isinstance(row, list) and {type(item) for item in row} <= {int} for row in value.values()
         )
+    if annotation == "list[str]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if annotation == "dict[str, int]":
         return isinstance(value, dict) and all(_fits(item, "int") for item in value.values())
     return isinstance(value, expected)

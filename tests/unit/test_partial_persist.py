@@ -64,7 +64,7 @@ class Job:
         for e in saved:
             self.captured[e], self.stored[e] = self.iteration, self.tokens[e]
         slot = {"iteration": self.iteration, "file": record.name, "active": active, "frozen": [], "scalars": scalars}
-        slot["witness"] = {}
+        slot["record"] = {}
         carried, files = [], [record]
         if self.newest is not None:
             old = self.newest.slots[0]

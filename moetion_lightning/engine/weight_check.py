@@ -1,0 +1,97 @@
+"""Digests of operators that are whole already while their window is still being captured, or replayed.
+
+An operator that was captured in full in a slot trains on in the slots behind it. What its weights and optimizer state
+are then is recorded in a sample; a replay, which has trained it from its capture on, must come to the same. That finds
+state which an optimizer keeps where nobody captures it, within the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import xxhash
+from torch import Tensor
+
+from moetion_lightning.core.capture import DeviceFence
+from moetion_lightning.core.digests import bytes_of
+from moetion_lightning.core.local import local
+from moetion_lightning.core.operators import Operator, Piece
+from moetion_lightning.core.policy import SlotPlan
+from moetion_lightning.core.state import LiveState
+
+__all__ = ["OperatorSamples", "choose_whole"]
+
+_OPERATORS = 8  # in each iteration
+_CANDIDATES = 32
+_PIECES = 2  # of an operator
+_ELEMENTS = 32  # of each tensor
+
+
+def choose_whole(live: LiveState, slots: Sequence[SlotPlan], slot: int) -> tuple[Operator, ...]:
+    """Operators to look at after a slot's iteration: some of those that were captured in full before it.
+
+    Every optimizer and every kind of operator is among them if there is room, and others in each slot.
+
+    Args:
+        live: The live state.
+        slots: The window's plan.
+        slot: Which slot.
+    """
+    groups: dict[object, list[Operator]] = {}
+    for op in _candidates(slots[:slot], slot):
+        groups.setdefault((live.owner.get(op.pieces[0].parameter), op.kind), []).append(op)
+    chosen: list[Operator] = []
+    for turn in range(_OPERATORS):
+        chosen += [ops[turn] for ops in groups.values() if turn < len(ops)]
+    return tuple(chosen[:_OPERATORS])
+
+
+def _candidates(slots: Sequence[SlotPlan], offset: int) -> Iterator[Operator]:
+    """A few operators of each slot: the training thread asks, and a model may have thousands."""
+    each = max(1, _CANDIDATES // max(1, len(slots)))
+    for plan in slots[-_CANDIDATES:]:
+        count = len(plan.active)
+        for index in dict.fromkeys((offset + turn * count // each) % count for turn in range(min(each, count))):
+            yield plan.active[index]
+
+
+class OperatorSamples:
+    """Samples of some operators' weights and optimizer state, taken now and read later.
+
+    Args:
+        live: The live state.
+        operators: The operators; those whose parameters the live state does not have are left out.
+        fence: Orders the copies behind training; its :meth:`~.DeviceFence.synchronize` comes before :meth:`read`.
+    """
+
+    def __init__(self, live: LiveState, operators: Iterable[Operator], fence: DeviceFence) -> None:
+        self._samples: dict[str, list[tuple[str, Tensor]]] = {}
+        for op in operators:
+            pieces = op.pieces[:: max(1, len(op.pieces) // _PIECES)][:_PIECES]
+            if all(piece.parameter in live.owner for piece in pieces):
+                self._samples[op.name] = [entry for piece in pieces for entry in _sample(live, piece, fence)]
+
+    def read(self) -> dict[str, str]:
+        """Digests by operator."""
+        found = {}
+        for name, samples in self._samples.items():
+            digest = xxhash.xxh3_64()
+            for entry, values in samples:
+                digest.update(entry.encode())
+                digest.update(bytes_of(values))
+            found[name] = digest.hexdigest()
+        return found
+
+
+@torch.no_grad()
+def _sample(live: LiveState, piece: Piece, fence: DeviceFence) -> list[tuple[str, Tensor]]:
+    weight = live.weight(piece.parameter)
+    state = live.optimizer_state(piece.parameter)
+    tensors = {"": weight, **{name: local(value) for name, value in state.items() if isinstance(value, Tensor)}}
+    found = []
+    for entry, tensor in tensors.items():
+        part = piece.of(tensor) if tensor.shape == weight.shape else tensor
+        if type(part) is Tensor and part.is_contiguous() and part.numel():
+            found.append((entry, fence.sample(part.view(-1), _ELEMENTS)))
+    return found
