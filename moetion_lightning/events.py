@@ -34,6 +34,7 @@ __all__ = [
     "Notice",
     "OperatorsFound",
     "PartialExpertsRestored",
+    "ProtectionChanged",
     "ReplayFinished",
     "ReplayIteration",
     "ReplayMismatch",
@@ -168,6 +169,14 @@ class WindowCommitted(Event):
     last_iteration: int
     nbytes: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtectionChanged(Event):
+    """Whether a failure now would be survived: a window is there to go back to, and captures succeed; else the reason."""
+
+    protected: bool
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moetion_lightning.callbacks._base import EngineCallback
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.events import Event, IterationFinished, PartialExpertsRestored, TokensCounted
+from moetion_lightning.events import (
+    Event,
+    IterationFinished,
+    PartialExpertsRestored,
+    ProtectionChanged,
+    TokensCounted,
+    WindowCommitted,
+)
 from moetion_lightning.metrics import (
     CheckpointStall,
     EffectiveTrainingTimeRatio,
@@ -29,11 +36,13 @@ class FaultToleranceMonitor(Callback):
 
     * ``moetion/ettr``: share of the wall time since the first start in which training went forward;
     * ``moetion/lost_seconds``: wall time of no iteration that counts: starts, lost work, the time between processes;
-    * ``moetion/stall_seconds_per_iteration``, ``moetion/stall_share``: waiting for captures;
+    * ``moetion/stall_seconds_per_iteration``, ``moetion/stall_share``: waiting for captures, and preparing them;
+    * ``moetion/committed_step``: last iteration of the newest committed window, -1 before the first;
+    * ``moetion/protected``: 1 where a window is there to go back to and captures succeed, else 0;
     * ``moetion/expert_imbalance``: tokens of the busiest expert over the mean, of the layer where that is largest;
     * ``moetion/plt``: proportion of lost tokens, which only ``PartialExpertsCheckpoint`` can make more than 0.
 
-    The numbers survive SIGKILL. They are part of the state that windows carry, so after a failure they go back with
+    The first step is logged, too: what is known by then. The numbers survive SIGKILL. They are part of the state that windows carry, so after a failure they go back with
     training, and what is done again is counted again: each iteration counts once, with the seconds of its last
     execution. Wall time must not go back. It is kept as a sum together with the instant up to which it was summed; the
     first iteration after a restart adds all that has passed since then: the lost work, the time without a process, the
@@ -81,6 +90,7 @@ class FaultToleranceMonitor(Callback):
         self._counted_until = time.time()
         self._num_iterations = 0
         self._logged_step = 0
+        self._protection = {"moetion/committed_step": -1.0, "moetion/protected": 0.0}
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -111,6 +121,10 @@ class FaultToleranceMonitor(Callback):
         elif isinstance(event, PartialExpertsRestored) and self.lost_tokens is not None:
             lost = [event.lost_by_layer.get(name, 0) for name in self._layers]
             self.lost_tokens.update(lost=torch.tensor(lost))
+        elif isinstance(event, WindowCommitted):
+            self._protection["moetion/committed_step"] = float(event.last_iteration)
+        elif isinstance(event, ProtectionChanged):
+            self._protection["moetion/protected"] = float(event.protected)
 
     def _iteration_finished(self, event: IterationFinished) -> None:
         now = time.time()
@@ -182,7 +196,9 @@ class FaultToleranceMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         every = self.every_n_steps or max(1, getattr(trainer, "log_every_n_steps", 50))
-        if trainer.global_step // every > self._logged_step // every and self._log(trainer) and self.progress_bar:
+        first = trainer.global_step > 0 and not self._logged_step
+        due = first or trainer.global_step // every > self._logged_step // every
+        if due and self._log(trainer) and self.progress_bar:
             ettr = self.values["moetion/ettr"]
             pl_module.log("moetion/ettr", ettr, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
@@ -191,17 +207,23 @@ class FaultToleranceMonitor(Callback):
             self._log(trainer)
 
     def _log(self, trainer: Trainer) -> bool:
-        """All ranks: hand the values to the loggers. Returns whether there are any yet."""
-        if not self._num_iterations:
-            return False
+        """All ranks: hand the values to the loggers. Returns whether those of whole iterations are among them."""
         self._logged_step = trainer.global_step
+        self.values = dict(self._protection)
+        if self._num_iterations:
+            self._measure(trainer)
+        for logger in trainer.loggers:
+            logger.log_metrics(self.values, step=trainer.global_step - 1)  # Lightning counts steps from zero there
+        return bool(self._num_iterations)
+
+    def _measure(self, trainer: Trainer) -> None:
         if trainer.world_size > 1:  # a backend like NCCL sums on its own devices only
             self.ettr.to(trainer.strategy.root_device)
             self.stall.to(trainer.strategy.root_device)
         ettr, stall = self.ettr.compute(), self.stall.compute()
         self.ettr.to("cpu")  # nobody waits for a device where events arrive
         self.stall.to("cpu")
-        self.values = {
+        self.values |= {
             "moetion/ettr": float(ettr),
             "moetion/lost_seconds": self.lost_seconds,
             "moetion/stall_seconds_per_iteration": float(stall["seconds_per_iteration"]),
@@ -211,6 +233,3 @@ class FaultToleranceMonitor(Callback):
             imbalance = expert_load_imbalance(self.expert_load.tokens, self._widths(self.expert_load))
             self.values["moetion/expert_imbalance"] = float(imbalance.max())
             self.values["moetion/plt"] = float(self.lost_tokens.compute())
-        for logger in trainer.loggers:
-            logger.log_metrics(self.values, step=trainer.global_step - 1)  # Lightning counts steps from zero there
-        return True

@@ -51,6 +51,7 @@ from moetion_lightning.events import (
     EventBus,
     IterationFinished,
     Notice,
+    ProtectionChanged,
     RestoreApplied,
     StepSkipped,
 )
@@ -94,9 +95,13 @@ class Engine:
         self.living = Living(self.ranks, self.tiers)
         self._attached: Attached | None = None
         self._window: OpenWindow | None = None
+        self._records_batches = False  # whether the adapter does
         self._to_come: BatchToCome | None = None  # of a window that is whole but for the batch behind it
         self._concluding: Recovery | None = None  # its state is dense, and the batch behind it not known
         self._given_up = 0  # windows in a row
+        self._not_begun = ""  # why the last window did not even begin
+        self._restored = False  # whether there is a window that this course was restored from
+        self._protected: bool | None = None
         self._synchronous = False
         self._stall = 0.0
         self._started_at = 0.0
@@ -204,6 +209,8 @@ class Engine:
         self.precision.start(self._need().live)
         self._stages.begin(self.iteration + 1)
         self._note_boundary(run_state)
+        self._restored = False
+        self._note_protection()
         self._started_at = time.perf_counter()
 
     def restore(self, run_state: RunState) -> None:
@@ -232,6 +239,8 @@ class Engine:
         else:
             self._replay(point, state, run_state)
         self._stages.failed = False
+        self._restored = True
+        self._note_protection()
         self._started_at = time.perf_counter()
 
     def _replay(self, point: RestorePoint, state: EngineState, run_state: RunState) -> None:
@@ -312,6 +321,7 @@ class Engine:
         """
         started = time.perf_counter()
         self.record.add_batch(batch)
+        self._records_batches = True
         to_come, self._to_come = self._to_come, None
         concluding, self._concluding = self._concluding, None
         if to_come is not None or concluding is not None:
@@ -354,8 +364,10 @@ class Engine:
         started = time.perf_counter()
         self.precision.pause()  # what follows is this package's own work
         try:
-            self._no_batch_to_come()  # where an adapter records none
-            return self._boundary(attached, run_state)
+            self._no_batch_to_come()
+            ended = self._boundary(attached, run_state)
+            self._note_protection()
+            return ended
         finally:
             self.precision.resume()
             self._stall += time.perf_counter() - started
@@ -393,11 +405,25 @@ class Engine:
         window = self._open_window(run_state, steps)
         if window is not None:
             attached.writer.capture(window, self.iteration, record.read)
-            if window.complete:
+            if window.complete and self._records_batches:
                 self._to_come = window.to_come
+            elif window.complete:
+                window.to_come.never_comes()
             if self._synchronous:
                 self._wait()  # as all of this, it is counted by boundary()
         return True
+
+    def _note_protection(self) -> None:
+        """Tell when it has changed whether a failure now would be survived."""
+        attached = self._need()
+        reason = self._not_begun
+        if self._given_up > 1:
+            reason = reason or f"{self._given_up} windows in a row were given up"
+        if attached.writer.newest is None and not self._restored:
+            reason = reason or "no window is committed yet"
+        if self._protected is not (not reason):
+            self._protected = not reason
+            self.bus.emit(ProtectionChanged(protected=not reason, reason=reason))
 
     @property
     def _skips_gradients(self) -> bool:
@@ -578,8 +604,9 @@ class Engine:
             # Everything was checked before the first step; what changed since must not end training.
             attached.planner.forget_static()
             self._say(f"no window begins at iteration {self.iteration}: {error}", warning=True)
-            window.broken = str(error)
+            window.broken = self._not_begun = str(error)
             return None if self.ranks.alone else window
+        self._not_begun = ""
         self.precision.window_began()
         return window
 

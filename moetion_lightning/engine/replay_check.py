@@ -20,6 +20,8 @@ WORDS = {
     "indices": "sampler indices",
     "weights": "weights",
 }
+#: In the order in which differences are named: what others may follow from comes first.
+_ORDER = ("batches", "indices", "compute weights", "lrs", "rng", "losses", "norms", "gradients", "weights")
 _SHOWN = 3
 
 
@@ -83,6 +85,7 @@ def compare_records(
         compared.append(key)
         if before != now:
             differences.append(_difference(key, before, now))
+    differences.sort(key=lambda difference: _ORDER.index(difference.quantity))
     operators = frozenset(recorded.get("weights", {})) & frozenset(replayed.get("weights", {}))
     return Comparison(compared=tuple(compared), differences=tuple(differences), operators=operators)
 
@@ -156,28 +159,28 @@ def likely_causes(differences: Sequence[Difference], compared: Sequence[str], su
         causes.append("parameters are read in full precision of which only 16-bit compute weights had been kept")
     if "lrs" in keys:
         causes.append("a learning-rate scheduler that was not restored, or that steps elsewhere")
-    if causes:
-        return causes
     if "rng" in keys:
         which = next(d.where for d in differences if d.quantity == "rng")
         causes.append(
-            f"random numbers are drawn ({which}) that were not drawn in the original run: something seeds anew, or runs "
-            "only where a process starts"
+            f"the global random generators stand elsewhere ({which}): something seeds anew, or draws only where a "
+            "process starts"
         )
-    if suspects.elementwise and keys & {"losses", "norms", "gradients", "weights"}:
+    if causes:
+        return causes
+    if suspects.elementwise:
         names = ", ".join(suspects.elementwise)
         causes.append(
             f"elementwise_optimizers= declares {names}: if its update of an element depends on other elements, leave it "
             "out there"
         )
-    if "weights" in keys and not keys & {"losses", "gradients"}:
-        causes.append("the optimizer keeps state outside of its .state and state_dict()")
-    elif not causes and keys & {"losses", "norms", "gradients"}:
+    if keys & {"losses", "gradients"}:
         same = " although the batches are the same" if "batches" in compared else ""
         causes.append(
             f"the forward differs{same}: state that is in no parameter, buffer or state_dict(), or data that was not "
             "compared"
         )
+    if "weights" in keys:
+        causes.append("the optimizer keeps state outside of its .state and state_dict()")
     causes.append("kernels that are not deterministic (torch.use_deterministic_algorithms(True) names them)")
     return causes
 
@@ -267,7 +270,7 @@ class Verdict:
         if self._next_differs:
             return "the next batch DIFFERS" if self._batch_differs() else "the next batch agrees, the RNG there DIFFERS"
         if "batches" in self.next_batch.compared:
-            return "the next batch agrees"
+            return "the next batch agrees" + (", and the RNG there" if "rng" in self.next_batch.compared else "")
         return "the next batch was not recorded"
 
     def _batch_differs(self) -> bool:

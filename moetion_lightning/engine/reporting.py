@@ -10,6 +10,7 @@ from moetion_lightning.events import (
     CaptureFinished,
     Event,
     IterationFinished,
+    ProtectionChanged,
     ScheduleMade,
     WindowCommitted,
     WindowPersisted,
@@ -39,9 +40,16 @@ class Reporter:
     """
 
     def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
+        #: From the first step on, whether or not anything has been captured yet.
+        self.metrics: dict[str, float] = {
+            "moetion/committed_step": -1.0,
+            "moetion/protected": 0.0,
+            "moetion/stall_ms": 0.0,
+            "moetion/checkpoint_stall": 0.0,
+        }
         self._window = 0
         self._stall = 0.0
+        self._sums = (0.0, 0.0)  # seconds of stalls, and of all
         self._last_line = float("-inf")
         self._batches = 0
         self._logged_step: float | None = None
@@ -63,6 +71,11 @@ class Reporter:
         elif isinstance(event, IterationFinished):
             self.metrics["moetion/stall_ms"] = 1e3 * event.stall_seconds
             self._stall += event.stall_seconds
+            stalled, seconds = self._sums[0] + event.stall_seconds, self._sums[1] + event.seconds
+            self._sums = stalled, seconds
+            self.metrics["moetion/checkpoint_stall"] = stalled / seconds if seconds > 0 else 0.0
+        elif isinstance(event, ProtectionChanged):
+            self.metrics["moetion/protected"] = float(event.protected)
         elif isinstance(event, WindowCommitted):
             self._committed(event)
         elif isinstance(event, WindowPersisted):

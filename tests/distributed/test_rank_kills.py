@@ -38,7 +38,7 @@ def check(drill: Drill, spec: dict[str, Any], kills: list[dict[str, Any]]) -> Pa
     assert len(restored[0]) == len(kills)
     assert all(iterations == restored[0] for iterations in restored), restored
     assert {event["tier"] for event in read_events(killed, "RestoreStarted")} == {"host memory"}
-    assert read_events(killed, "WitnessMismatch") == []
+    assert read_events(killed, "ReplayMismatch") == []
     assert differences(drill.reference(spec), killed) == []
     return killed
 
@@ -124,7 +124,7 @@ def test_a_part_left_out_is_noticed(drill: Drill, what: str) -> None:
     killed = drill.killed(DDP, [{**LATE, "rank": 1}], **{"break": what})
     assert len(read_events(killed, "RestoreApplied")) == DDP["ranks"]
     assert differences(drill.reference(DDP), killed) != []
-    assert read_events(killed, "WitnessMismatch") != []
+    assert read_events(killed, "ReplayMismatch") != []
 
 
 def test_ranks_that_restore_different_windows_stop(drill: Drill) -> None:

@@ -116,7 +116,7 @@ def test_negative_control_notices_what_is_not_restored(drill: Drill, what: str) 
 
 def test_mismatch_is_reported_with_step_and_values(drill: Drill) -> None:
     killed = drill.killed(LIST, [{"hook": "backward", "step": 11}], **{"break": "rng"})
-    mismatches = read_events(killed, "WitnessMismatch")
+    mismatches = read_events(killed, "ReplayMismatch")
     assert mismatches
     assert {"losses", "rng"} <= {event["quantity"] for event in mismatches}
     assert all(event["recorded"] != event["replayed"] for event in mismatches)

@@ -116,7 +116,7 @@ def test_killed_run_is_exact_or_says_that_it_is_not(drill: Drill, name: str, ste
         assert found == []
         return
     (finished,) = replays
-    mismatches = {event["quantity"] for event in read_events(killed, "WitnessMismatch")}
+    mismatches = {event["quantity"] for event in read_events(killed, "ReplayMismatch")}
     assert finished["verified"] == (not mismatches)
     assert finished["verified"] or "replayed differently" in (killed / "log").read_text()
     if found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import signal
@@ -446,8 +447,12 @@ def test_numbers_reach_the_logger_and_the_events_file(tmp_path: Path, memory_dir
     capture = SparseExpertCheckpoint(window=2, memory_dir=str(memory_dir), events_path=str(tmp_path / "events.jsonl"))
     trainer(tmp_path, capture, logger=logger, log_every_n_steps=1).fit(module(), loader())
     header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
-    for name in ("committed_step", "stall_ms", "captured_mb", "window_progress"):
+    for name in ("committed_step", "stall_ms", "captured_mb", "window_progress", "protected", "checkpoint_stall"):
         assert f"moetion/{name}" in header
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        first, *_, last = [row for row in csv.DictReader(file) if row["moetion/protected"]]
+    assert (first["step"], float(first["moetion/protected"]), float(first["moetion/committed_step"])) == ("0", 0, -1)
+    assert float(last["moetion/protected"]) == 1
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     committed = [e for e in events if e["event"] == "WindowCommitted"]
     assert [e["last_iteration"] - e["first_iteration"] for e in committed] == [1] * len(committed)
@@ -463,7 +468,8 @@ def test_restart_says_what_was_found_and_done(
     assert "found the window of iterations" in caplog.text
     assert "in host memory" in caplog.text
     assert "checksums verified" in caplog.text
-    assert "every replayed iteration matched its witness" in caplog.text
+    assert "compared and equal in each: losses, learning rates, RNG, batches, weights of " in caplog.text
+    assert "; the next batch agrees, and the RNG there" in caplog.text
 
 
 def test_ordinary_checkpoints_load_without_us(tmp_path: Path, memory_dir: Path) -> None:

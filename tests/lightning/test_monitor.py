@@ -17,7 +17,10 @@ from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.events import Event, IterationFinished, PartialExpertsRestored, TokensCounted
 from tests.lightning.test_callbacks import loader, module, trainer
 
-NAMES = ("ettr", "lost_seconds", "stall_seconds_per_iteration", "stall_share", "expert_imbalance", "plt")
+NAMES = (
+    *("committed_step", "protected"),
+    *("ettr", "lost_seconds", "stall_seconds_per_iteration", "stall_share", "expert_imbalance", "plt"),
+)
 
 
 class Clock:
@@ -95,7 +98,10 @@ def test_values_reach_the_loggers(tmp_path: Path, memory_dir: Path, last: bool) 
     run = trainer(tmp_path, *order, logger=logger, log_every_n_steps=3)
     run.fit(module(block="fused"), loader())
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row.get("moetion/ettr")]
+        every = [row for row in csv.DictReader(file) if row["moetion/protected"]]
+    rows = [row for row in every if row["moetion/ettr"]]
+    # Of the first step is known that nothing is protected yet.
+    assert [every[0][name] for name in ("step", "moetion/committed_step", "moetion/protected")] == ["0", "-1.0", "0.0"]
     # 14 steps: at each third one, and at the end. Loggers count from zero, as for everything that Lightning logs.
     assert [int(row["step"]) for row in rows] == [2, 5, 8, 11, 13]
     assert set(monitor.values) == {f"moetion/{name}" for name in NAMES}

@@ -12,10 +12,11 @@ from torch import nn
 
 from moetion_lightning.core.capture import CaptureThread, DeviceFence, copy_items, measure_bandwidth
 from moetion_lightning.core.compute_dtype import ComputeDtypeObserver
+from moetion_lightning.core.digests import rng_digests
 from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.lost_tokens import LostTokens
 from moetion_lightning.core.pace import Pace
-from moetion_lightning.core.run_state import find_generators, get_rng, rng_digest, set_rng
+from moetion_lightning.core.run_state import find_generators, get_rng, set_rng
 from moetion_lightning.core.state import CopyItem
 
 # --- compute dtype ---------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def test_norm_is_recorded_for_any_caller_and_given_back() -> None:
     try:
         parameter = nn.Parameter(torch.ones(4))
         parameter.grad = torch.full((4,), 3.0)
-        imported_by_name([parameter], 1.0)
+        imported_by_name([parameter], 1.0).zero_()  # in place: what was recorded is a copy
         assert [float(n) for n in seam.take()] == [6.0]
         seam.give([12.0])
         parameter.grad = torch.full((4,), 3.0)
@@ -206,11 +207,11 @@ class Holder:
 def test_all_generators_come_back() -> None:
     holder = Holder()
     state = get_rng(find_generators({"h": holder}))
-    digest = rng_digest()
+    digest = rng_digests()
     first = holder.draw()
-    assert rng_digest() != digest
+    assert rng_digests() != digest
     set_rng(state, find_generators({"h": holder}))
-    assert rng_digest() == digest
+    assert rng_digests() == digest
     assert holder.draw() == first
 
 

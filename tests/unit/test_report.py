@@ -71,7 +71,9 @@ class Run:
             self.iterate([number], pid=pid)
             again = ReplayIteration(iteration=number, slot=slot, num_slots=replay + 1, verified=verified)
             self.emit(again, pid=pid)
-        done = ReplayFinished(iteration=first + replay, replayed=replay, seconds=float(replay), verified=verified)
+        done = ReplayFinished(
+            iteration=first + replay, replayed=replay, seconds=float(replay), compared=["losses"], verified=verified
+        )
         self.emit(done, pid=pid)
 
     def history(self) -> History:
