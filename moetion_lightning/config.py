@@ -211,7 +211,7 @@ class EngineConfig:
         keep_persisted: Windows kept on the storage tier.
         job_id: Identity of the job; None derives it.
         resume: ``"auto"`` continues from the newest window of this job, ``"never"`` starts afresh.
-        on_mismatch: What to do when a replayed iteration differs from its witness.
+        on_mismatch: What to do when a replayed iteration differs from what was recorded.
         stale_after_seconds: Age after which the host memory of a dead job is reclaimed.
         elementwise_optimizers: Qualified class names of further optimizers whose update is elementwise.
         sharding: How state that several ranks hold is dealt out to them: "auto", "equal", "adaptive", or "none" (each

@@ -12,7 +12,7 @@ __all__ = ["DenseReconstruction"]
 
 
 class DenseReconstruction(EngineCallback):
-    """Finds the newest restore point at start, rebuilds the dense state by replaying its window, checks the witnesses.
+    """Finds the newest restore point at start, rebuilds the dense state by replaying its window, checks what it can.
 
     The capturing callbacks do this by themselves. Add it beside one of them to set how a restore is done, or alone to
     continue a job without capturing any more.

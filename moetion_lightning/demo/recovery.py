@@ -23,7 +23,7 @@ class Recovery:
         tiers: Where the state of each rank came from; without those that kept their own.
         again: Steps that were done again by all together, the most of all ranks.
         replayed: Steps that ranks replayed from the logs of other stages, and in how many seconds.
-        verified: Whether all replayed steps agreed with their witnesses.
+        verified: Whether all replayed steps agreed with what was recorded.
     """
 
     before: dict[int, int]
