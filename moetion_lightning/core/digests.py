@@ -131,6 +131,12 @@ class _Walk:
         self._leaves += 1
         if self._leaves > _MAX_LEAVES or depth > _MAX_DEPTH:
             return
+        try:
+            self._add(value, depth)
+        except Exception:  # of a user's class, or a tensor without memory of its own: looking must not end training
+            self._note("?")
+
+    def _add(self, value: object, depth: int) -> None:
         if isinstance(value, Tensor):
             self._add_tensor(value)
         elif isinstance(value, _PLAIN):
@@ -181,14 +187,11 @@ class _Walk:
 
     def _add_tensor(self, tensor: Tensor) -> None:
         self._note(f"{tensor.dtype}{tuple(tensor.shape)}")
-        try:
-            values = _values_of(tensor)
-            if values.device.type == "cpu":
-                self.hasher.update(bytes_of(values))
-            elif values.device.type == "cuda":
-                self.samples.append(values)
-        except (RuntimeError, NotImplementedError, TypeError):  # quantized, nested, without memory of its own ...
-            return
+        values = _values_of(tensor)
+        if values.device.type == "cpu":
+            self.hasher.update(bytes_of(values))
+        elif values.device.type == "cuda":
+            self.samples.append(values)
 
     def _add_array(self, array: np.ndarray) -> None:
         self._note(f"{array.dtype}{array.shape}")

@@ -106,7 +106,7 @@ class Recorder(pl.Callback):
             "epoch": trainer.current_epoch,
             "batch": batch_idx,
             "step": trainer.global_step,
-            "loss": float(outputs["loss"]).hex(),
+            "loss": float(outputs["loss"] if outputs else module.unreturned).hex(),
             "ids": [part["sample_id"].tolist() for part in parts],
             "lr": [float(g["lr"]).hex() for o in trainer.optimizers for g in o.param_groups],
             "python": random.random(),

@@ -301,6 +301,57 @@ class Toggling(Automatic):
         return [torch.optim.AdamW(self.body.parameters(), lr=self.spec["lr"]), critic]
 
 
+class SilentManual(Automatic):
+    """Manual optimization that returns no loss, and calls ``backward`` itself."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__(spec)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.unreturned = self.loss(batch)
+        self.backpropagate(self.unreturned)
+        optimizer.step()
+        self.unreturned = self.unreturned.detach()
+
+    def backpropagate(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.spec["lr"])
+
+
+class SilentManualBackward(SilentManual):
+    """The same by ``manual_backward``; the loss is changed in place behind it."""
+
+    def backpropagate(self, loss: Tensor) -> None:
+        self.manual_backward(loss)
+        with torch.no_grad():
+            loss.div_(3)
+
+
+_moments: dict[int, Tensor] = {}  # where nobody looks for state
+
+
+class HiddenMomentum(torch.optim.SGD):
+    """Keeps its momentum in a variable of its module."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        with torch.no_grad():
+            for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                moment = _moments.setdefault(id(parameter), torch.zeros_like(parameter))
+                parameter.sub_(moment.mul_(0.9).add_(parameter.grad), alpha=0.05)
+        return loss
+
+
+class HiddenOptimizer(Automatic):
+    def configure_optimizers(self) -> Any:
+        return HiddenMomentum(self.parameters(), lr=0.05)
+
+
 class Metrics(Automatic):
     """Metric objects; some are updated and logged on a few batches only."""
 
@@ -347,4 +398,7 @@ MODULES: dict[str, type[Automatic]] = {
     "shrink_in_step": ShrinkInStep,
     "toggling": Toggling,
     "metrics": Metrics,
+    "silent_manual": SilentManual,
+    "silent_manual_backward": SilentManualBackward,
+    "hidden_optimizer": HiddenOptimizer,
 }
