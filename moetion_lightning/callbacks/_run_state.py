@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,12 +14,16 @@ from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, ddp_of
 from moetion_lightning.core.local import local
+from moetion_lightning.core.plain_attributes import PlainAttributes
 from moetion_lightning.core.run_state import write_buffers
 from moetion_lightning.data_position import loader_parts
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
-from moetion_lightning.engine import RestorePoint
+from moetion_lightning.engine import LivePoint, RestorePoint, build_values
 
 __all__ = ["LightningRunState", "write_model"]
+
+#: Callbacks of these packages say by ``state_dict`` what their state is.
+_OWN_STATE = ("lightning", "pytorch_lightning", "moetion_lightning")
 
 
 class LightningRunState:
@@ -30,13 +34,26 @@ class LightningRunState:
         module: Its module.
         loops: Access to the loops.
         data: Access to the training loaders.
+        say_once: Tells the user something, once.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, loops: LoopSeam, data: DataSeam) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        loops: LoopSeam,
+        data: DataSeam,
+        say_once: Callable[[str], None],
+    ) -> None:
         self._trainer = trainer
         self._module = module
         self._loops = loops
         self._data = data
+        self._attributes = PlainAttributes(self._users_objects, say_once)
+
+    def begin(self) -> None:
+        """Training begins: attributes that change from now on are state."""
+        self._attributes.begin()
 
     def capture(self, *, weights: bool) -> dict[str, Any]:
         """The state between two batches, as nested plain values and live tensors.
@@ -56,6 +73,7 @@ class LightningRunState:
             "pipeline": strategy.pipeline_state() if cuts_at_first_batch(self._trainer) else {},  # type: ignore[attr-defined]
             "extras": self._loops.extras(),
             "files": self._loops.files.snapshot(),
+            "attributes": self._attributes.capture(),
             "data": self._data.snapshot(),
             "gradients": gradients,
             "extra_states": {name: module.get_extra_state() for name, module in _with_extra_state(self._module)},
@@ -78,6 +96,33 @@ class LightningRunState:
         for name, module in _with_extra_state(self._module):
             if name in state["extra_states"]:
                 module.set_extra_state(state["extra_states"][name])
+        tensors = {**dict(self._module.named_buffers()), **dict(self._module.named_parameters())}
+        self._attributes.restore(state["attributes"], tensors)
+        self.begin()
+
+    def build(self, point: RestorePoint | LivePoint) -> dict[str, Any]:
+        """What :meth:`capture` gave, with values of the user's own classes in it.
+
+        Args:
+            point: Where it was found.
+        """
+        trainer: Any = self._trainer
+        build_values(point, [self._module, trainer.datamodule, *trainer.callbacks])
+        state: dict[str, Any] = point.run_state()["adapter"]
+        return state
+
+    def _users_objects(self) -> dict[str, object]:
+        """Objects whose plain attributes are state."""
+        trainer: Any = self._trainer
+        roots: dict[str, object] = {"module": self._module}
+        if trainer.datamodule is not None:
+            roots["datamodule"] = trainer.datamodule
+        for callback in trainer.callbacks:
+            if type(callback).__module__.split(".")[0] not in _OWN_STATE:
+                name = type(callback).__qualname__
+                count = sum(other.startswith(f"{name} ") for other in roots)
+                roots[f"{name} {count}"] = callback
+        return roots
 
     def generators(self) -> Mapping[str, object]:
         """User objects that may hold random number generators."""

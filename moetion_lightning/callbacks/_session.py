@@ -91,7 +91,7 @@ class Session:
         self._loss_known = False  # of the present batch
         self._loops = LoopSeam(trainer)
         self._data = DataSeam(trainer, self.engine.record_batch)
-        self.run_state = LightningRunState(trainer, module, self._loops, self._data)
+        self.run_state = LightningRunState(trainer, module, self._loops, self._data, self.engine.say_once)
         groups = current_groups()
         self._elastic: Elastic | None = None
         if groups is not None and self.ranks.elastic:
@@ -118,7 +118,7 @@ class Session:
         self._loops.checkpoints.inject(self._checkpoint, self._user_checkpoint, ours_first=ours_first)
         self._loops.files.guard(lambda: self.engine.converting)
         if self._point is not None:
-            self._loops.files.continue_from(self._point.run_state()["adapter"]["files"])
+            self._loops.files.continue_from(self.run_state.build(self._point)["files"])
 
     # --- restoring -----------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class Session:
 
     def _position(self, point: RestorePoint | LivePoint) -> dict[str, Any]:
         """Lightning's part of a restored state; data and counters follow when the loops begin."""
-        state = point.run_state()["adapter"]
+        state = self.run_state.build(point)
         self._data.restore(state["data"])
         own = state["checkpoint"]["own"]
         self._loops.pin_when_loop_starts(own["loops"]["fit_loop"], state["extras"], own["callbacks"])
@@ -225,6 +225,7 @@ class Session:
             self._elastic.meet()
         self._begun = self._trained = True
         if self._point is None:
+            self.run_state.begin()
             self.engine.start(self.run_state)
         else:
             self.run_state.before_restore(self._point.run_state()["adapter"])

@@ -5,6 +5,7 @@ from moetion_lightning.engine.identity import derive_job_id
 from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.ranks import RankLayout, Ranks
 from moetion_lightning.engine.restore import RestorePoint
+from moetion_lightning.engine.run_state import build_values
 from moetion_lightning.engine.stage_link import StageLink, StageReplay, StageWork
 from moetion_lightning.engine.stage_recovery import StageReplayError
 
@@ -19,5 +20,6 @@ __all__ = [
     "StageReplay",
     "StageReplayError",
     "StageWork",
+    "build_values",
     "derive_job_id",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from moetion_lightning.core.kept_values import ClassFinder, MissingClassError, Reviver
 from moetion_lightning.core.local import local
 from moetion_lightning.core.run_state import find_generators, get_rng, read_buffers, set_rng, write_buffers
 from moetion_lightning.core.state import LiveState
@@ -18,7 +19,7 @@ from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.restore import PARAMETER_REFERENCE, RestorePoint
 from moetion_lightning.errors import ForeignWindowError
 
-__all__ = ["EngineState", "capture_run_state"]
+__all__ = ["EngineState", "build_values", "capture_run_state"]
 
 
 def capture_run_state(
@@ -57,6 +58,31 @@ def capture_run_state(
         "requires_grad": [name for name, p in live.parameters.items() if p.requires_grad],
     }
     return tree, leaf
+
+
+def build_values(point: RestorePoint | LivePoint, roots: Iterable[object]) -> None:
+    """Make values of users' classes out of what a restored run state holds in their place.
+
+    What an adapter keeps as ``attributes`` stays as it is: it is put into the objects that are there.
+
+    Args:
+        point: The point; its run state is changed.
+        roots: Objects of the user that reach the classes.
+
+    Raises:
+        ForeignWindowError: One of the classes is not there.
+    """
+    tree, reviver = point.run_state(), Reviver(ClassFinder(roots))
+    try:
+        for key in [key for key in tree if key != "adapter"]:
+            tree[key] = reviver.revive(tree[key])
+        adapter = tree["adapter"]
+        tree["adapter"] = {k: v if k == "attributes" else reviver.revive(v) for k, v in adapter.items()}
+    except MissingClassError as error:
+        raise ForeignWindowError(
+            f"{point.name} holds state of a class that this run does not have: {error}. Undo the change, or start "
+            "afresh with resume='never' or another job_id."
+        ) from error
 
 
 def _own_keys(optimizer: Optimizer) -> dict[str, Any]:

@@ -40,12 +40,8 @@ CONTAINER_TAGS: dict[type, str] = {
     OrderedDict: "od",
     Counter: "counter",
 }
-SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {"tuple": tuple, "set": set, "frozenset": frozenset}
-MAPPINGS: dict[str, Callable[[Iterable[tuple[Any, Any]]], Any]] = {
-    "m": dict,
-    "od": OrderedDict,
-    "counter": lambda pairs: Counter(dict(pairs)),
-}
+SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {"tuple": tuple, "frozenset": frozenset}
+MAPPINGS: dict[str, Callable[[], Any]] = {"m": dict, "od": OrderedDict, "counter": Counter}
 
 _INLINE_BYTES = 1024  # longer byte strings are stored beside the JSON
 _PATHS = {"path": Path, "posix": PurePosixPath, "windows": PureWindowsPath}

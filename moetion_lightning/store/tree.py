@@ -8,13 +8,14 @@ training thread and the second behind it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moetion_lightning.core.kept_values import Kept, LiveValues, describe
 from moetion_lightning.errors import CorruptSnapshotError, UnsupportedStateError, VersionError
 from moetion_lightning.store import leaves
 from moetion_lightning.store.format import SnapshotLayout, TensorSpec, tensor_bytes
@@ -31,7 +32,9 @@ Resolve = Callable[[Any], object]
 _MAX_DEPTH = 100  # deeper JSON would meet Python's recursion limit on the way back
 _MAX_FILE_BYTES = 1 << 40
 _STRUCTURE = "tree"
-_VERSION = 1
+_VERSION = 2  # 1 knew neither shared containers nor values of users' classes
+_PACK_ITEMS = 32  # lists of at least so many numbers, or small tensors of one shape, are stored as one tensor
+_PACK_ELEMENTS = 64
 _REMEDY = "Restore from another window or tier."
 
 
@@ -150,6 +153,8 @@ def load_tree(data: bytes | Path | str, *, resolve: Resolve | None = None) -> An
 class _Flattener:
     def __init__(self, leaf: Leaf | None) -> None:
         self._leaf = leaf
+        self._live: LiveValues | None = None
+        self._numbers: dict[int, int] = {}  # of containers that may be referred to again, in the order of their begin
         self._open: set[int] = set()  # containers on the way from the root, to notice cycles
         self._store = leaves.TensorCollector()
 
@@ -163,33 +168,94 @@ class _Flattener:
         kind = type(value)
         if kind in leaves.CONTAINER_TAGS:
             return self._encode_container(value, path, depth)
+        if kind is LiveValues:
+            return self._encode_live(value, path, depth)
         if self._leaf is not None:
             replaced = self._leaf(value)
             if replaced is not NotImplemented:
-                return {"x": replaced}
+                return {"x": replaced} if self._live is None else {"kept": ["reference", "", replaced, None]}
         try:
             encoded = leaves.encode_leaf(value, self._store)
         except UnsupportedStateError as error:
             raise UnsupportedStateError(f"{_show(path)}: {error}") from None
         if encoded is NotImplemented:
+            return self._encode_kept(value, path, depth)
+        if self._live is not None and isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            return {"kept": ["tensor", str(value.device), encoded, None]}
+        return encoded
+
+    def _encode_live(self, live: LiveValues, path: tuple[str, ...], depth: int) -> Any:
+        self._live = live
+        owners = {}
+        for owner, values in live.values.items():
+            found = owners[owner] = {}
+            for name, value in values.items():
+                known = dict(self._numbers)
+                try:
+                    found[name] = self.encode(value, (*path, owner, name), depth + 2)
+                except UnsupportedStateError as error:
+                    self._numbers, self._open = known, set()
+                    live.on_refused(owner, name, str(error))
+        self._live = None
+        return {"live": owners}
+
+    def _encode_kept(self, value: Any, path: tuple[str, ...], depth: int) -> Any:
+        kept = describe(value, None if self._live is None else self._live.is_object)
+        if kept is None:
+            kind = type(value)
             raise UnsupportedStateError(
                 f"{_show(path)}: a {kind.__module__}.{kind.__qualname__} cannot be stored without pickle. Return plain "
                 "values and tensors from state_dict(), and rebuild the object in load_state_dict()."
             )
-        return encoded
+        if kept.kind in ("enum", "flag"):
+            return {"kept": [kept.kind, kept.name, self.encode(kept.items, path, depth), None]}
+        if kept.kind == "namedtuple":
+            items = [self.encode(item, (*path, str(i)), depth + 1) for i, item in enumerate(kept.items)]
+            return {"kept": ["namedtuple", kept.name, items, None]}
+        if id(value) in self._numbers and id(value) not in self._open:
+            return {"same": self._numbers[id(value)]}
+        self._enter(value, path, depth)
+        try:
+            body: Any = None
+            if kept.kind == "dict":
+                body = self._pairs(kept.items, path, depth)
+            elif kept.items is not None:
+                body = [self.encode(item, (*path, str(i)), depth + 1) for i, item in enumerate(kept.items)]
+            attributes = None
+            if kept.attributes is not None:
+                attributes = {n: self.encode(v, (*path, n), depth + 1) for n, v in kept.attributes.items()}
+            return {"kept": [kept.kind, kept.name, body, attributes]}
+        finally:
+            self._open.discard(id(value))
 
-    def _encode_container(self, value: Any, path: tuple[str, ...], depth: int) -> Any:
+    def _enter(self, value: object, path: tuple[str, ...], depth: int) -> None:
         if id(value) in self._open:
             raise UnsupportedStateError(f"{_show(path)}: contains itself. Return a tree from state_dict().")
         if depth >= _MAX_DEPTH:
             raise UnsupportedStateError(f"{_show(path)}: nested deeper than {_MAX_DEPTH}. Flatten the state.")
         self._open.add(id(value))
+        self._numbers[id(value)] = len(self._numbers)
+
+    def _encode_container(self, value: Any, path: tuple[str, ...], depth: int) -> Any:
+        tag = leaves.CONTAINER_TAGS[type(value)]
+        is_shared = tag not in ("tuple", "frozenset")
+        if is_shared and id(value) in self._numbers and id(value) not in self._open:
+            return {"same": self._numbers[id(value)]}
+        numbered = len(self._numbers)
+        self._enter(value, path, depth)
+        if not is_shared:
+            del self._numbers[id(value)]
         try:
-            tag = leaves.CONTAINER_TAGS[type(value)]
             if isinstance(value, dict):
                 return self._encode_dict(value, tag, path, depth)
+            if tag == "list" and len(value) >= _PACK_ITEMS:
+                packed = self._pack(value)
+                if packed is not None:
+                    return packed
             items = [self.encode(item, (*path, str(i)), depth + 1) for i, item in enumerate(value)]
             if tag in ("set", "frozenset"):
+                if len(self._numbers) > numbered + is_shared:
+                    raise UnsupportedStateError(f"{_show(path)}: a set of objects has no order. Keep them in a list.")
                 items.sort(key=json.dumps)  # iteration order varies from process to process; equal sets, equal bytes
             if tag == "list":
                 return items
@@ -197,41 +263,111 @@ class _Flattener:
         finally:
             self._open.discard(id(value))
 
+    def _pack(self, value: list[Any]) -> Any:
+        """Long lists of numbers or of small tensors as one tensor."""
+        kinds = set(map(type, value))
+        if kinds == {float}:
+            return {"floats": self._store.add(torch.tensor(value, dtype=torch.float64))}
+        if kinds != {torch.Tensor}:
+            return None
+        first = value[0]
+        shape, dtype, device = first.shape, first.dtype, first.device
+        if (
+            first.numel() > _PACK_ELEMENTS
+            or any(t.shape != shape or t.dtype != dtype or t.device != device or t.layout != first.layout for t in value)
+            or first.layout is not torch.strided
+            or len(set(map(id, value))) < len(value)
+        ):
+            return None
+        with torch.no_grad():
+            packed = {"tensors": self._store.add(torch.stack(value))}
+        on_device = self._live is not None and device.type != "cpu"
+        return {"kept": ["tensor", str(device), packed, None]} if on_device else packed
+
     def _encode_dict(self, value: dict[Any, Any], tag: str, path: tuple[str, ...], depth: int) -> Any:
         if tag == "d" and all(type(leaves.encode_scalar(key)) is str for key in value):
             return {"d": {key: self.encode(item, (*path, key), depth + 1) for key, item in value.items()}}
-        pairs = [
+        return {"m" if tag == "d" else tag: self._pairs(value.items(), path, depth)}
+
+    def _pairs(self, pairs: Iterable[tuple[Any, Any]], path: tuple[str, ...], depth: int) -> list[Any]:
+        return [
             [self.encode(key, (*path, f"key {key!r}"), depth + 1), self.encode(item, (*path, str(key)), depth + 1)]
-            for key, item in value.items()
+            for key, item in pairs
         ]
-        return {"m" if tag == "d" else tag: pairs}
 
 
 class _Loader:
     def __init__(self, views: dict[str, torch.Tensor], resolve: Resolve | None) -> None:
         self._views = views
         self._resolve = resolve
+        self._numbered: list[Any] = []
         self._tensors: dict[str, torch.Tensor] = {}
 
     def decode(self, node: Any) -> Any:
         if isinstance(node, list):
-            return [self.decode(item) for item in node]
+            return self._extend(self._known([]), node)
         if not isinstance(node, dict):
             return node
         ((tag, body),) = node.items()
         if tag == "d":
-            return {key: self.decode(item) for key, item in body.items()}
+            made = self._known({})
+            for key, item in body.items():
+                made[key] = self.decode(item)
+            return made
         if tag in leaves.MAPPINGS:
-            return leaves.MAPPINGS[tag]((self.decode(key), self.decode(item)) for key, item in body)
+            made = self._known(leaves.MAPPINGS[tag]())
+            for key_node, item in body:
+                key = self.decode(key_node)  # containers are numbered in this order
+                made[key] = self.decode(item)
+            return made
+        if tag == "set":
+            made = self._known(set())
+            made.update([self.decode(item) for item in body])
+            return made
         if tag in leaves.SEQUENCES:
             return leaves.SEQUENCES[tag](self.decode(item) for item in body)
         if tag == "deque":
-            return leaves.deque((self.decode(item) for item in body[1]), maxlen=body[0])
+            return self._extend(self._known(leaves.deque(maxlen=body[0])), body[1])
+        if tag == "same":
+            return self._numbered[body]
+        if tag == "live":
+            return {o: {n: self.decode(v) for n, v in values.items()} for o, values in body.items()}
+        if tag == "kept":
+            return self._kept(*body)
+        if tag == "floats":
+            return self._known(self._tensor(body["t"]).tolist())
+        if tag == "tensors":
+            return self._known([tensor.clone() for tensor in self._tensor(body["t"]).unbind()])
         if tag == "x":
             if self._resolve is None:
                 raise UnsupportedStateError(f"The tree refers to {str(body)[:200]}; give load_tree a resolve function.")
             return self._resolve(body)
         return leaves.decode_leaf(tag, body, self._tensor)
+
+    def _known(self, made: Any) -> Any:
+        self._numbered.append(made)
+        return made
+
+    def _extend(self, made: Any, nodes: list[Any]) -> Any:
+        for node in nodes:
+            made.append(self.decode(node))
+        return made
+
+    def _kept(self, kind: str, name: str, items: Any, attributes: Any) -> Kept:
+        if kind == "reference":
+            return Kept(kind, name, items)
+        if kind in ("enum", "flag", "tensor"):
+            return Kept(kind, name, self.decode(items))
+        made = Kept(kind, name)
+        if kind != "namedtuple":
+            self._known(made)
+        if kind == "dict":
+            made.items = [(self.decode(key), self.decode(item)) for key, item in items]
+        elif items is not None:
+            made.items = [self.decode(item) for item in items]
+        if attributes is not None:
+            made.attributes = {n: self.decode(item) for n, item in attributes.items()}
+        return made
 
     def _tensor(self, body: Any) -> torch.Tensor:
         key = json.dumps(body)
