@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,13 +16,16 @@ __all__ = [
     "EngineConfig",
     "LaunchedProcess",
     "TorchrunWorker",
+    "array_task",
     "automatic_setting",
     "child_environment",
     "default_memory_dir",
+    "in_sweep",
     "job_id_from_environment",
     "job_secret_from_environment",
     "launched_devices",
     "launched_process",
+    "notebook_name",
     "report_channel",
     "torchrun_worker",
     "update_environment",
@@ -32,10 +36,19 @@ __all__ = [
 AUTOMATIC_VARIABLE = "MOETION"
 #: Set this to give a job an explicit identity, e.g. the id that the cluster's scheduler gave it.
 JOB_ID_VARIABLE = "MOETION_JOB_ID"
+#: Set this to say for one start what to continue: "auto", "newest", "never", or an iteration.
+RESUME_VARIABLE = "MOETION_RESUME"
 #: Set this to keep the host-memory tier somewhere else than /dev/shm.
 MEMORY_DIR_VARIABLE = "MOETION_MEMORY_DIR"
 #: The secret by which the ranks of a job know each other when they copy windows; the same on every rank.
 SECRET_VARIABLE = "MOETION_SECRET"
+
+# By which schedulers tell the tasks of an array of jobs apart.
+_ARRAY_VARIABLES = ("SLURM_ARRAY_TASK_ID", "PBS_ARRAY_INDEX", "PBS_ARRAYID", "SGE_TASK_ID", "LSB_JOBINDEX")
+# By which servers tell a kernel which notebook it serves.
+_NOTEBOOK_VARIABLES = ("JPY_SESSION_NAME", "COLAB_NOTEBOOK_ID")
+# By which agents tell a process that it is one trial of many.
+_SWEEP_VARIABLES = ("WANDB_SWEEP_ID",)
 
 # Set by `moetion launch` for each process that it starts.
 STORE_VARIABLE = "MOETION_STORE"
@@ -50,6 +63,25 @@ NODE_TIMEOUT_VARIABLE = "MOETION_NODE_TIMEOUT"
 def job_id_from_environment() -> str | None:
     """The job identity given by the environment, if any."""
     return os.environ.get(JOB_ID_VARIABLE) or None
+
+
+def array_task() -> str:
+    """Which task of an array of jobs this process belongs to; "" if it belongs to none."""
+    return next((f"task {os.environ[name]}" for name in _ARRAY_VARIABLES if os.environ.get(name)), "")
+
+
+def notebook_name() -> str:
+    """The notebook that this process serves, where its server says so."""
+    return next((os.environ[name] for name in _NOTEBOOK_VARIABLES if os.environ.get(name)), "")
+
+
+def in_sweep(libraries: Sequence[str]) -> bool:
+    """Whether this process seems to look for good settings.
+
+    Args:
+        libraries: Modules that are imported only for that.
+    """
+    return any(name in sys.modules for name in libraries) or any(os.environ.get(name) for name in _SWEEP_VARIABLES)
 
 
 def automatic_setting() -> str | None:
@@ -191,36 +223,42 @@ def valid_job_id(job_id: str) -> bool:
     return plain and not job_id.startswith(".")
 
 
-def _check(condition: bool, name: str, given: object, expected: str) -> None:
-    if not condition:
-        raise ConfigurationError(f"{name}={given!r}: expected {expected}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Settings of the engine, common to all adapters.
+    """Settings of the engine: the same, with the same defaults, in every adapter.
 
     Args:
-        window: Iterations of a sparse window, or ``"auto"``.
-        max_window: Upper limit for ``"auto"``.
+        window: Iterations over which the state is spread; "auto" takes the smallest window whose copies are hidden
+            behind training.
+        max_window: Upper limit for "auto".
         overlap_target: Share of an iteration that the copies may take, in (0, 1].
-        skip_frozen_gradients: Skip the weight gradients of frozen operators while replaying.
-        memory_dir: Base directory of the host-memory tier; None for ``/dev/shm``.
-        persist_dir: Directory or fsspec URL of the storage tier; None for none.
-        persist_every_n_windows: Persist only every n-th committed window.
-        keep_persisted: Windows kept on the storage tier.
-        job_id: Identity of the job; None derives it.
-        resume: ``"auto"`` continues from the newest window of this job, ``"never"`` starts afresh.
-        on_mismatch: What to do when a replayed iteration differs from what was recorded.
+        skip_frozen_gradients: While replaying, skip the weight gradients of operators that are not rebuilt yet
+            (clipping then uses the recorded norm). Has no effect with a gradient scaler ("16-mixed").
+        memory_dir: Directory for windows in host memory; None takes /dev/shm.
+        persist_dir: Directory or fsspec URL to which committed windows are copied in the background; None for none.
+        persist_every_n_windows: Copy only every n-th window.
+        keep_persisted: Windows to keep in persist_dir.
+        job_id: Identity under which windows are found again; None derives it from user, directory and command line.
+        resume: "auto" continues the newest window of the fit that began like this one, "newest" the newest one of this
+            job that fits the model, whatever began it; an iteration takes the window that has it, also an older one;
+            "never" starts afresh. The environment variable MOETION_RESUME says it for one start.
+        on_changed_settings: Whose settings of optimizers and schedulers training goes on with, where the script has
+            changed them since the window was captured: the "window"'s, or the "script"'s (after the replay).
+        on_mismatch: What to do when a replayed iteration differs from the recorded one (non-deterministic training):
+            "warn" or "raise".
         stale_after_seconds: Age after which the host memory of a dead job is reclaimed.
-        elementwise_optimizers: Qualified class names of further optimizers whose update is elementwise.
+        elementwise_optimizers: Qualified class names of third-party optimizers whose update is elementwise, so that
+            experts of a fused parameter may be captured one by one.
         sharding: How state that several ranks hold is dealt out to them: "auto", "equal", "adaptive", or "none" (each
-            captures its own copy).
+            rank captures its own copy).
         replicas: Copies of each rank's windows in the memory of ranks on other failure domains; "auto" is 1 where there
             are several domains, else 0.
-        failure_domain: What fails together with this rank; None: its node.
-        interface: Address or host name on which this rank serves its windows to the others; None: loopback on one
-            node, else the address that the node's host name has.
+        failure_domain: What fails together with this rank; None takes its node (or what the launcher was told).
+        interface: Address on which this rank serves its windows to other ranks; None takes loopback on one node, else
+            the address of the node's host name.
+
+    Raises:
+        ConfigurationError: A value is out of range.
     """
 
     window: int | Literal["auto"] = "auto"
@@ -232,43 +270,45 @@ class EngineConfig:
     persist_every_n_windows: int = 1
     keep_persisted: int = 1
     job_id: str | None = None
-    resume: Literal["auto", "never"] = "auto"
+    resume: int | Literal["auto", "newest", "never"] = "auto"
+    on_changed_settings: Literal["window", "script"] = "window"
     on_mismatch: Literal["warn", "raise"] = "warn"
     stale_after_seconds: float = 24 * 3600.0
-    elementwise_optimizers: tuple[str, ...] = ()
+    elementwise_optimizers: Sequence[str] = ()
     sharding: Literal["auto", "equal", "adaptive", "none"] = "auto"
     replicas: int | Literal["auto"] = "auto"
     failure_domain: str | None = None
     interface: str | None = None
 
     def __post_init__(self) -> None:
-        window_ok = self.window == "auto" or (
-            isinstance(self.window, int) and not isinstance(self.window, bool) and self.window >= 1
-        )
-        _check(window_ok, "window", self.window, 'a number of iterations >= 1, or "auto"')
-        _check(isinstance(self.max_window, int) and self.max_window >= 1, "max_window", self.max_window, "an int >= 1")
-        _check(0 < self.overlap_target <= 1, "overlap_target", self.overlap_target, "a share in (0, 1]")
-        _check(self.resume in ("auto", "never"), "resume", self.resume, '"auto" or "never"')
-        _check(self.on_mismatch in ("warn", "raise"), "on_mismatch", self.on_mismatch, '"warn" or "raise"')
-        _check(
-            isinstance(self.persist_every_n_windows, int) and self.persist_every_n_windows >= 1,
-            "persist_every_n_windows",
-            self.persist_every_n_windows,
-            "an int >= 1",
-        )
-        _check(
-            isinstance(self.keep_persisted, int) and self.keep_persisted >= 1,
-            "keep_persisted",
-            self.keep_persisted,
-            "an int >= 1",
-        )
-        _check(self.stale_after_seconds > 0, "stale_after_seconds", self.stale_after_seconds, "seconds > 0")
+        object.__setattr__(self, "elementwise_optimizers", tuple(self.elementwise_optimizers))
+        said = os.environ.get(RESUME_VARIABLE, "").strip()
+        if said:
+            object.__setattr__(self, "resume", int(said) if said.isdigit() else said)
+        for name, expected, ok in self._rules():
+            if not ok:
+                shown = RESUME_VARIABLE if said and name == "resume" else name
+                raise ConfigurationError(f"{shown}={getattr(self, name)!r}: expected {expected}")
+
+    def _rules(self) -> Iterator[tuple[str, str, bool]]:
+        """Name, what is expected, and whether it is so."""
+        yield "window", 'a number of iterations >= 1, or "auto"', self.window == "auto" or _is_count(self.window)
+        yield "max_window", "an int >= 1", _is_count(self.max_window)
+        yield "overlap_target", "a share in (0, 1]", 0 < self.overlap_target <= 1
+        resume_ok = self.resume in ("auto", "newest", "never") or _is_count(self.resume)
+        yield "resume", '"auto", "newest", "never", or an iteration >= 1', resume_ok
+        yield "on_changed_settings", '"window" or "script"', self.on_changed_settings in ("window", "script")
+        yield "on_mismatch", '"warn" or "raise"', self.on_mismatch in ("warn", "raise")
+        yield "persist_every_n_windows", "an int >= 1", _is_count(self.persist_every_n_windows)
+        yield "keep_persisted", "an int >= 1", _is_count(self.keep_persisted)
+        yield "stale_after_seconds", "seconds > 0", self.stale_after_seconds > 0
         methods = ("auto", "equal", "adaptive", "none")
-        _check(self.sharding in methods, "sharding", self.sharding, '"auto", "equal", "adaptive" or "none"')
-        replicas_ok = self.replicas == "auto" or (
-            isinstance(self.replicas, int) and not isinstance(self.replicas, bool) and self.replicas >= 0
-        )
-        _check(replicas_ok, "replicas", self.replicas, 'a number of copies >= 0, or "auto"')
-        if self.job_id is not None:
-            expected = "1 to 100 letters, digits, '.', '_' or '-', not starting with '.'"
-            _check(valid_job_id(self.job_id), "job_id", self.job_id, expected)
+        yield "sharding", '"auto", "equal", "adaptive" or "none"', self.sharding in methods
+        replicas_ok = self.replicas == "auto" or _is_count(self.replicas, at_least=0)
+        yield "replicas", 'a number of copies >= 0, or "auto"', replicas_ok
+        expected = "1 to 100 letters, digits, '.', '_' or '-', not starting with '.'"
+        yield "job_id", expected, self.job_id is None or valid_job_id(self.job_id)
+
+
+def _is_count(value: object, at_least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least

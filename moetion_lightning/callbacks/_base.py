@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
 from moetion_lightning.callbacks._before_setup import EarlyCallback
-from moetion_lightning.callbacks._session import Session
+from moetion_lightning.callbacks._session import LightningSession
 from moetion_lightning.callbacks.stage_boundary_logging import StageBoundaryLogging
 from moetion_lightning.config import EngineConfig
 from moetion_lightning.core.layouts import MoESpec
@@ -20,31 +20,41 @@ from moetion_lightning.distributed.groups import current_groups
 from moetion_lightning.distributed.torchrun import separate_restarts
 from moetion_lightning.errors import ConfigurationError, RankLostError
 from moetion_lightning.events import Sink
+from moetion_lightning.session import SessionSettings
 
 __all__ = ["EngineCallback"]
 
+_RESTORE_SETTINGS = ("resume", "on_mismatch", "on_changed_settings", "skip_frozen_gradients")
+
 
 class EngineCallback(EarlyCallback):
-    """Runs one :class:`Session` per ``fit``. Subclasses say with what policy.
+    """Runs one session per ``fit``. Subclasses say with what policy.
 
     Args:
-        config: Engine settings.
-        specs: Descriptions of MoE blocks that are not found by themselves.
-        sinks: Event sinks.
-        events_path: JSONL file of events, or None.
-        log_metrics: Whether numbers go to the progress bar and the loggers.
+        specs: Descriptions of MoE blocks that are not found by themselves, see `moetion explain`.
+        sinks: Callables that get every event.
+        events_path: JSONL file for the events of the run; None for none.
+        log_metrics: Show window, stall and bytes in progress bar and loggers.
+        **settings: Of the engine.
+
+    Raises:
+        ConfigurationError: A setting is unknown or out of range.
     """
 
     def __init__(
         self,
-        config: EngineConfig,
         *,
-        specs: Sequence[MoESpec] | None = None,
+        specs: list[MoESpec] | None = None,
         sinks: Sequence[Sink] = (),
         events_path: str | None = None,
         log_metrics: bool = True,
+        **settings: Any,
     ) -> None:
-        self.config = config
+        try:
+            self.config = EngineConfig(**settings)
+        except TypeError as error:  # no setting of this name
+            known = ", ".join(field.name for field in dataclasses.fields(EngineConfig))
+            raise ConfigurationError(f"{type(self).__name__}: {error}; the settings are {known}") from error
         self._specs = tuple(specs or ())
         self._sinks = tuple(sinks)
         self._events_path = events_path
@@ -53,7 +63,7 @@ class EngineCallback(EarlyCallback):
         groups = current_groups()
         if groups is not None:
             groups.joins = True
-        self._session: Session | None = None
+        self._session: LightningSession | None = None
 
     def _policy(self) -> Policy:
         raise NotImplementedError
@@ -77,13 +87,8 @@ class EngineCallback(EarlyCallback):
         """Settings of restoring come from a :class:`DenseReconstruction` beside this callback, if there is one."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EngineCallback) and callback is not self and not callback.captures():
-                theirs = callback.config
-                return dataclasses.replace(
-                    self.config,
-                    resume=theirs.resume,
-                    on_mismatch=theirs.on_mismatch,
-                    skip_frozen_gradients=theirs.skip_frozen_gradients,
-                )
+                theirs = {name: getattr(callback.config, name) for name in _RESTORE_SETTINGS}
+                return dataclasses.replace(self.config, **theirs)
         return self.config
 
     def engine_settings(self) -> dict[str, Any]:
@@ -120,14 +125,18 @@ class EngineCallback(EarlyCallback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StageBoundaryLogging):
                 callback.make_link(trainer)  # before ranks report what they have
-        self._session = Session(
-            trainer,
-            trainer.lightning_module,
+        settings = SessionSettings(
             config=self._effective_config(trainer),
             policy=self._policy(),
             specs=self._specs,
             sinks=(*self._sinks, *_listeners(trainer)),
             events_path=self._events_path,
+        )
+        self._session = LightningSession(
+            trainer,
+            trainer.lightning_module,
+            settings,
+            type(self).__name__,
             log_metrics=self._log_metrics and self.captures(),
         )
 

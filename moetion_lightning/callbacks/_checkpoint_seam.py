@@ -119,33 +119,22 @@ class CheckpointSeam:
 
     # --- restoring -----------------------------------------------------------------------------------------------
 
-    def inject(
-        self,
-        checkpoint: Callable[[], dict[str, Any] | None],
-        on_user_checkpoint: Callable[[object], None],
-        *,
-        ours_first: bool,
-    ) -> None:
-        """Let the trainer restore ``checkpoint()`` in its own order, unless the user gave a ``ckpt_path``.
+    def inject(self, choose: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> None:
+        """Let the trainer restore what ``choose`` returns, in its own order.
 
         Args:
-            checkpoint: Called where the trainer would read a checkpoint file: what :meth:`dump` gave; None restores
-                nothing.
-            on_user_checkpoint: Called with the user's path instead.
-            ours_first: Whether the user's path counts for nothing: the job that this process joins is past it.
+            choose: Called with the checkpoint that the trainer has read, which is empty if it was given none. Returns
+                what to restore instead (what :meth:`dump` gave); None to leave it at that.
         """
         connector = self._trainer._checkpoint_connector
         original = connector.resume_start
 
-        def resume_start(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
+        def resume_start(*args: Any, **kwargs: Any) -> None:
             undo()  # the trainer's own call is the first one
-            checkpoint_path = None if ours_first else checkpoint_path
-            original(checkpoint_path, *args, **kwargs)
-            if checkpoint_path:
-                on_user_checkpoint(checkpoint_path)
-                return
-            injected = checkpoint()
+            original(*args, **kwargs)
+            injected = choose(connector._loaded_checkpoint or {})
             if injected is not None:
+                connector._ckpt_path = None
                 self._place(injected)
                 resume_end = connector.resume_end
 

@@ -67,7 +67,7 @@ class Elastic:
             self._groups.join()
             wrap_again(self._trainer)
 
-    def attempt(self, work: Callable[[], None]) -> None:
+    def attempt(self, work: Callable[[], object]) -> None:
         """Do what all ranks do together after a loss; begin anew as long as more are lost meanwhile."""
         while True:
             try:

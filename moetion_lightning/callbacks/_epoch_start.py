@@ -71,7 +71,9 @@ class EpochStart:
             if isinstance(value, _BaseProgress)
         ]
         stepped = epoch_loop._batches_that_stepped
-        epoch_loop._batches_that_stepped -= epoch_loop.automatic_optimization.optim_progress.optimizer.step.current.ready
+        epoch_loop._batches_that_stepped -= (
+            epoch_loop.automatic_optimization.optim_progress.optimizer.step.current.ready
+        )
         for loop, name, _ in saved:
             _rewind(getattr(loop, name))
         try:

@@ -1,9 +1,8 @@
-"""One training run of one trainer: connects Lightning's hooks to the engine."""
+"""One training run of one trainer: Lightning's hooks, onto a session."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,23 +14,19 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
+from moetion_lightning.callbacks._beginning import FitCall, of_trainer
 from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._elastic import Elastic
 from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, gathers_state, make_ranks
 from moetion_lightning.callbacks._run_state import LightningRunState, write_model
-from moetion_lightning.config import EngineConfig
-from moetion_lightning.core.layouts import MoESpec
-from moetion_lightning.core.policy import Policy
 from moetion_lightning.distributed.groups import current_groups
-from moetion_lightning.engine import Engine, LivePoint, RestorePoint, derive_job_id
-from moetion_lightning.engine.reporting import Reporter, show_log_lines
+from moetion_lightning.engine import Engine, LivePoint, RestorePoint
 from moetion_lightning.errors import ConfigurationError, RankLostError
-from moetion_lightning.events import EventBus, JsonlSink, Sink
+from moetion_lightning.session import SessionSettings, TrainingSession
+from moetion_lightning.session.beginning import of_loaders, of_schedulers
 
-__all__ = ["Session"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["LightningSession"]
 
 #: Callbacks of Lightning with which a restart in mid-epoch cannot be exact, and what to do.
 _UNSUPPORTED: dict[type, str] = {
@@ -44,58 +39,37 @@ _UNSUPPORTED: dict[type, str] = {
 }
 
 
-class Session:
+class LightningSession:
     """From ``setup`` to ``teardown`` of a ``fit``.
 
     Args:
         trainer: The trainer.
         module: Its module.
-        config: Engine settings.
-        policy: What to capture when.
-        specs: The user's descriptions of MoE blocks.
-        sinks: The user's event sinks.
-        events_path: JSONL file of events, or None.
+        settings: The user's.
+        where: The callback, for messages.
         log_metrics: Whether numbers go to the progress bar and the loggers.
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        *,
-        config: EngineConfig,
-        policy: Policy,
-        specs: Sequence[MoESpec],
-        sinks: Sequence[Sink],
-        events_path: str | None,
-        log_metrics: bool,
+        self, trainer: Trainer, module: LightningModule, settings: SessionSettings, where: str, *, log_metrics: bool
     ) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for kind, remedy in _UNSUPPORTED.items():
                 if isinstance(callback, kind):
                     raise ConfigurationError(f"{type(callback).__name__} in Trainer(callbacks=...): {remedy}")
-        show_log_lines(trainer.global_rank)
         self._trainer = trainer
         self._module = module
-        self._specs = tuple(specs)
         self._log_metrics = log_metrics
-        self.reporter = Reporter()
-        rank = trainer.global_rank if trainer.world_size > 1 else None
-        self._jsonl = JsonlSink(events_path, rank=rank) if events_path is not None else None
-        bus = EventBus((self.reporter, *([self._jsonl] if self._jsonl else []), *sinks))
-        self.ranks = make_ranks(trainer, module)
-        job = derive_job_id(config.job_id, trainer.default_root_dir)
-        self.engine = Engine(config, policy, bus=bus, job=job, ranks=self.ranks)
-        self._point: RestorePoint | LivePoint | None = None
-        self._begun = self._trained = self._attached = False
         self._loss_known = False  # of the present batch
+        self._call = FitCall.of(trainer)
+        self._ranks = make_ranks(trainer, module)
         self._loops = LoopSeam(trainer)
-        self._data = DataSeam(trainer, self.engine.record_batch)
-        self.run_state = LightningRunState(trainer, module, self._loops, self._data, self.engine.say_once)
+        self._session = TrainingSession(settings, where, trainer.default_root_dir, self._ranks)
+        self._data: DataSeam | None = None
         groups = current_groups()
         self._elastic: Elastic | None = None
-        if groups is not None and self.ranks.elastic:
-            self._elastic = Elastic(trainer, groups, self.ranks, self._go_back)
+        if groups is not None and self._ranks.elastic:
+            self._elastic = Elastic(trainer, groups, self._ranks, self._go_back)
             if groups.alone:
                 trainer.num_sanity_val_steps = 0  # the others have checked; here the sharded weights are not whole yet
         try:
@@ -104,38 +78,64 @@ class Session:
             self.close(completed=False)
             raise
 
-    def _find(self) -> None:
-        self._point = self.engine.open()
-
     def _open(self) -> None:
-        if self._elastic is None:
-            self._find()
+        session, loops, elastic = self._session, self._loops, self._elastic
+        beginning = of_trainer(self._trainer, self._module, self._call)
+        if elastic is None:
+            session.open(beginning)
         else:
-            elastic = self._elastic
-            elastic.attempt(self._find)
-            self._loops.guard_training(lambda start: elastic.run(start, self._loops.run_again))
-        ours_first = self.ranks.replaced and self._point is not None
-        self._loops.checkpoints.inject(self._checkpoint, self._user_checkpoint, ours_first=ours_first)
-        self._loops.files.guard(lambda: self.engine.converting)
-        if self._point is not None:
-            self._loops.files.continue_from(self.run_state.build(self._point)["files"])
+            elastic.attempt(lambda: session.open(beginning))
+            loops.guard_training(lambda start: elastic.run(start, loops.run_again))
+        self._data = DataSeam(self._trainer, session.engine.record_batch)
+        self._run_state = LightningRunState(self._trainer, self._module, loops, self._data, session.engine.say_once)
+        loops.checkpoints.inject(self._choose)
+        loops.files.guard(lambda: session.replaying)
+        if session.point is not None:
+            loops.files.continue_from(self._run_state.build(session.point)["files"])
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, once the windows were looked for."""
+        return self._session.engine
 
     # --- restoring -----------------------------------------------------------------------------------------------
 
-    def _checkpoint(self) -> dict[str, Any] | None:
-        """Lightning asks for a checkpoint to restore: ours, if there is one."""
-        if self._point is None:
+    def _choose(self, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Lightning restores: a window of this fit, or the checkpoint that was asked for, or nothing.
+
+        Args:
+            checkpoint: What Lightning would restore; empty for nothing.
+
+        Returns:
+            What it shall restore instead; None to leave it as it is.
+        """
+        point = self._session.point
+        joins = self._ranks.replaced and point is not None  # the job that this process joins is past any checkpoint
+        if checkpoint and not joins:
+            step = int(checkpoint.get("global_step", 0))
+            if point is None or self._last_step(point) < step:
+                self._session.prefer(self._call.shown, step)
+                return None
+            self._session.engine.say_once(
+                f"{self._call.shown} is at step {step}: {point.name} is newer, and is of the run that began there"
+            )
+        if point is None:
             return None
         parameters = dict(self._module.named_parameters())
-        if isinstance(self._point, RestorePoint) and parameters and not gathers_state(self._trainer):
-            self._point.check_model(parameters, dtypes=False)
+        if isinstance(point, RestorePoint) and parameters and not gathers_state(self._trainer):
+            point.check_model(parameters, dtypes=False)
         self._loops.epoch_start.make_up()
-        return self._position(self._point)
+        return self._position(point)
+
+    def _last_step(self, point: RestorePoint | LivePoint) -> int:
+        """Optimizer steps at the end of the state that was found, as Lightning counts them."""
+        step = int(point.run_state()["adapter"]["checkpoint"]["own"]["global_step"])
+        return step + (point.num_slots - 1 if isinstance(point, RestorePoint) else 0)
 
     def _position(self, point: RestorePoint | LivePoint) -> dict[str, Any]:
         """Lightning's part of a restored state; data and counters follow when the loops begin."""
-        state = self.run_state.build(point)
-        self._data.restore(state["data"])
+        state = self._run_state.build(point)
+        self._need_data().restore(state["data"])
         own = state["checkpoint"]["own"]
         self._loops.pin_when_loop_starts(own["loops"]["fit_loop"], state["extras"], own["callbacks"])
         self._loops.files.overwrite_undone(point.captured_at)
@@ -148,21 +148,15 @@ class Session:
 
     def _go_back(self) -> None:
         """A rank was replaced: with all others, back to a common state, in this process."""
-        self._point = self.engine.find_again()
-        self._begun = False
-        self._data.restart()
-        if self._point is not None:
-            self._loops.restore_in_place(self._position(self._point))
-        elif self._trained:
+        point = self._session.find_again()
+        self._need_data().restart()
+        if point is not None:
+            self._loops.restore_in_place(self._position(point))
+        elif self._session.trained:
             raise RankLostError(
                 "ranks were lost before all ranks had a common window, and their state has no copy: the job starts "
                 "from its beginning."
             )
-
-    def _user_checkpoint(self, path: object) -> None:
-        if self._point is not None:
-            self.engine.say_once(f"trainer.fit(ckpt_path={str(path)!r}) was given: it wins over {self._point.name}")
-        self._point = None
 
     # --- hooks ---------------------------------------------------------------------------------------------------
 
@@ -172,84 +166,77 @@ class Session:
 
     def on_fit_start(self) -> None:
         """Module and optimizers exist, no forward has run."""
-        if self._point is None:
+        session, trainer = self._session, self._trainer
+        if session.point is None:
             self._loops.files.begin_anew()
-            self.engine.tiers.release_point()
-        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
         # By name: older versions of Lightning do not have it.
         averaging = any(kind.__name__ == "WeightAveraging" for c in callbacks for kind in type(c).__mro__)
-        # Without autocast nothing is cast; an average reads the weights in full, perhaps only later.
-        # Shards are gathered before they are used: what happens to them there is not seen.
+        # Without autocast nothing is cast.
         sharded = any(hasattr(parameter, "to_local") for parameter in self._module.parameters())
-        autocast = isinstance(self._trainer.precision_plugin, MixedPrecision)
-        self.engine.precision.enabled = autocast and not averaging and not sharded
-        self.engine.living.allowed = not averaging
-        if averaging and gathers_state(self._trainer):
+        autocast = isinstance(trainer.precision_plugin, MixedPrecision)
+        session.set_precision(autocast=autocast, averaging=averaging, sharded=sharded)
+        session.engine.living.allowed = not averaging
+        if averaging and gathers_state(trainer):
             raise ConfigurationError(
-                f"a weight-averaging callback with {type(self._trainer.strategy).__name__}: the averaged weights are "
+                f"a weight-averaging callback with {type(trainer.strategy).__name__}: the averaged weights are "
                 "kept whole, the strategy spreads them over the ranks. Remove the callback, or use strategy='ddp'."
             )
-        if getattr(self._trainer.precision_plugin, "scaler", None) is not None:
-            self.engine.may_skip_gradients = False
-            if self.engine.config.skip_frozen_gradients:
-                self.engine.say_once(
-                    "skip_frozen_gradients=True has no effect with a gradient scaler: whether a step is skipped "
-                    "depends on all gradients. Replays compute them all."
-                )
-        if not cuts_at_first_batch(self._trainer):
-            self.engine.attach(self._module, self._trainer.optimizers, self._specs)
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            session.needs_all_gradients()
+        session.learn({"settings": of_schedulers([config.scheduler for config in trainer.lr_scheduler_configs])})
+        if not cuts_at_first_batch(trainer):
+            session.attach(self._module, trainer.optimizers)
 
     def on_train_start(self) -> None:
         """The loops are set up."""
+        self._session.learn(of_loaders(self._need_data().loaders().values()))
         if not cuts_at_first_batch(self._trainer):
-            self.engine.check_run_state(self.run_state)
+            self._session.check(self._run_state)
 
     def on_train_batch_start(self, batch: Any) -> None:
         """The state is whole: everything of the last batch is done, nothing of the next one has begun."""
         self._between_batches()
         self._loss_known = False
-        for digest in self._data.begun(batch):
-            self.engine.record_batch(digest)
+        for digest in self._need_data().begun(batch):
+            self._session.engine.record_batch(digest)
 
     def _between_batches(self) -> None:
-        if self._begun:
-            self.engine.boundary(self.run_state)
-            if not self.engine.converting:
+        session = self._session
+        if session.begun:
+            session.boundary()
+            if not session.replaying:
                 self._loops.files.write_postponed()
             return
-        if cuts_at_first_batch(self._trainer) and not self._attached:
-            self._attached = True
-            self.engine.attach(self._module, self._trainer.optimizers, self._specs)
-            self.engine.check_run_state(self.run_state)
+        if cuts_at_first_batch(self._trainer) and not session.attached:
+            session.attach(self._module, self._trainer.optimizers)
+            session.check(self._run_state)
         if self._elastic is not None:
             self._elastic.meet()
-        self._begun = self._trained = True
-        if self._point is None:
-            self.run_state.begin()
-            self.engine.start(self.run_state)
-        else:
-            self.run_state.before_restore(self._point.run_state()["adapter"])
-            self._point = None
-            self.engine.restore(self.run_state)
+        if session.point is None:
+            self._run_state.begin()
+        schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
+        session.begin(self._run_state, self._run_state.before_restore, schedulers, step=self._trainer.global_step)
 
     def before_backward(self, loss: Tensor) -> None:
         """A backward pass begins, also one that a module makes itself."""
         self._loss_known = True
-        self.engine.record_loss(loss)
+        self._session.record_loss(loss)
 
     def on_train_batch_end(self, outputs: Any) -> None:
         """A micro-batch is done."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not self._loss_known and isinstance(loss, Tensor) and loss.numel() == 1:
-            self.engine.record_loss(loss)
-        if self._log_metrics and self.reporter.is_due(getattr(self._trainer, "log_every_n_steps", 50)):
+        if not self._loss_known and isinstance(loss, Tensor):
+            self._session.record_loss(loss)
+        reporter = self._session.reporter
+        if self._log_metrics and reporter.is_due(getattr(self._trainer, "log_every_n_steps", 50)):
             # The capture thread writes to it.
-            self._loops.results.show(dict(self.reporter.metrics), ("moetion/committed_step", "moetion/stall_ms"))
+            self._loops.results.show(dict(reporter.metrics), ("moetion/committed_step", "moetion/stall_ms"))
 
     def before_optimizer_step(self) -> None:
         """Gradients are complete. The user's own hooks come after this one and may change weights."""
-        self.engine.attempt_step()
-        self.engine.hold()
+        self._session.attempt_step()
+        self._session.hold()
 
     def before_checkpoint_hooks(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint is made, and no hook of a user has seen it."""
@@ -257,7 +244,7 @@ class Session:
 
     def hold(self) -> None:
         """Something other than the optimizer may change weights now (validation with averaged weights)."""
-        self.engine.hold()
+        self._session.hold()
 
     def on_train_end(self) -> None:
         """The fit loop has ended."""
@@ -267,9 +254,12 @@ class Session:
     def close(self, *, completed: bool) -> None:
         """The run is over."""
         try:
-            self.engine.close(completed=completed)
+            self._session.close(completed=completed)
         finally:
             self._loops.remove()
-            self._data.remove()
-            if self._jsonl is not None:
-                self._jsonl.close()
+            if self._data is not None:
+                self._data.remove()
+
+    def _need_data(self) -> DataSeam:
+        assert self._data is not None  # since the session is open
+        return self._data

@@ -221,7 +221,9 @@ def _is_users_class(kind: type) -> bool:
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     if kind.__module__ == "__main__":
         return True
-    return file is not None and not file.startswith(_LIBRARY_FOLDERS) and kind.__module__.split(".")[0] not in _LIBRARIES
+    return (
+        file is not None and not file.startswith(_LIBRARY_FOLDERS) and kind.__module__.split(".")[0] not in _LIBRARIES
+    )
 
 
 def _is_users_object(value: object) -> bool:

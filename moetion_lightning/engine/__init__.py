@@ -1,7 +1,6 @@
 """The facade that every adapter calls."""
 
 from moetion_lightning.engine.facade import Engine, RunState
-from moetion_lightning.engine.identity import derive_job_id
 from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.ranks import RankLayout, Ranks
 from moetion_lightning.engine.restore import RestorePoint
@@ -21,5 +20,4 @@ __all__ = [
     "StageReplayError",
     "StageWork",
     "build_values",
-    "derive_job_id",
 ]

@@ -7,6 +7,7 @@ everything that belongs to it, and before the next forward. The engine never cal
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,6 @@ from moetion_lightning.core.reconstruct import Reconstruction
 from moetion_lightning.core.run_state import find_generators
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.density import why_dense
-from moetion_lightning.engine.identity import note_completed
 from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.living import Living
 from moetion_lightning.engine.model_state import exchange_model_state
@@ -45,7 +45,7 @@ from moetion_lightning.engine.stage_recovery import Stages
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.engine.tiers import Tiers
 from moetion_lightning.engine.token_counts import TokenCounts
-from moetion_lightning.engine.writer import TORN, OpenWindow, WindowWriter
+from moetion_lightning.engine.writer import TORN, OpenWindow, WindowHeader, WindowWriter
 from moetion_lightning.errors import HostMemoryError, NonDeterminismError, UnsupportedStateError
 from moetion_lightning.events import (
     EventBus,
@@ -55,6 +55,7 @@ from moetion_lightning.events import (
     RestoreApplied,
     StepSkipped,
 )
+from moetion_lightning.store.tier import Accept
 from moetion_lightning.store.tree import FlatTree, flatten_tree
 
 __all__ = ["Engine", "RunState"]
@@ -93,6 +94,10 @@ class Engine:
         #: An adapter with a gradient scaler clears this: whether a step was skipped depends on all gradients.
         self.may_skip_gradients = True
         self.living = Living(self.ranks, self.tiers)
+        #: What the windows say of the course of training that they belong to.
+        self.lineage: Mapping[str, Any] = {}
+        #: Called when a restored state is whole, before training goes on.
+        self.on_recovered: Callable[[], None] | None = None
         self._attached: Attached | None = None
         self._window: OpenWindow | None = None
         self._records_batches = False  # whether the adapter does
@@ -110,17 +115,21 @@ class Engine:
 
     # --- before training -----------------------------------------------------------------------------------------
 
-    def open(self) -> RestorePoint | LivePoint | None:
+    def open(self, accept: Accept | None = None, *, fresh: bool = False) -> RestorePoint | LivePoint | None:
         """Open the tiers and look for a window of this job, together with all ranks.
 
+        Args:
+            accept: Says why a window is not to be restored; None: all may be.
+            fresh: Look for none: training begins anew.
+
         Returns:
-            The newest whole window, verified, or what other ranks still hold; None if there is nothing or
-            ``resume="never"``.
+            The newest whole window, verified, or what other ranks still hold; None if there is nothing.
 
         Raises:
             StoreError, HostMemoryError, JobBusyError, CorruptSnapshotError, VersionError: See the message.
         """
-        return self.tiers.open(self.living.report, replay_stages=self._stages.may_replay(self.policy))
+        replay_stages = self._stages.may_replay(self.policy)
+        return self.tiers.open(self.living.report, replay_stages=replay_stages, accept=accept, fresh=fresh)
 
     def find_again(self) -> RestorePoint | LivePoint | None:
         """Ranks were replaced: give up what is under way, and agree with all ranks where to continue.
@@ -434,8 +443,12 @@ class Engine:
         """Whether a replay is under way: the live state is not dense."""
         return self.recovery is not None
 
-    def close(self, *, completed: bool) -> None:
-        """End: finish what is in flight; keep the windows for a restart, or remove them if training is complete."""
+    def close(self, *, trained: bool) -> None:
+        """End: finish what is in flight, and keep the windows for a restart.
+
+        Args:
+            trained: Whether training has come to its end.
+        """
         self.precision.stop()
         self.norms.remove()
         self._no_batch_to_come()
@@ -448,9 +461,7 @@ class Engine:
             if self.recovery is not None:
                 self.recovery.release()
                 self.recovery = None
-            self.tiers.close(completed=completed)
-            if completed:
-                note_completed(self.job)
+            self.tiers.close(trained=trained)
         attached, self._attached = self._attached, None
         if attached is not None:
             try:
@@ -465,11 +476,11 @@ class Engine:
             raise RuntimeError("Engine.attach(module, optimizers) must be called first")
         return self._attached
 
-    def say_once(self, message: str) -> None:
+    def say_once(self, message: str, *, warning: bool = False) -> None:
         """Log a notice, once."""
         if message not in self._said:
             self._said.add(message)
-            self._say(message)
+            self._say(message, warning=warning)
 
     def _say(self, message: str, *, warning: bool = False) -> None:
         _log.log(logging.WARNING if warning else logging.INFO, message)
@@ -500,7 +511,7 @@ class Engine:
         def describe(fields: Mapping[str, Any]) -> FlatTree:
             attached = self._need()
             tree, leaf = self._tree(run_state, weights=False)
-            header = attached.planner.header(self.policy, self.living.serial)
+            header = self._header()
             extra = {**header.extra, "first_captured_at": time.time()}
             whole = {**fields, "tree": tree, "extra": extra, "copies": list(attached.shares.copies())}
             return flatten_tree(whole, clone=True, leaf=leaf)
@@ -545,6 +556,8 @@ class Engine:
         self.precision.stop()
         self.norms.give(None)
         self.tiers.release_point()
+        if self.on_recovered is not None:
+            self.on_recovered()
 
     def _fall_back_to_dense(self, reason: str) -> None:
         self.policy = DensePolicy()
@@ -592,9 +605,13 @@ class Engine:
 
     def _begin_window(self, plan: WindowPlan, run_state: RunState, signature: tuple[int, ...]) -> OpenWindow | None:
         attached = self._need()
-        header = attached.planner.header(self.policy, self.living.serial)
         window = OpenWindow(
-            plan=plan, first_iteration=self.iteration, header=header, rest=None, static=None, signature=signature
+            plan=plan,
+            first_iteration=self.iteration,
+            header=self._header(),
+            rest=None,
+            static=None,
+            signature=signature,
         )
         try:
             attached.planner.check_room(plan)
@@ -609,6 +626,10 @@ class Engine:
         self._not_begun = ""
         self.precision.window_began()
         return window
+
+    def _header(self) -> WindowHeader:
+        header = self._need().planner.header(self.policy, self.living.serial)
+        return dataclasses.replace(header, extra={**header.extra, "lineage": dict(self.lineage)})
 
     def _give_up(self, window: OpenWindow) -> None:
         attached = self._need()

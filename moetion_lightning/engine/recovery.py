@@ -195,7 +195,8 @@ class Recovery:
 
     def _suspects(self) -> Suspects:
         return Suspects(
-            elementwise=tuple(getattr(self._live, "declared_elementwise", tuple)()), generators=tuple(self._lost_generators)
+            elementwise=tuple(getattr(self._live, "declared_elementwise", tuple)()),
+            generators=tuple(self._lost_generators),
         )
 
     def _say(self, found: Comparison, iteration: int, what: str) -> None:

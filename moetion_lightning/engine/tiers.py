@@ -72,9 +72,15 @@ class Tiers:
         self._persister: Persister | None = None
         self._opened = False
         self._accept: Accept | None = None
+        self._fresh = False
 
     def open(
-        self, report: Callable[[], LiveReport], *, replay_stages: bool, accept: Accept | None = None
+        self,
+        report: Callable[[], LiveReport],
+        *,
+        replay_stages: bool,
+        accept: Accept | None = None,
+        fresh: bool = False,
     ) -> RestorePoint | LivePoint | None:
         """Open the tiers; find and verify the newest window of this job.
 
@@ -83,16 +89,17 @@ class Tiers:
             replay_stages: Whether stages of a pipeline may be replayed alone.
             accept: Says why a window is not wanted. Those that are not are set aside, if another one is restored or
                 training begins anew; :attr:`refused` has them.
+            fresh: Look for none.
         """
         # A process whose place this one takes may take a while to die.
         self.host.open(wait_seconds=_ALONE_SECONDS if self._ranks.alone else _REPLACED_SECONDS)
         self._opened = True
-        self._accept = accept
+        self._accept, self._fresh = accept, fresh
         self.refused = []
         try:
             return self._find(report, replay_stages)
         except BaseException:  # another attempt opens everything again
-            self._let_go(completed=False)
+            self._let_go(trained=False)
             raise
 
     def _find(self, report: Callable[[], LiveReport], replay_stages: bool) -> RestorePoint | LivePoint | None:
@@ -107,7 +114,7 @@ class Tiers:
             if self.peers is None:
                 self.peers = Peers(self._config, self._ranks, self.host, self._bus)
             return self.find_together(report, first=True, replay_stages=replay_stages)
-        if self._config.resume == "never":
+        if self._fresh:
             return None
         return self._announce(self._choose_alone())
 
@@ -127,7 +134,7 @@ class Tiers:
         self.peers.open()
         if self.journal is None and self._ranks.elastic:
             self.journal = Journal(self.peers.service.keep_note, self.peers.service.own_note)
-        if first and self._config.resume == "never" and not self._ranks.replaced:
+        if first and self._fresh and not self._ranks.replaced:
             return None
         if first:
             self._prepare_together()
@@ -385,16 +392,14 @@ class Tiers:
         free = self.host.free_bytes() // self._ranks.local_size
         return free + self.host.used_bytes() - self.host.pooled_bytes()
 
-    def close(self, *, completed: bool, trained: bool = False) -> None:
-        """Finish persisting, then let go of everything.
+    def close(self, *, trained: bool) -> None:
+        """Finish persisting, then let go of everything; the windows stay.
 
         Args:
-            completed: Remove the windows, and note on storage that the run is complete.
-            trained: Keep them, but note that training came to its end: :meth:`complete` follows when the process has
-                ended well, too.
+            trained: Note that training came to its end: :meth:`complete` follows when the process has ended well, too.
         """
         self.point = None
-        self._let_go(completed=completed, trained=trained)
+        self._let_go(trained=trained)
 
     def complete(self) -> None:
         """After ``close(trained=True)``: the process ends well now. Windows that are of another process by now stay."""
@@ -410,27 +415,21 @@ class Tiers:
             self.disk.mark_completed()
             self.disk.close()
 
-    def _let_go(self, *, completed: bool, trained: bool = False) -> None:
+    def _let_go(self, *, trained: bool) -> None:
         try:
             if self._persister is not None:
                 self._persister.close()
                 self._persister = None
-                if self.disk is not None and completed:
-                    self.disk.mark_completed()
-                elif self.disk is not None and trained:
+                if self.disk is not None and trained:
                     self.disk.mark_trained()
         finally:
             if self.journal is not None:
                 self.journal.close()
                 self.journal = None
             if self.peers is not None:
-                self.peers.close(completed=completed)
+                self.peers.close(completed=False)
                 self.peers = None
-            if completed and self._opened:
-                with contextlib.suppress(*STORE_ERRORS):  # a run that is complete needs no store any more
-                    self._ranks.note_window(self.host.job, None)
-                self.host.mark_completed()
-            elif trained and self._opened:
+            if trained and self._opened:
                 self.host.mark_trained()
             self.host.close()
             if self.disk is not None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from torch import nn
 
 from moetion_lightning.errors import ForeignWindowError
 from moetion_lightning.integrations._automatic_saves import OwnSaves
 from moetion_lightning.integrations._loaders import Followed, follow
 from moetion_lightning.integrations._parts import unwrap_optimizer
-from moetion_lightning.integrations._settings import Settings
 from moetion_lightning.integrations.accelerate import AcceleratedLoop
 from moetion_lightning.integrations.loop import Position
+from moetion_lightning.session.beginning import Beginning
 
 __all__ = ["AutomaticLoop"]
 
@@ -57,7 +59,7 @@ class AutomaticLoop(AcceleratedLoop):
         settings: Keyword settings.
     """
 
-    def __init__(self, accelerator: Any, settings: Settings) -> None:
+    def __init__(self, accelerator: Any, settings: Mapping[str, Any]) -> None:
         self._followed: dict[int, Followed] = {}
         self._passes: dict[int, list[bool]] = {}
         self._within: list[int] = []  # loaders that are being iterated, the innermost last
@@ -114,9 +116,9 @@ class AutomaticLoop(AcceleratedLoop):
         _log.warning("%s; nothing is captured any more, and the windows are removed", self._why_not)
         self.close()
 
-    def _open(self, root_dir: str | os.PathLike[str]) -> None:
+    def _open(self, root_dir: str | os.PathLike[str], module: nn.Module, beginning: Beginning) -> None:
         self._position: _Place = _Place()
-        super()._open(root_dir)
+        super()._open(root_dir, module, beginning)
         saved = self._run.saved
         if saved is not None and "stepped" not in saved["position"]:
             self._run.close(completed=False)

@@ -30,6 +30,10 @@ class LoopPosition(Protocol):
         """Objects that may hold generators, by name."""
         ...
 
+    def sources(self) -> list[Any]:
+        """The training loaders."""
+        ...
+
 
 class LoopState:
     """Captures and restores it; a :class:`~moetion_lightning.engine.RunState`.

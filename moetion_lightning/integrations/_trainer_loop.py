@@ -22,7 +22,7 @@ from moetion_lightning.engine.replay_record import BatchDigest, describe_batch
 from moetion_lightning.errors import ConfigurationError, UnsupportedStateError
 from moetion_lightning.integrations._loaders import Followed, follow
 
-__all__ = ["TrainerLoop"]
+__all__ = ["TrainerLoop", "step_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -195,6 +195,11 @@ class TrainerLoop:
             ],
         }
 
+    @staticmethod
+    def step_of(position: Mapping[str, Any]) -> int:
+        """Updates that are done at a position."""
+        return int(json.loads(position["state"])["global_step"])
+
     def continue_at(self, position: Mapping[str, Any], shown: str) -> None:
         """Begin the loop there: before the Trainer makes its state.
 
@@ -239,6 +244,10 @@ class TrainerLoop:
             for name, value in (json.loads(of_kind.pop(0)) if of_kind else {}).items():
                 setattr(callback, name, value)
 
+    def sources(self) -> list[Any]:
+        """The training loaders."""
+        return [] if self._source is None else [self._source]
+
     def parts(self) -> dict[str, object]:
         """Objects that may hold generators."""
         trainer = self._trainer
@@ -265,6 +274,14 @@ class TrainerLoop:
                 f"{owner} holds a value that is no plain number, text, list or mapping ({error}); the Trainer could "
                 "not write it into trainer_state.json either. Log and keep plain values."
             ) from error
+
+
+def step_of(checkpoint: Path) -> int:
+    """Updates that are done in a checkpoint of the Trainer; -1 where it does not say."""
+    try:
+        return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 class _FollowedLoader:

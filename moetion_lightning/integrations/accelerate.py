@@ -15,12 +15,10 @@ from moetion_lightning.core.run_state import find_generators, get_rng, set_rng
 from moetion_lightning.data_position import loader_parts
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.integrations._parts import Parts, unwrap_optimizer
-from moetion_lightning.integrations._settings import Settings
-from moetion_lightning.integrations.loop import GuidedLoop, Position
+from moetion_lightning.integrations.loop import GuidedLoop, Position, beginning_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from typing_extensions import Unpack
 
 __all__ = ["AcceleratedLoop", "attach"]
 
@@ -28,7 +26,7 @@ _log = logging.getLogger(__name__)
 _KINDS = {"NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU", "FSDP"}
 
 
-def attach(accelerator: Accelerator, **settings: Unpack[Settings]) -> AcceleratedLoop:
+def attach(accelerator: Accelerator, **settings: Any) -> AcceleratedLoop:
     """Capture the loop of an accelerator's script, and recover it bit for bit after a failure.
 
     ::
@@ -57,7 +55,7 @@ def attach(accelerator: Accelerator, **settings: Unpack[Settings]) -> Accelerate
 
     Args:
         accelerator: The accelerator; everything that trains is prepared.
-        **settings: As of ``SparseExpertCheckpoint``, see :class:`~._settings.Settings`.
+        **settings: As of ``SparseExpertCheckpoint``, see :meth:`~moetion_lightning.session.SessionSettings.read`.
 
     Returns:
         The run: its ``steps``, ``epochs``, ``register`` and ``close``.
@@ -78,13 +76,14 @@ class AcceleratedLoop(GuidedLoop):
         settings: Keyword settings.
     """
 
-    def __init__(self, accelerator: Accelerator, settings: Settings) -> None:
+    def __init__(self, accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
         super().__init__(settings, "attach(accelerator)")
         self._accelerator: Any = accelerator
         self._patches = InstancePatches()
         self._warning: list[Any] = []
         _check(self._accelerator)
-        self._open(self._accelerator.project_dir or Path.cwd())
+        parts = self._parts_so_far()
+        self._open(self._accelerator.project_dir or Path.cwd(), parts.module, beginning_of(parts))
         self._patch()
 
     def close(self, *, completed: bool = True) -> None:
@@ -95,13 +94,18 @@ class AcceleratedLoop(GuidedLoop):
 
     # --- inside --------------------------------------------------------------------------------------------------
 
-    def _parts(self) -> Parts:
+    def _parts_so_far(self) -> Parts:
         accelerator, where = self._accelerator, self._where
-        self._stop_warning()
         models = accelerator._models
         parts = Parts.of(models[0] if len(models) == 1 else models, where)
         parts.add_optimizers(accelerator._optimizers, where)
         parts.add_all("scheduler", accelerator._schedulers, where)
+        return parts
+
+    def _parts(self) -> Parts:
+        accelerator, where = self._accelerator, self._where
+        self._stop_warning()
+        parts = self._parts_so_far()
         parts.add_all("scaler", accelerator.scaler, where)
         parts.add_all("custom", accelerator._custom_objects, where)
         parts.add("accelerator", _Counters(accelerator, self._position), where)

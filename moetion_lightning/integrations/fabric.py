@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,11 +12,8 @@ from moetion_lightning.core.instance_patches import InstancePatches
 from moetion_lightning.distributed.torchrun import separate_restarts
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.integrations._parts import Parts
-from moetion_lightning.integrations._settings import Settings
-from moetion_lightning.integrations.loop import GuidedLoop
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from moetion_lightning.integrations._run import Run
+from moetion_lightning.integrations.loop import GuidedLoop, beginning_of
 
 __all__ = ["FabricCheckpointing"]
 
@@ -45,7 +42,7 @@ class FabricCheckpointing(GuidedLoop):
     Ranks: all of them, in the same order. With ``strategy="ddp"`` or ``ModelParallelStrategy`` (FSDP2).
 
     Args:
-        **settings: As of ``SparseExpertCheckpoint``, see :class:`~._settings.Settings`.
+        **settings: As of ``SparseExpertCheckpoint``, see :meth:`~moetion_lightning.session.SessionSettings.read`.
 
     Raises:
         ConfigurationError: A setting is unknown or out of range.
@@ -53,7 +50,7 @@ class FabricCheckpointing(GuidedLoop):
 
     _remedy = "give it to Fabric(callbacks=[...]), and call fabric.setup() first"
 
-    def __init__(self, **settings: Unpack[Settings]) -> None:
+    def __init__(self, **settings: Any) -> None:
         where = type(self).__name__
         separate_restarts()
         self._fabric: Any = None
@@ -81,7 +78,6 @@ class FabricCheckpointing(GuidedLoop):
                 'expected DDPStrategy ("ddp") or ModelParallelStrategy (FSDP2).'
             )
         self._fabric = fabric
-        self._open(Path.cwd())
         original = fabric.backward
 
         def backward(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -89,6 +85,17 @@ class FabricCheckpointing(GuidedLoop):
             original(tensor, *args, **kwargs)
 
         self._patches.put(fabric, "backward", backward)
+
+    @property
+    def _run(self) -> Run:
+        """The run; it is opened when it is asked for first: by then the modules have their weights."""
+        self._open_late()
+        return super()._run
+
+    def _open_late(self) -> None:
+        if self._opened is None and self._modules:
+            parts = self._parts_so_far()
+            self._open(Path.cwd(), parts.module, beginning_of(parts) if parts.optimizers else {})
 
     # --- what a script calls -------------------------------------------------------------------------------------
 
@@ -116,12 +123,16 @@ class FabricCheckpointing(GuidedLoop):
             raise ConfigurationError(
                 f"{where} knows no optimizer: call run.track(optimizer, scheduler=...) after fabric.setup()"
             )
-        parts = Parts.of(self._modules[0] if len(self._modules) == 1 else self._modules, where)
-        parts.add_optimizers(self._optimizers, where)
-        parts.add_all("scheduler", self._schedulers, where)
+        parts = self._parts_so_far()
         scaler = getattr(self._fabric.strategy.precision, "scaler", None)
         parts.add_all("scaler", scaler, where)
         parts.scales = scaler is not None and scaler.is_enabled()
+        return parts
+
+    def _parts_so_far(self) -> Parts:
+        parts = Parts.of(self._modules[0] if len(self._modules) == 1 else self._modules, self._where)
+        parts.add_optimizers(self._optimizers, self._where)
+        parts.add_all("scheduler", self._schedulers, self._where)
         return parts
 
     def _autocast(self) -> bool:

@@ -9,7 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -17,17 +17,20 @@ from transformers import Trainer, TrainerCallback
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.integrations._parts import Parts
 from moetion_lightning.integrations._run import Run
-from moetion_lightning.integrations._settings import RunSettings, Settings
-from moetion_lightning.integrations._trainer_loop import TrainerLoop
+from moetion_lightning.integrations._trainer_loop import TrainerLoop, step_of
 from moetion_lightning.integrations._trainer_weights import restore_left_out
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from moetion_lightning.session import SessionSettings
+from moetion_lightning.session.beginning import Beginning, of_checkpoint, of_datasets, plain
 
 __all__ = ["MoEtionTrainerCallback"]
 
 _log = logging.getLogger(__name__)
 _WHERE = "MoEtionTrainerCallback"
+#: Arguments that say how a training begins. Those of optimizers and schedulers are compared there.
+_SETTINGS = (
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_grad_norm", "learning_rate", "weight_decay", "seed"),
+)
 
 
 class MoEtionTrainerCallback(TrainerCallback):
@@ -54,14 +57,14 @@ class MoEtionTrainerCallback(TrainerCallback):
     DeepSpeed or FSDP1.
 
     Args:
-        **settings: As of ``SparseExpertCheckpoint``, see :class:`~._settings.Settings`.
+        **settings: As of ``SparseExpertCheckpoint``, see :meth:`~moetion_lightning.session.SessionSettings.read`.
 
     Raises:
         ConfigurationError: A setting is unknown or out of range.
     """
 
-    def __init__(self, **settings: Unpack[Settings]) -> None:
-        self._settings = RunSettings.read(settings, _WHERE)
+    def __init__(self, **settings: Any) -> None:
+        self._settings = SessionSettings.read(settings, _WHERE)
         self._session: _Session | None = None
         _let_trainers_look()
 
@@ -92,7 +95,9 @@ class MoEtionTrainerCallback(TrainerCallback):
 
     # --- inside --------------------------------------------------------------------------------------------------
 
-    def _train(self, trainer: Any, loop: Callable[[], Any], resume_from_checkpoint: str | None, trial: Any) -> Any:
+    def _train(
+        self, trainer: Any, loop: Callable[[str | None], Any], resume_from_checkpoint: str | None, trial: Any
+    ) -> Any:
         _refuse(trainer, trial)
         callbacks = trainer.callback_handler.callbacks
         # What other callbacks do when a step begins comes after its capture, and after a restore.
@@ -101,7 +106,7 @@ class MoEtionTrainerCallback(TrainerCallback):
         self._session = session = _Session(trainer, settings, resume_from_checkpoint)
         completed = False
         try:
-            output = loop()
+            output = loop(session.checkpoint)
             completed = session.completed
             return output
         finally:
@@ -112,14 +117,17 @@ class MoEtionTrainerCallback(TrainerCallback):
 class _Session:
     """One call of ``train()``."""
 
-    def __init__(self, trainer: Any, settings: RunSettings, resume_from_checkpoint: str | None) -> None:
+    def __init__(self, trainer: Any, settings: SessionSettings, resume_from_checkpoint: str | None) -> None:
         self._trainer = trainer
         self._loop = TrainerLoop(trainer)
-        self.run = Run(settings, _WHERE, self._parts, trainer.args.output_dir)
+        module = Parts.of(trainer.model, _WHERE).module
+        beginning = _beginning(trainer, resume_from_checkpoint)
+        self.run = Run(settings, _WHERE, self._parts, trainer.args.output_dir, module, beginning)
+        #: The checkpoint that the Trainer shall restore.
+        self.checkpoint = resume_from_checkpoint
         try:
             if resume_from_checkpoint is not None:
-                self.run.prefer(f"train(resume_from_checkpoint={resume_from_checkpoint!r})")
-                restore_left_out(trainer.model, Path(resume_from_checkpoint))
+                self._compare(Path(resume_from_checkpoint))
             saved = self.run.saved
             if saved is not None:
                 self._loop.continue_at(saved["position"], "a window in memory")
@@ -127,6 +135,18 @@ class _Session:
         except BaseException:
             self.close(completed=False)
             raise
+
+    def _compare(self, checkpoint: Path) -> None:
+        """The newer of a checkpoint and a window of the same run counts; a checkpoint of another run always does."""
+        saved = self.run.saved
+        step = step_of(checkpoint)
+        shown = f"train(resume_from_checkpoint={str(checkpoint)!r})"
+        if saved is not None and self.run.last_step(self._loop.step_of(saved["position"])) >= step:
+            self.run.engine.say_once(f"{shown} is at step {step}: the window that was found is newer, and of this run")
+            self.checkpoint = None
+            return
+        self.run.prefer(shown, step)
+        restore_left_out(self._trainer.model, checkpoint)
 
     @property
     def completed(self) -> bool:
@@ -166,6 +186,16 @@ class _Session:
         return parts
 
 
+def _beginning(trainer: Any, checkpoint: str | None) -> Beginning:
+    """How a training begins, beside its weights."""
+    args = trainer.args
+    return {
+        **of_datasets([trainer.train_dataset]),
+        "checkpoint": of_checkpoint(checkpoint, None if checkpoint is None else Path(checkpoint, "trainer_state.json")),
+        "settings": {name: plain(getattr(args, name, None)) for name in _SETTINGS},
+    }
+
+
 def _refuse(trainer: Any, trial: Any) -> None:
     """What a restart could not continue exactly."""
     args = trainer.args
@@ -192,13 +222,19 @@ def _let_trainers_look() -> None:
     @functools.wraps(original)
     def inner_training_loop(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, MoEtionTrainerCallback)]
-        loop = functools.partial(original, self, *args, **kwargs)
         if not callbacks:
-            return loop()
+            return original(self, *args, **kwargs)
         if len(callbacks) > 1:
             raise ConfigurationError(f"Trainer(callbacks=...) has {len(callbacks)} of {_WHERE}: expected one")
-        given = signature.bind(self, *args, **kwargs).arguments
-        return callbacks[0]._train(self, loop, given.get("resume_from_checkpoint"), given.get("trial"))
+        given = signature.bind(self, *args, **kwargs)
+
+        def loop(checkpoint: str | None) -> Any:
+            given.arguments["resume_from_checkpoint"] = checkpoint
+            return original(*given.args, **given.kwargs)
+
+        return callbacks[0]._train(
+            self, loop, given.arguments.get("resume_from_checkpoint"), given.arguments.get("trial")
+        )
 
     inner_training_loop._moetion = True  # type: ignore[attr-defined]
     Trainer._inner_training_loop = inner_training_loop  # type: ignore[method-assign]

@@ -16,10 +16,11 @@ from moetion_lightning.errors import ConfigurationError, ForeignWindowError
 from moetion_lightning.integrations._loaders import Followed, follow
 from moetion_lightning.integrations._parts import Parts
 from moetion_lightning.integrations._run import Run
-from moetion_lightning.integrations._settings import RunSettings, Settings
+from moetion_lightning.session import SessionSettings
+from moetion_lightning.session.beginning import Beginning, of_optimizers, of_schedulers
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Self
 
 __all__ = ["GuidedLoop", "SparseCheckpointing"]
 
@@ -71,6 +72,9 @@ class Position:
         for loader, saved in zip(self.loaders, state["loaders"]):
             loader.restore(saved)
 
+    def sources(self) -> list[Any]:
+        return [loader.source for loader in self.loaders]
+
     def parts(self) -> dict[str, object]:
         return {
             f"loader{index}.{role}": part
@@ -98,20 +102,23 @@ class GuidedLoop:
         where: The user's call, for messages.
     """
 
-    def __init__(self, settings: Settings, where: str) -> None:
+    def __init__(self, settings: Mapping[str, Any], where: str) -> None:
         self._where = where
-        self._settings = RunSettings.read(settings, where)
+        self._settings = SessionSettings.read(settings, where)
         self._registered: dict[str, Any] = {}
         self._position = Position()
         self._in_epochs = False
         self._iterated = False  # this epoch, or outside of epochs() at all
         self._opened: Run | None = None
 
-    def _open(self, root_dir: str | os.PathLike[str]) -> None:
-        """Look for a window, when process groups exist."""
-        self._opened = Run(self._settings, self._where, self._all_parts, root_dir)
+    def _open(self, root_dir: str | os.PathLike[str], module: nn.Module, beginning: Beginning) -> None:
+        """Look for a window of this fit, when process groups exist, and the weights with which it would begin."""
+        self._opened = Run(self._settings, self._where, self._all_parts, root_dir, module, beginning)
         if self._opened.saved is not None:
             self._position.load(self._opened.saved["position"])
+
+    def _open_late(self) -> None:
+        """For adapters that look for a window only when they are asked for something."""
 
     @property
     def _run(self) -> Run:
@@ -151,17 +158,19 @@ class GuidedLoop:
     @property
     def step(self) -> int:
         """Batches that are done, over the whole training."""
+        self._open_late()
         return self._position.step
 
     @property
     def epoch(self) -> int:
         """Epochs that are done."""
+        self._open_late()
         return self._position.epoch
 
     @property
     def metrics(self) -> Mapping[str, float]:
         """Newest numbers for a progress bar or a logger."""
-        return dict(self._run.reporter.metrics)
+        return dict(self._run.metrics)
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -284,7 +293,7 @@ class GuidedLoop:
     def _steps(self, loaders: Sequence[Any], epochs: int) -> Iterator[tuple[int, Any]]:
         self._follow(loaders)
         if not self._run.begun:
-            self._run.begin(self._position, autocast=self._autocast())
+            self._run.begin(self._position, autocast=self._autocast(), step=self._position.step)
         if self._in_epochs:
             yield from self._one_epoch()
             return
@@ -358,7 +367,7 @@ class SparseCheckpointing(GuidedLoop):
         optimizers: The optimizer, or all of them.
         scheduler: Learning-rate scheduler, or several.
         scaler: Gradient scaler, or several.
-        **settings: As of ``SparseExpertCheckpoint``, see :class:`~._settings.Settings`.
+        **settings: As of ``SparseExpertCheckpoint``, see :meth:`~moetion_lightning.session.SessionSettings.read`.
 
     Raises:
         ConfigurationError: A setting is unknown or out of range, or ``moetion launch`` started this process.
@@ -372,7 +381,7 @@ class SparseCheckpointing(GuidedLoop):
         *,
         scheduler: Any = None,
         scaler: Any = None,
-        **settings: Unpack[Settings],
+        **settings: Any,
     ) -> None:
         where = type(self).__name__
         self._found = Parts.of(modules, where)
@@ -382,7 +391,13 @@ class SparseCheckpointing(GuidedLoop):
         scalers = scaler if isinstance(scaler, (list, tuple)) else [scaler]
         self._found.scales = any(s is not None and s.is_enabled() for s in scalers)
         super().__init__(settings, where)
-        self._open(Path.cwd())
+        self._open(Path.cwd(), self._found.module, beginning_of(self._found))
 
     def _parts(self) -> Parts:
         return self._found
+
+
+def beginning_of(parts: Parts) -> Beginning:
+    """What is known of how a loop begins, beside its weights, before it does."""
+    schedulers = [thing for name, thing in parts.stateful.items() if name.startswith("scheduler")]
+    return {"settings": {**of_optimizers(parts.optimizers), **of_schedulers(schedulers)}}

@@ -19,7 +19,6 @@ from moetion_lightning.distributed.default_store import default_world
 from moetion_lightning.engine.reporting import show_log_lines
 from moetion_lightning.integrations._after_import import after_import
 from moetion_lightning.integrations._automatic_loop import AutomaticLoop
-from moetion_lightning.integrations._settings import Settings
 
 __all__ = ["ZeroLines"]
 
@@ -69,9 +68,9 @@ class ZeroLines:
         for loop in self._loops:
             loop.close(completed=completed)
 
-    def _settings(self) -> Settings:
+    def _settings(self) -> dict[str, Any]:
         """For one run: a policy remembers its run."""
-        return copy.copy(self._given) | (  # type: ignore[return-value]
+        return copy.copy(self._given) | (
             {"policy": copy.deepcopy(self._given["policy"])} if "policy" in self._given else {}
         )
 

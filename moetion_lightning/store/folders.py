@@ -26,11 +26,11 @@ ASIDE_NAME = re.compile(r"aside-(\d{6})")
 MANIFEST_NAME = re.compile(r"(\d{12})\.json")
 
 # Notes about a course lie in the folder of its windows, and go with them when they are set aside.
-TRAINED = f"{WINDOWS}/trained.json"
+TRAINED = f"{WINDOWS}/trained.note"
 """Training came to its end; the process had not ended yet, so that the windows are still needed."""
-COMPLETED = f"{WINDOWS}/completed.json"
+COMPLETED = f"{WINDOWS}/completed.note"
 """The process ended well: the next start of the same command begins anew."""
-RESUMED = f"{WINDOWS}/resumed.json"
+RESUMED = f"{WINDOWS}/resumed.note"
 """The iteration that ``resume=`` named when this course began: the same command started again continues it."""
 
 NOTES = (TRAINED, COMPLETED, RESUMED)

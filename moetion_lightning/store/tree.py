@@ -274,7 +274,9 @@ class _Flattener:
         shape, dtype, device = first.shape, first.dtype, first.device
         if (
             first.numel() > _PACK_ELEMENTS
-            or any(t.shape != shape or t.dtype != dtype or t.device != device or t.layout != first.layout for t in value)
+            or any(
+                t.shape != shape or t.dtype != dtype or t.device != device or t.layout != first.layout for t in value
+            )
             or first.layout is not torch.strided
             or len(set(map(id, value))) < len(value)
         ):

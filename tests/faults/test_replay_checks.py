@@ -101,7 +101,9 @@ def test_an_exact_recovery_agrees_in_all_that_it_names(drill: Drill, name: str) 
     assert f"compared and equal in each: {', '.join(replayed)}; the next batch agrees" in (killed / "log").read_text()
 
 
-@pytest.mark.parametrize("spec", [LIST, LOOP, FABRIC, ACCELERATE, HF], ids=["lightning", "loop", "fabric", "accel", "hf"])
+@pytest.mark.parametrize(
+    "spec", [LIST, LOOP, FABRIC, ACCELERATE, HF], ids=["lightning", "loop", "fabric", "accel", "hf"]
+)
 def test_without_a_replay_the_next_batch_is_compared(drill: Drill, spec: dict[str, Any]) -> None:
     killed = drill.killed({**spec, **ONE}, kills(spec))
     (finished,) = read_events(killed, "ReplayFinished")
@@ -114,7 +116,9 @@ def test_without_a_replay_the_next_batch_is_compared(drill: Drill, spec: dict[st
 def test_another_batch_can_end_the_run_before_it_trains(drill: Drill, spec: dict[str, Any]) -> None:
     strict = {"engine_args": {"on_mismatch": "raise"}} if "runner" not in spec else {}
     strict = strict or {"policy_args": {"window": 1, "on_mismatch": "raise"}}
-    with pytest.raises(AssertionError, match=r"NonDeterminismError: what follows the restored iteration \d+ is not what"):
+    with pytest.raises(
+        AssertionError, match=r"NonDeterminismError: what follows the restored iteration \d+ is not what"
+    ):
         drill.killed(spec, KILL, **{"break": "position" if "runner" in spec else "data_position"}, **strict)
     killed = max(drill.base.glob("*-killed"))
     done = sum(len(records) for records in read_steps(killed).values())

@@ -28,7 +28,6 @@ from moetion_lightning.callbacks import (
     PartialExpertsCheckpoint,
     SparseExpertCheckpoint,
 )
-from moetion_lightning.engine import identity
 from moetion_lightning.errors import (
     ConfigurationError,
     ForeignWindowError,
@@ -39,6 +38,7 @@ from moetion_lightning.errors import (
     UnsupportedStateError,
 )
 from moetion_lightning.events import CaptureStarted, Event, WindowCommitted
+from moetion_lightning.session import fits
 from moetion_lightning.store.host_memory import HostMemoryTier, find_jobs
 from tests.runs.data import Samples
 from tests.runs.models import Automatic
@@ -88,7 +88,7 @@ class StopAt(pl.Callback):
 @pytest.fixture(autouse=True)
 def _fresh_identities(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test is a process of its own as far as identities go."""
-    monkeypatch.setattr(identity, "_completed", {})
+    monkeypatch.setattr(fits, "_fits", {})
 
 
 def interrupted(tmp_path: Path, memory_dir: Path, step: int = 11, **spec: Any) -> None:
@@ -288,7 +288,8 @@ def test_second_fit_of_a_process_is_another_job(tmp_path: Path, memory_dir: Path
         trainer(tmp_path, capture).fit(module(), loader())
         assert "RestoreStarted" not in seen
         assert "WindowCommitted" in seen
-    assert find_jobs(memory_dir) == []
+    # Both are kept until the process ends well: what fails after training continues at its end.
+    assert [(job.name, job.alive) for job in find_jobs(memory_dir)] == [("twice", False), ("twice-fit2", False)]
 
 
 # --- what must not end training --------------------------------------------------------------------------------------

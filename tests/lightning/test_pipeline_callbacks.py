@@ -24,9 +24,9 @@ from moetion_lightning.callbacks import (
     StageBoundaryLogging,
     stage_boundary_logging,
 )
-from moetion_lightning.engine import identity
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.stage import NetworkTraffic
+from moetion_lightning.session import fits
 from moetion_lightning.strategies import MoEtionStrategy
 from moetion_lightning.strategies.pipeline_link import PipelineLink
 from moetion_lightning.strategies.pipeline_strategy import PipelineStrategy
@@ -46,7 +46,7 @@ class Started(LightningEnvironment):
 @pytest.fixture(autouse=True)
 def _process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As far as identities, process groups and what Lightning leaves in the environment go."""
-    monkeypatch.setattr(identity, "_completed", {})
+    monkeypatch.setattr(fits, "_fits", {})
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

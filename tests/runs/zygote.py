@@ -7,6 +7,7 @@ its own with its own pid; killing it is a real SIGKILL. ``runner`` in a spec nam
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib
 import json
@@ -51,9 +52,11 @@ def main() -> None:
             groups.install()
             runner.run(spec)
             code = 0
-        except BaseException:
+        except BaseException as error:
             traceback.print_exc()
+            sys.last_type = type(error)  # as the interpreter does for an error that nobody catches
             code = 1
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 
 BELOW_ADAPTERS = (
     "errors", "units", "config", "events", "core", "store", "distributed", "pipeline", "data_position", "data_sampler",
-    "engine",
+    "engine", "session",
 )  # fmt: skip
 # The rooms that each room may import, apart from itself and the root's `__version__`.
 TABLE: dict[str, set[str]] = {
