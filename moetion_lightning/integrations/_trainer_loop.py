@@ -6,6 +6,7 @@ Private names of transformers are used only here; they are those of 5.3 and late
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import shutil
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers.trainer_callback import ExportableState
 
 from moetion_lightning.core.instance_patches import InstancePatches
+from moetion_lightning.core.run_state import get_rng, set_rng
 from moetion_lightning.engine.replay_record import BatchDigest, describe_batch
 from moetion_lightning.errors import ConfigurationError, UnsupportedStateError
 from moetion_lightning.integrations._loaders import Followed, follow
@@ -133,6 +135,17 @@ class TrainerLoop:
         self._epoch, self._drawn = kwargs["epoch"], 0
         to_come, self._to_come = self._to_come, None
         undo: Callable[[], None] = lambda: None  # noqa: E731
+        skipped = 0
+        if (
+            to_come is None
+            and kwargs["resume_from_checkpoint"] is not None
+            and kwargs["epoch"] == kwargs["epochs_trained"]
+        ):
+            # The Trainer would go on with another loader, of which no window could know where it stands.
+            skipped = 0 if self._trainer.args.ignore_data_skip else kwargs["steps_trained_in_current_epoch"]
+            if skipped:
+                self._drawn = skipped
+                undo = self._skip_nothing()
         if to_come is not None:
             self._followed.restore(to_come["data"])
             self._drawn = to_come["batches"]
@@ -140,7 +153,8 @@ class TrainerLoop:
             kwargs = {**kwargs, "resume_from_checkpoint": "", "steps_trained_in_current_epoch": self._drawn}
             undo = self._skip_nothing()
         try:
-            return original(**{**kwargs, "train_dataloader": _FollowedLoader(loader, self._followed, undo)})
+            following = _FollowedLoader(loader, self._followed, undo, skipped)
+            return original(**{**kwargs, "train_dataloader": following})
         finally:
             undo()
             self._followed.finish()
@@ -291,15 +305,22 @@ class _FollowedLoader:
         loader: The loader.
         followed: Its position.
         begun: Called when it is iterated.
+        skipped: Batches to pass over, which a checkpoint has behind it.
     """
 
-    def __init__(self, loader: Any, followed: Followed, begun: Callable[[], None]) -> None:
-        self._moetion = (loader, followed, begun)
+    def __init__(self, loader: Any, followed: Followed, begun: Callable[[], None], skipped: int) -> None:
+        self._moetion = (loader, followed, begun, skipped)
 
     def __iter__(self) -> Iterator[Any]:
-        _, followed, begun = self._moetion
+        _, followed, begun, skipped = self._moetion
         begun()
-        return followed.iterate()
+        batches = followed.iterate()
+        generators = get_rng()
+        for _ in itertools.islice(batches, skipped):
+            pass
+        if skipped:
+            set_rng(generators)
+        return batches
 
     def __len__(self) -> int:
         return len(self._moetion[0])

@@ -143,7 +143,9 @@ def of_optimizers(optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """Classes, and the settings of every parameter group."""
     found: dict[str, Any] = {"optimizers": _classes(optimizers)}
     for where, group in _groups(optimizers):
-        found |= _plain_of({k: v for k, v in group.items() if k not in ("params", "param_names")}, where)
+        # Schedules move the learning rate, and keep its first value beside it.
+        moving = ("params", "param_names", *(["lr"] if "initial_lr" in group else []))
+        found |= _plain_of({k: v for k, v in group.items() if k not in moving}, where)
     return found
 
 
@@ -151,7 +153,8 @@ def of_schedulers(schedulers: Sequence[Any]) -> dict[str, Any]:
     """Classes, and the settings of every learning-rate scheduler."""
     found: dict[str, Any] = {"schedulers": _classes(schedulers)}
     for where, scheduler in _named(schedulers):
-        found |= _plain_of({k: v for k, v in scheduler.state_dict().items() if not k.startswith("_")}, where)
+        state = scheduler.state_dict()
+        found |= _plain_of({k: v for k, v in state.items() if not k.startswith("_") and k != "last_epoch"}, where)
     return found
 
 
@@ -220,16 +223,20 @@ def adopt(
             value: Any = wanted.get(f"{key} of {where}")
             if value is None:
                 continue
-            if key == "lr" and group.get("initial_lr"):
-                value = float(group[key]) / float(group["initial_lr"]) * float(value)
-            if isinstance(group[key], Tensor):
-                group[key].fill_(value)
-            else:
-                group[key] = tuple(value) if isinstance(group[key], tuple) else value
+            if key == "initial_lr" and group[key]:
+                _set(group, "lr", float(group["lr"]) / float(group[key]) * float(value))
+            _set(group, key, value)
     for where, scheduler in _named(schedulers):
         for key in list(vars(scheduler)):
             if f"{key} of {where}" in wanted:
                 setattr(scheduler, key, wanted[f"{key} of {where}"])
+
+
+def _set(group: dict[str, Any], key: str, value: Any) -> None:
+    if isinstance(group[key], Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = tuple(value) if isinstance(group[key], tuple) else value
 
 
 # --- inside ------------------------------------------------------------------------------------------------------

@@ -279,3 +279,38 @@ def test_an_older_checkpoint_that_the_user_names_wins_and_says_what_is_given_up(
     text = story.start()
     assert "resume='newest'" in text
     assert "5" in story.steps(1)
+
+
+# --- the other adapters -----------------------------------------------------------------------------------------------
+
+LOOPS = pytest.mark.parametrize("kind", ["plain", "accelerate", "hf"])
+
+
+@LOOPS
+def test_a_sweep_of_loops_takes_no_other_trial_s_window(drill: Drill, kind: str) -> None:
+    story = Story(drill, "loops", kind=kind, lrs=(1.0, 0.01), fails="1-9")
+    story.start(kill="2-9")
+    story.start()
+    assert "2-0" not in story.steps(1)
+    twin = story.twin()
+    assert [d for d in story.differences(twin) if not d.startswith("step 1-")] == []
+
+
+@LOOPS
+def test_a_loop_that_fails_after_training_continues_at_its_end(drill: Drill, kind: str) -> None:
+    story = Story(drill, "loops", kind=kind, changes={"0": {"then": "raise"}})
+    story.start(code=1)
+    story.start()
+    assert 0 < len(story.steps(1)) <= 8
+    assert story.differences(story.twin(changes={})) == []
+    assert story.windows() == []
+
+
+@LOOPS
+def test_a_changed_learning_rate_of_a_loop_is_named(drill: Drill, kind: str) -> None:
+    story = Story(drill, "loops", kind=kind, lrs=(0.01,))
+    story.start(kill="1-9")
+    text = story.start(lrs=(0.001,))
+    assert "lr of AdamW" in text
+    assert "0.01 in the window and 0.001 in this script (the window's counts)" in text
+    assert story.differences(story.twin()) == []

@@ -273,8 +273,110 @@ class _SavesAt(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+def loops(script: Script) -> None:
+    """A sweep in a loop of one's own, or in a Trainer of Hugging Face; what comes after training may fail."""
+    for number, lr in enumerate(script.spec.get("lrs", (0.01,)), 1):
+        torch.manual_seed(script.spec.get("seeds", (1, 2, 3))[number - 1])
+        try:
+            _LOOPS[script.spec["kind"]](script, number, lr)
+        except RuntimeError as error:
+            print("TRIAL ENDED BY", error)
+    if script.spec.get("changes", {}).get(str(script.start), {}).get("then") == "raise":
+        raise OSError("the export failed")
+
+
+class _Loss(nn.Module):
+    def __init__(self, script: Script) -> None:
+        super().__init__()
+        self.net = Net(script)
+
+    def forward(self, x: Tensor, id: Tensor | None = None) -> dict[str, Tensor]:
+        net = self.net
+        return {"loss": (net.head(net.drop(net.moe(net.first(x)))) - x.flip(-1)).pow(2).mean()}
+
+
+def _step(script: Script, number: int, step: int, loss: Tensor, batch: dict[str, Tensor]) -> None:
+    script.die(f"{number}-{step}")
+    if script.spec.get("fails") == f"{number}-{step}":
+        raise RuntimeError("the trial was pruned")
+    script.note(f"{number}-{step}", loss, batch["id"])
+
+
+def _loop_settings(script: Script) -> dict[str, Any]:
+    given = {"window": script.spec.get("window", 4), "memory_dir": script.spec.get("memory_dir")}
+    return {**given, **script.spec.get("settings", {})}
+
+
+def _plain_loop(script: Script, number: int, lr: float) -> None:
+    from moetion_lightning.integrations import SparseCheckpointing
+
+    model = _Loss(script)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    batches: Any = enumerate(batch for source in [loader()] for _ in range(3) for batch in source)
+    run = None
+    if script.spec.get("capture", True):
+        run = SparseCheckpointing(model, optimizer, **_loop_settings(script))
+        batches = run.steps(loader(), epochs=3)
+    for step, batch in batches:
+        loss = model(batch["x"])["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        _step(script, number, step, loss, batch)
+        optimizer.step()
+    if run is not None:
+        run.close()
+    write_state(script.out / f"final{number}.safetensors", *flatten_state(model, [optimizer]))
+
+
+def _accelerate_loop(script: Script, number: int, lr: float) -> None:
+    from accelerate import Accelerator
+
+    from moetion_lightning.integrations import attach
+
+    accelerator = Accelerator(cpu=True)
+    module = _Loss(script)
+    model, optimizer, source = accelerator.prepare(module, torch.optim.AdamW(module.parameters(), lr=lr), loader())
+    batches: Any = enumerate(batch for _ in range(3) for batch in source)
+    if script.spec.get("capture", True):
+        batches = attach(accelerator, **_loop_settings(script)).steps(source, epochs=3)
+    for step, batch in batches:
+        loss = model(batch["x"])["loss"]
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        _step(script, number, step, loss, batch)
+        optimizer.step()
+    accelerator.end_training()
+    write_state(script.out / f"final{number}.safetensors", *flatten_state(module, [optimizer.optimizer]))
+
+
+def _hf_loop(script: Script, number: int, lr: float) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from moetion_lightning.integrations.hf_trainer import MoEtionTrainerCallback
+
+    class Noting(Trainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            batch = dict(inputs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            _step(script, number, self.state.global_step, loss, batch)
+            return loss
+
+    module = _Loss(script)
+    arguments = TrainingArguments(
+        str(script.out / "hf"), num_train_epochs=3, per_device_train_batch_size=4, use_cpu=True, report_to=[],
+        remove_unused_columns=False, disable_tqdm=True, save_strategy="no", learning_rate=lr,
+        seed=script.spec.get("seeds", (1, 2, 3))[number - 1],
+    )  # fmt: skip
+    callbacks = [MoEtionTrainerCallback(**_loop_settings(script))] if script.spec.get("capture", True) else []
+    trainer = Noting(module, arguments, train_dataset=Points(), callbacks=callbacks)
+    trainer.train()
+    write_state(script.out / f"final{number}.safetensors", *flatten_state(module, [trainer.optimizer.optimizer]))
+
+
+_LOOPS = {"plain": _plain_loop, "accelerate": _accelerate_loop, "hf": _hf_loop}
+
 STORIES: dict[str, Callable[[Script], None]] = {
-    story.__name__: story for story in (plain, sweep, study, phases, folds, notebook, array, checkpoints)
+    story.__name__: story for story in (plain, sweep, study, phases, folds, notebook, array, checkpoints, loops)
 }
 
 

@@ -244,7 +244,7 @@ def test_a_script_can_let_its_own_learning_rate_count() -> None:
     here_optimizer, here_scheduler = make(0.1)
     here = merged({}, {"settings": {**of_optimizers([here_optimizer]), **of_schedulers([here_scheduler])}})
     changed = [difference.name for difference in differences(there, here)]
-    assert "lr of AdamW" in changed
+    assert "initial_lr of AdamW" in changed
     adopt(changed, here, [optimizer], [scheduler])
     assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
