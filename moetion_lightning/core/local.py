@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["local", "local_rows", "to_local_rows"]
+__all__ = ["is_wrapper", "local", "local_rows", "to_local_rows"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -15,14 +15,25 @@ def local(tensor: Tensor) -> Tensor:
         tensor: A plain tensor, or a ``DTensor`` (known by its ``to_local``).
 
     Returns:
-        A view that shares memory: of a DTensor its local shard, which may have no elements.
+        A view that shares memory: of a DTensor its local shard, which may have no elements. A subclass that is laid out
+        as an ordinary tensor comes as one; one that keeps its values elsewhere (:func:`is_wrapper`) as it is.
     """
     tensor = tensor.detach()
     if hasattr(tensor, "to_local"):
         with torch.no_grad():
-            shard: Tensor = tensor.to_local()
-        return shard.detach()
+            tensor = tensor.to_local()
+        tensor = tensor.detach()
+    if type(tensor) is not Tensor and not is_wrapper(tensor):
+        return tensor.as_subclass(Tensor)  # type: ignore[arg-type]
     return tensor
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor is of a subclass that keeps its values elsewhere: such a one has no memory of its own."""
+    kind = type(tensor)
+    if kind is Tensor or kind is nn.Parameter:
+        return False
+    return hasattr(kind, "__tensor_flatten__") or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def local_rows(tensor: Tensor) -> int:

@@ -122,7 +122,7 @@ class Reconstruction:
             optimizer_index: Which of the live state's optimizers.
         """
         if not self.done:
-            self._apply(self.next_slot, lambda name: self.live.owner.get(name) == optimizer_index)
+            self._apply(self.next_slot, lambda name: optimizer_index in self.live.owners.get(name, ()))
 
     def finish_iteration(self) -> SavedSlot:
         """The iteration is complete, hooks included: apply its snapshot once more and move on. Returns its slot."""

@@ -4,26 +4,41 @@ Names of the tensors of a snapshot (``key`` is a :attr:`Piece.key`)::
 
     w:<key>             master weights (active capture)
     c:<key>             compute weights (frozen capture)
-    s:<key>:<entry>     a tensor entry of the optimizer's state (active capture)
+    s:<key>:<path>      a tensor that an optimizer keeps of the parameter (active capture)
 
-Entries of the optimizer's state that are not tensors travel as JSON ("scalars") beside the tensors.
+What an optimizer keeps belongs to the optimizer *and* the parameter: several optimizers may have one parameter. How it
+is put together from tensors and plain values travels as JSON ("scalars") beside the tensors, by parameter and by the
+optimizer's index; ``path`` is a name in there (:mod:`.description`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from moetion_lightning.core.local import local, local_rows
+from moetion_lightning.core.description import Described, Describer, Rebuilder
+from moetion_lightning.core.local import is_wrapper, local, local_rows
 from moetion_lightning.core.operators import Operator, Piece
+from moetion_lightning.core.optimizer_parts import attribute_tensors, inner_optimizers, parameter_tables
 from moetion_lightning.errors import OperatorError, UnsupportedStateError
 
-__all__ = ["CopyItem", "LiveState", "SlotContents", "TensorLoader", "read_slot", "write_active", "write_compute"]
+__all__ = [
+    "CopyItem",
+    "LiveState",
+    "SlotContents",
+    "TensorLoader",
+    "read_kept",
+    "read_slot",
+    "write_active",
+    "write_compute",
+    "write_kept",
+]
 
 #: Optimizers of torch whose update of an element depends on that element's gradient and state alone, so that rows of a
 #: parameter may be captured at different iterations. Exact classes: a subclass may do anything in its ``step``.
@@ -44,24 +59,29 @@ CLOSURE_FIRST_OPTIMIZERS: frozenset[type] = frozenset(
 
 TensorLoader: TypeAlias = Callable[[str], Tensor]
 
-_OPTIONAL_STATE_BYTES_PER_ELEMENT = 8  # estimate before the first step: two float32 moments
+_OPTIONAL_STATE_BYTES_PER_ELEMENT = 8  # estimate before an optimizer's first step: two float32 moments
+_NOTHING: Mapping[Any, Any] = {}
 
 
 class LiveState:
-    """Names for the live parameters of a module and their optimizer state.
+    """Names for the live parameters of a module and what its optimizers keep of them.
 
     Nothing is cached that training may replace: optimizer state is looked up at each use, because
     ``load_state_dict`` replaces its tensors. Of distributed tensors only the local shard is ever read or written.
 
+    Optimizers that others hold in their attributes (``base_optimizer`` of a sharpness-aware one) are optimizers of the
+    module, too: they follow those that were given. Parameters of lazy modules appear when they are initialised.
+
     Args:
         module: The module that trains.
-        optimizers: Its optimizers (raw ``torch.optim`` objects).
+        optimizers: Its optimizers (raw, not wrapped by a framework).
         elementwise: Qualified class names of further elementwise optimizers.
         held: Names of the parameters that this process holds; the others are placeholders, and no part of the state.
             None: all.
 
     Raises:
         OperatorError: An optimizer updates a parameter that is not the module's, or that this process does not hold.
+        UnsupportedStateError: A parameter that trains has values that cannot be captured.
     """
 
     def __init__(
@@ -72,32 +92,77 @@ class LiveState:
         held: Container[str] | None = None,
     ) -> None:
         self.module = module
-        self.optimizers = tuple(optimizers)
-        self.parameters: dict[str, nn.Parameter] = {
-            name: parameter for name, parameter in module.named_parameters() if held is None or name in held
-        }
-        self.owner: dict[str, int] = {}
-        self._elementwise_names = ELEMENTWISE_NAMES | frozenset(elementwise)
-        self.refresh()
+        self.optimizers: tuple[Optimizer, ...] = inner_optimizers(optimizers)
+        self.parameters: dict[str, nn.Parameter] = {}
+        #: The optimizers, by index, that update a parameter or keep something of it.
+        self.owners: dict[str, tuple[int, ...]] = {}
+        #: Why the state cannot be captured whole any more; "" if it can.
+        self.problem = ""
+        self._held = held
+        self._declared = frozenset(elementwise)
+        self._elementwise_names = ELEMENTWISE_NAMES | self._declared
+        #: Wrappers that show their inner optimizer's state as theirs.
+        self.aliases: frozenset[int] = frozenset()
+        self._tables: tuple[tuple[str, ...], ...] = ()
+        self._structure: tuple[int, ...] = ()
+        self._shared: dict[tuple[int, int], bool] = {}
+        self._foreign: list[str] = []
+        self._look()
+        if self.problem:
+            raise (OperatorError if self._foreign else UnsupportedStateError)(self.problem)
 
     def refresh(self) -> None:
-        """Look again at what the optimizers update: parameter groups may be added while training.
+        """Look again at what there is: parameters and groups may come and go while training.
 
-        Raises:
-            OperatorError: An optimizer updates a parameter that is not the module's, or that this process does not
-                hold.
+        Never raises: what cannot be captured is said by :attr:`problem`.
         """
+        self._look()
+
+    def _look(self) -> None:
+        named = [(n, p) for n, p in self.module.named_parameters() if self._held is None or n in self._held]
+        self._structure = tuple(id(p) for p in self.module.parameters())
+        self._shared.clear()
+        self.parameters = {name: parameter for name, parameter in named if not is_lazy(parameter)}
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self.owner.clear()
+        owners: dict[str, dict[int, None]] = {}
+        self._foreign = []
         for index, optimizer in enumerate(self.optimizers):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     name = names.get(id(parameter))
-                    if name is None:
-                        raise OperatorError(self._foreign(index, parameter))
-                    self.owner[name] = index
+                    if name is not None:
+                        owners.setdefault(name, {})[index] = None
+                    elif not is_lazy(parameter):
+                        self._foreign.append(self._describe_foreign(index, parameter))
+            for key in _state(optimizer):  # of parameters that were taken out of its groups, and may come back
+                if id(key) in names:
+                    owners.setdefault(names[id(key)], {})[index] = None
+        self.owners = {name: tuple(owners[name]) for name in self.parameters if name in owners}
+        first: dict[int, int] = {}
+        for index, optimizer in enumerate(self.optimizers):
+            first.setdefault(id(_state(optimizer)), index)
+        self.aliases = frozenset(i for i, o in enumerate(self.optimizers) if first[id(_state(o))] != i)
+        self._tables = tuple(parameter_tables(optimizer, names) for optimizer in self.optimizers)
+        self.problem = next(iter(self._foreign), "") or self._unreadable()
 
-    def _foreign(self, index: int, parameter: Tensor) -> str:
+    def _unreadable(self) -> str:
+        for name in self.trainable():
+            weight = self.weight(name)
+            if is_wrapper(weight) or weight.layout is not torch.strided or weight.is_quantized:
+                return (
+                    f"the parameter {name!r} trains and is a {type(weight).__name__} of layout {weight.layout}, dtype "
+                    f"{weight.dtype}: weights that train are captured as plain dense tensors only. Freeze it, or train "
+                    "without that tensor subclass."
+                )
+        if len(inner_optimizers(self.optimizers)) > len(self.optimizers):
+            kinds = ", ".join(type(o).__name__ for o in inner_optimizers(self.optimizers)[len(self.optimizers) :])
+            return (
+                f"an optimizer ({kinds}) was made inside another one while training: a restart could not find it. Make it "
+                "before training begins."
+            )
+        return ""
+
+    def _describe_foreign(self, index: int, parameter: Tensor) -> str:
         optimizer = f"optimizer {index} ({type(self.optimizers[index]).__name__})"
         for name, other in self.module.named_parameters():
             if other is parameter:
@@ -113,17 +178,29 @@ class LiveState:
 
     def trainable(self) -> tuple[str, ...]:
         """Names of the parameters that an optimizer updates now, in the module's order."""
-        return tuple(n for n, p in self.parameters.items() if n in self.owner and p.requires_grad)
+        return tuple(n for n, p in self.parameters.items() if n in self.owners and p.requires_grad)
 
     def signature(self) -> tuple[int, ...]:
         """Cheap identity of what trains: changes when parameters are added, frozen or unfrozen."""
-        return tuple(
-            id(p)
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.requires_grad
-        )
+        found: list[int] = []
+        seen: set[int] = set()
+        for index, optimizer in enumerate(self.optimizers):
+            found.append(~index)
+            for group in optimizer.param_groups:
+                params = group["params"]
+                if id(params) not in seen:  # inner optimizers share their groups
+                    seen.add(id(params))
+                    found.extend(id(p) for p in params if p.requires_grad)
+        return tuple(found)
+
+    def outdated(self) -> bool:
+        """Whether parameters of the module, or tables of an optimizer or optimizers in it, came or went."""
+        if tuple(id(p) for p in self.module.parameters()) != self._structure:
+            return True
+        if len(inner_optimizers(self.optimizers)) > len(self.optimizers):
+            return True
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        return self._tables != tuple(parameter_tables(optimizer, names) for optimizer in self.optimizers)
 
     def calls_closure_first(self) -> tuple[bool, ...]:
         """For each optimizer, whether its ``step`` is known to call its closure before it changes anything."""
@@ -133,12 +210,20 @@ class LiveState:
         kind = type(optimizer)
         return kind in ELEMENTWISE_OPTIMIZERS or f"{kind.__module__}.{kind.__qualname__}" in self._elementwise_names
 
+    def declared_elementwise(self) -> list[str]:
+        """Classes of optimizers in use that only the user says to be elementwise: a wrong word makes replays differ."""
+        kinds = [type(optimizer) for optimizer in self.optimizers]
+        named = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds if kind not in ELEMENTWISE_OPTIMIZERS]
+        return sorted(set(named) & self._declared - ELEMENTWISE_NAMES)
+
     def couples_parameters(self) -> list[str]:
         """Names of optimizer classes whose update of one parameter depends on the state of others."""
         return [
             type(optimizer).__name__
             for optimizer in self.optimizers
-            if isinstance(optimizer, torch.optim.LBFGS) or any(not isinstance(key, Tensor) for key in optimizer.state)
+            if isinstance(optimizer, torch.optim.LBFGS)
+            or any(not isinstance(key, Tensor) for key in _state(optimizer))
+            or attribute_tensors(optimizer)
         ]
 
     def couples_shards(self) -> list[str]:
@@ -148,10 +233,24 @@ class LiveState:
         """
         found = {
             type(self.optimizers[index]).__name__
-            for name, index in self.owner.items()
-            if hasattr(self.parameters[name], "to_local") and not self._updates_elementwise(self.optimizers[index])
+            for name, indices in self.owners.items()
+            if hasattr(self.parameters[name], "to_local")
+            for index in indices
+            if not self._updates_elementwise(self.optimizers[index])
         }
         return sorted(found)
+
+    def shares_parameters(self, first: int, second: int) -> bool:
+        """Whether two optimizers have a parameter in common, and neither is made of the other."""
+        if (first, second) not in self._shared:
+            nested = any(
+                self.optimizers[inner] is optimizer
+                for outer, inner in ((first, second), (second, first))
+                for optimizer in inner_optimizers([self.optimizers[outer]])
+            )
+            common = any(first in indices and second in indices for indices in self.owners.values())
+            self._shared[first, second] = common and not nested
+        return self._shared[first, second]
 
     def versions(self, operators: Iterable[Operator]) -> list[tuple[int, str]]:
         """Version counters of the operators' parameters: every in-place change counts, except through ``.data``.
@@ -174,37 +273,74 @@ class LiveState:
         """Whether rows of the parameter may be captured at different iterations."""
         parameter = self.parameters[name]
         return (
-            self._updates_elementwise(self.optimizers[self.owner[name]])
+            all(self._updates_elementwise(self.optimizers[index]) for index in self.owners[name])
             and parameter.dim() > 0
-            and all(
-                not isinstance(value, Tensor) or value.dim() == 0 or value.shape == parameter.shape
-                for value in self.optimizer_state(name).values()
-            )
+            and all(_has_rows(state, parameter) for _, state in self.states(name))
         )
 
-    def optimizer_state(self, name: str) -> dict[str, Any]:
-        """The live state of a parameter's optimizer; empty before its first step."""
-        state: dict[str, Any] = self.optimizers[self.owner[name]].state.get(self.parameters[name], {})
-        return state
+    def states(self, name: str) -> list[tuple[int, Any]]:
+        """What optimizers keep of a parameter in their ``state``, each with the optimizer's index."""
+        parameter = self.parameters[name]
+        found = ((i, _state(self.optimizers[i]).get(parameter)) for i in self.owners[name] if i not in self.aliases)
+        return [(index, state) for index, state in found if state is not None]
+
+    def tables(self, name: str) -> list[tuple[int, str, Any]]:
+        """What optimizers keep of a parameter in attributes that are tables by parameter: index, attribute, value."""
+        parameter = self.parameters[name]
+        return [
+            (index, attribute, vars(self.optimizers[index])[attribute][parameter])
+            for index in self.owners[name]
+            for attribute in self._tables[index]
+            if parameter in vars(self.optimizers[index])[attribute]
+        ]
+
+    def table_names(self) -> tuple[tuple[str, ...], ...]:
+        """For each optimizer, its attributes that are tables by parameter."""
+        return self._tables
 
     def full_bytes(self, name: str) -> int:
-        """Bytes of a parameter with its optimizer state (two moments are assumed before the first step)."""
+        """Bytes of a parameter with its optimizers' state (two moments are assumed before an optimizer's first step)."""
         parameter = self.weight(name)
-        state = self.optimizer_state(name)
-        if not state:
-            return parameter.numel() * (parameter.element_size() + _OPTIONAL_STATE_BYTES_PER_ELEMENT)
-        tensors = [t for value in state.values() for t in _tensors_of(value)]
-        return parameter.numel() * parameter.element_size() + sum(t.numel() * t.element_size() for t in tensors)
+        nbytes = parameter.numel() * parameter.element_size()
+        states = dict(self.states(name))
+        for index in self.owners[name]:
+            if index in states:
+                nbytes += _bytes_in(states[index])
+            elif index not in self.aliases and not _state(self.optimizers[index]):
+                nbytes += parameter.numel() * _OPTIONAL_STATE_BYTES_PER_ELEMENT
+        return nbytes + sum(_bytes_in(value) for _, _, value in self.tables(name))
 
 
-def _tensors_of(value: object) -> list[Tensor]:
+def _state(optimizer: Optimizer) -> Mapping[Any, Any]:
+    state: Any = getattr(optimizer, "state", None)
+    return state if isinstance(state, Mapping) else _NOTHING
+
+
+def _has_rows(value: object, parameter: Tensor) -> bool:
+    """Whether a state consists of tensors laid out like the parameter and of values that belong to no element."""
     if isinstance(value, Tensor):
-        return [local(value)]
+        dense = value.layout is torch.strided and not is_wrapper(local(value))
+        return value.dim() == 0 or (dense and value.shape == parameter.shape)
     if isinstance(value, Mapping):
-        return [t for item in value.values() for t in _tensors_of(item)]
+        return all(_has_rows(item, parameter) for item in value.values())
     if isinstance(value, (list, tuple)):
-        return [t for item in value for t in _tensors_of(item)]
-    return []
+        return all(_has_rows(item, parameter) for item in value)
+    return not hasattr(value, "__dict__")
+
+
+def _bytes_in(value: object) -> int:
+    if isinstance(value, Tensor):
+        value = local(value)
+        if is_wrapper(value) and hasattr(value, "__tensor_flatten__"):
+            return sum(_bytes_in(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        if value.layout is torch.sparse_coo:
+            return _bytes_in(value._indices()) + _bytes_in(value._values())
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(_bytes_in(item) for item in value.values())
+    if isinstance(value, (list, tuple, set)):
+        return sum(_bytes_in(item) for item in value)
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +369,7 @@ class SlotContents:
 
     Args:
         items: The tensors.
-        scalars: By parameter: structure of its optimizer state, with the non-tensor values.
+        scalars: By parameter and index of the optimizer: what that keeps of it, see :mod:`.description`.
     """
 
     items: tuple[CopyItem, ...]
@@ -253,27 +389,26 @@ def read_slot(
         active: Operators captured in full.
         frozen: Operators of which only the compute weights are captured.
         compute_dtype: Dtype that the forward consumes, by parameter name; missing means the parameter's own.
+
+    Raises:
+        UnsupportedStateError: An optimizer keeps something that cannot be captured.
     """
     items: list[CopyItem] = []
     scalars: dict[str, Any] = {}
     # Pieces are many, parameters few: what is the same for all pieces of a parameter is looked up once.
     weights: dict[str, Tensor] = {}
-    entries: dict[str, list[_Entry]] = {}
+    kept: dict[str, list[Described]] = {}
     for op in active:
         for piece in op.pieces:
             name = piece.parameter
-            if name not in entries:
+            if name not in kept:
                 weights[name] = live.weight(name)
-                entries[name] = []
-                scalars[name] = {
-                    entry: _describe(value, entry, name, weights[name], entries[name])
-                    for entry, value in live.optimizer_state(name).items()
-                }
+                scalars[name], kept[name] = _describe(live, name, weights[name])
             key, weight = piece.key, weights[name]
             items.append(CopyItem(name=f"w:{key}", source=piece.of(weight), dtype=weight.dtype))
-            for entry in entries[name]:
-                source = piece.of(entry.tensor) if entry.rows else entry.tensor
-                items.append(CopyItem(name=f"s:{key}:{entry.path}", source=source, dtype=source.dtype))
+            for path, tensor, rows in kept[name]:
+                source = piece.of(tensor) if rows else tensor
+                items.append(CopyItem(name=f"s:{key}:{path}", source=source, dtype=source.dtype))
     for op in frozen:
         for piece in op.pieces:
             name = piece.parameter
@@ -285,34 +420,37 @@ def read_slot(
     return SlotContents(items=tuple(items), scalars=scalars)
 
 
-class _Entry(NamedTuple):
-    """A tensor in an optimizer's state."""
+def read_kept(live: LiveState, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What optimizers keep of whole parameters: tensors by their names in a snapshot, and scalars; copies nothing.
 
-    path: str
-    tensor: Tensor
-    rows: bool
+    Args:
+        live: The live state.
+        names: The parameters; those that no optimizer has are left out.
+
+    Raises:
+        UnsupportedStateError: An optimizer keeps something that cannot be captured.
+    """
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name in names:
+        if name in live.owners:
+            scalars[name], found = _describe(live, name, live.weight(name))
+            tensors.update({f"s:{name}:{path}": tensor for path, tensor, _ in found})
+    return tensors, scalars
 
 
-def _describe(value: object, path: str, name: str, parameter: Tensor, found: list[_Entry]) -> Any:
-    """JSON for one entry of a parameter's optimizer state; its tensors go to ``found``."""
-    if isinstance(value, Tensor):
-        value = local(value)
-        rows = value.shape == parameter.shape
-        found.append(_Entry(path, value, rows))
-        return {"t": path, "rows": rows, "cpu": value.device.type == "cpu"}
-    if value is None or isinstance(value, (bool, int, str)):
-        return {"v": value}
-    if isinstance(value, float):
-        return {"f": value.hex()}
-    if isinstance(value, (list, tuple)):
-        kind = "l" if isinstance(value, list) else "u"
-        return {kind: [_describe(v, f"{path}.{i}", name, parameter, found) for i, v in enumerate(value)]}
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"d": {k: _describe(v, f"{path}.{k}", name, parameter, found) for k, v in value.items()}}
-    raise UnsupportedStateError(
-        f"the optimizer's state of parameter {name!r} holds {path!r} of type {type(value).__name__}; "
-        "tensors, numbers, strings, None, and lists, tuples and dicts of them can be captured"
-    )
+def _describe(live: LiveState, name: str, weight: Tensor) -> tuple[dict[str, Any], list[Described]]:
+    """What all optimizers keep of a parameter, and the tensors in it."""
+    describer = Describer(f"the optimizer's state of parameter {name!r}", weight)
+    found: dict[str, Any] = {}
+    for index, state in live.states(name):
+        describer.prefix = str(index)
+        found[str(index)] = {"state": describer.describe(state)}
+    for index, attribute, value in live.tables(name):
+        describer.prefix = str(index)
+        tables = found.setdefault(str(index), {}).setdefault("tables", {})
+        tables[attribute] = describer.describe(value, attribute)
+    return found, describer.tensors
 
 
 @torch.no_grad()
@@ -329,53 +467,50 @@ def write_active(
     """
     for op in operators:
         for piece in op.pieces:
-            parameter = live.parameters[piece.parameter]
-            piece.of(local(parameter)).copy_(load(f"w:{piece.key}"))
-            optimizer = live.optimizers[live.owner[piece.parameter]]
-            entries: Mapping[str, Any] = scalars[piece.parameter]
-            if not entries:
-                # No state yet when captured: whatever a frozen phase left there must go, so that it is made afresh.
-                optimizer.state.pop(parameter, None)
-                continue
-            state = optimizer.state[parameter]
-            for stale in [entry for entry in state if entry not in entries]:
-                del state[stale]
-            for entry, described in entries.items():
-                state[entry] = _rebuild(described, state.get(entry), piece, parameter, load)
+            name = piece.parameter
+            piece.of(live.weight(name)).copy_(load(f"w:{piece.key}"))
+            write_kept(live, piece, load, scalars[name])
 
 
-def _rebuild(described: Mapping[str, Any], current: object, piece: Piece, parameter: Tensor, load: TensorLoader) -> Any:
-    if "t" in described:
-        stored = load(f"s:{piece.key}:{described['t']}")
-        device = torch.device("cpu") if described["cpu"] else parameter.device
-        shape = local(parameter).shape if described["rows"] else stored.shape
-        fits = (
-            isinstance(current, Tensor)
-            and local(current).shape == shape
-            and current.dtype == stored.dtype
-            and current.device == device
-        )
-        if fits:
-            target = current
-        elif described["rows"]:
-            # Rows of other operators are zero until those are activated themselves.
-            target = torch.zeros_like(parameter, dtype=stored.dtype, device=device)
-        else:
-            target = torch.empty(shape, dtype=stored.dtype, device=device)
-        assert isinstance(target, Tensor)
-        shard = local(target)
-        (piece.of(shard) if described["rows"] else shard).copy_(stored)
-        return target
-    if "v" in described:
-        return described["v"]
-    if "f" in described:
-        return float.fromhex(described["f"])
-    if "d" in described:
-        old = current if isinstance(current, Mapping) else {}
-        return {k: _rebuild(v, old.get(k), piece, parameter, load) for k, v in described["d"].items()}
-    kind = "l" if "l" in described else "u"
-    values = [_rebuild(v, None, piece, parameter, load) for v in described[kind]]
-    return values if kind == "l" else tuple(values)
+@torch.no_grad()
+def write_kept(live: LiveState, piece: Piece, load: TensorLoader, saved: Mapping[str, Any]) -> None:
+    """Put back what optimizers keep of a piece of a parameter, and remove what they did not keep then.
+
+    Args:
+        live: The live state to change in place.
+        piece: The piece.
+        load: Gives a stored tensor by name.
+        saved: The parameter's scalars.
+    """
+    parameter = live.parameters[piece.parameter]
+    rebuilder = Rebuilder(
+        lambda path: load(f"s:{piece.key}:{path}"), parameter.device, parameter, None if piece.start is None else piece.of
+    )
+    for index in sorted({*live.owners[piece.parameter], *map(int, saved)}):
+        optimizer, entry = live.optimizers[index], saved.get(str(index), {})
+        state: Any = _state(optimizer)
+        if "state" in entry:
+            state[parameter] = _updated(state.get(parameter), rebuilder, entry["state"])
+        elif index not in live.aliases and parameter in state:
+            # No state yet when captured: whatever a frozen phase left there must go, so that it is made afresh.
+            del state[parameter]
+        tables = entry.get("tables", {})
+        for attribute in {*live.table_names()[index], *tables}:
+            table = vars(optimizer).setdefault(attribute, {})
+            if attribute in tables:
+                table[parameter] = rebuilder.rebuild(tables[attribute], table.get(parameter))
+            else:
+                table.pop(parameter, None)
+
+
+def _updated(current: Any, rebuilder: Rebuilder, described: Mapping[str, Any]) -> Any:
+    """The state of a parameter; a dict that is there stays the same object."""
+    state = rebuilder.rebuild(described, current)
+    if type(current) is dict and type(state) is dict:
+        current.clear()
+        current.update(state)
+        return current
+    return state
 
 
 @torch.no_grad()

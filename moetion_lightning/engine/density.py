@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from moetion_lightning.core.state import LiveState
@@ -26,6 +27,11 @@ def why_dense(live: LiveState, watcher: StepWatcher, steps: Sequence[int]) -> st
         return f"{', '.join(across)} couples the shards that different ranks hold"
     if watcher.closure_calls > 1:
         return "an optimizer evaluates its closure several times per step"
+    stepped = [index for index, count in enumerate(steps) if count]
+    for first, second in itertools.combinations(stepped, 2):
+        if live.shares_parameters(first, second):
+            names = f"{type(live.optimizers[first]).__name__} and {type(live.optimizers[second]).__name__}"
+            return f"{names} step within one iteration and update the same parameters"
     if max(steps) > 1:
         return f"an optimizer stepped {max(steps)} times within one iteration"
     if watcher.self_tuning:

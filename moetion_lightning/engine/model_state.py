@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from moetion_lightning.core.state import LiveState, read_slot, write_active
+from moetion_lightning.core.operators import Piece
+from moetion_lightning.core.state import LiveState, read_kept, write_kept
 from moetion_lightning.distributed.live_copy import receive_state, send_state
-from moetion_lightning.engine.static_state import whole_operators
+from moetion_lightning.engine.static_state import weight_parts
 
 __all__ = ["exchange_model_state"]
 
@@ -22,16 +23,15 @@ def exchange_model_state(live: LiveState, sources: Sequence[int | None], rank: i
         rank: This rank.
     """
     device = next((weight.device for weight in map(live.weight, live.parameters)), torch.device("cpu"))
-    operators = whole_operators(live, live.parameters)
-    static = [name for name in live.parameters if name not in live.owner]
+    parts = {f"p:{n}:{path}": part for n in live.parameters for path, part in weight_parts(live, n).items()}
     for receiver, source in enumerate(sources):
         if source == rank:
-            slot = read_slot(live, operators, (), {})
-            tensors = [(item.name, item.source) for item in slot.items]
-            send_state([*tensors, *((f"p:{n}", live.weight(n)) for n in static)], slot.scalars, receiver, device)
+            tensors, scalars = read_kept(live, [name for name in live.owners if live.weight(name).numel()])
+            send_state([*parts.items(), *tensors.items()], scalars, receiver, device)
         elif receiver == rank and source is not None:
             received, scalars = receive_state(source, device)
-            write_active(live, operators, received.__getitem__, scalars)
             with torch.no_grad():
-                for name in static:
-                    live.weight(name).copy_(received[f"p:{name}"])
+                for key, part in parts.items():
+                    part.copy_(received[key])
+            for name, saved in scalars.items():
+                write_kept(live, Piece(parameter=name), received.__getitem__, saved)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moetion_lightning.core.description import tensor_paths
 from moetion_lightning.core.operators import OperatorKind
 from moetion_lightning.core.persist_selection import PersistedExperts
 from moetion_lightning.engine.restore import map_file
@@ -175,15 +176,5 @@ def _tensors(op: Mapping[str, Any], scalars: Mapping[str, Any]) -> Iterator[str]
     for parameter, start, stop in op["pieces"]:
         key = parameter if start is None else f"{parameter}[{start}:{stop}]"
         yield f"w:{key}"
-        for path in _paths(scalars[parameter].values()):
+        for path in tensor_paths(scalars[parameter]):
             yield f"s:{key}:{path}"
-
-
-def _paths(described: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    for value in described:
-        if "t" in value:
-            yield value["t"]
-        elif "d" in value:
-            yield from _paths(value["d"].values())
-        else:
-            yield from _paths(value.get("l", value.get("u", ())))

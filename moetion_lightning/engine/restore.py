@@ -16,7 +16,7 @@ from moetion_lightning.core.local import local
 from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.reconstruct import CarriedSlot, SavedSlot
 from moetion_lightning.core.state import LiveState, TensorLoader
-from moetion_lightning.engine.static_state import write_static
+from moetion_lightning.engine.static_state import static_weight, write_static
 from moetion_lightning.errors import ForeignWindowError
 from moetion_lightning.store.format import Manifest, SnapshotLayout
 from moetion_lightning.store.tier import Tier
@@ -174,8 +174,7 @@ class RestorePoint:
         dtype, shape = self.manifest.extra["parameters"][name]
         static = self._static_cache()
         if name in static:
-            value: Tensor = static[name]
-            return value
+            return static_weight(static[name])
         result = torch.empty(shape, dtype=getattr(torch, dtype))
         for prefix, piece, load in self._pieces.get(name, ()):
             piece.of(result).copy_(load(f"{prefix}:{piece.key}"))

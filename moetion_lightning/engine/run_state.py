@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from moetion_lightning.core.kept_values import ClassFinder, MissingClassError, Reviver
-from moetion_lightning.core.local import local
+from moetion_lightning.core.local import is_wrapper, local
+from moetion_lightning.core.optimizer_parts import read_attributes, write_attributes
 from moetion_lightning.core.run_state import find_generators, get_rng, read_buffers, set_rng, write_buffers
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.journal import LivePoint
@@ -34,11 +35,11 @@ def capture_run_state(
     """
     names = {id(p): n for n, p in live.parameters.items()}
     weights = {n: live.weight(n) for n in live.parameters}
-    by_storage = {(w.data_ptr(), tuple(w.shape), w.dtype): n for n, w in weights.items() if w.numel()}
+    by_storage = {_place(w): n for n, w in weights.items() if w.numel()}
 
     def leaf(value: object) -> Any:
         if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
-            name = by_storage.get((value.data_ptr(), tuple(value.shape), value.dtype))
+            name = by_storage.get(_place(value))
             if name is not None and value.is_contiguous() == weights[name].is_contiguous():
                 return [PARAMETER_REFERENCE, name]
         return NotImplemented
@@ -50,10 +51,8 @@ def capture_run_state(
         "metrics": _read_metrics(live.module),
         "optimizers": [type(optimizer).__name__ for optimizer in live.optimizers],
         "groups": [[_read_group(group, names) for group in opt.param_groups] for opt in live.optimizers],
-        # Optimizers may keep state that belongs to no parameter.
-        "optimizer_extra": [{k: v for k, v in o.state.items() if not isinstance(k, Tensor)} for o in live.optimizers],
-        # Or keep it in attributes, and put those into their state_dict().
-        "optimizer_keys": [_own_keys(optimizer) for optimizer in live.optimizers],
+        # Optimizers may keep state that belongs to no parameter, and state in attributes.
+        **_read_optimizers(live, names),
         "training": [name for name, m in live.module.named_modules() if m.training],
         "requires_grad": [name for name, p in live.parameters.items() if p.requires_grad],
     }
@@ -85,6 +84,25 @@ def build_values(point: RestorePoint | LivePoint, roots: Iterable[object]) -> No
         ) from error
 
 
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor's values are: equal for two tensors that show the same ones."""
+    if is_wrapper(tensor):
+        parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()  # type: ignore[attr-defined]
+        inner = [getattr(tensor, part) for part in parts]
+        return (type(tensor), *map(_place, inner)) if inner else (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+
+
+def _read_optimizers(live: LiveState, names: Mapping[int, str]) -> dict[str, Any]:
+    extras, keys = [], []
+    for index, (optimizer, tables) in enumerate(zip(live.optimizers, live.table_names())):
+        described, tensors, refused = read_attributes(optimizer, index, names, tables)
+        extras.append({"described": described, "tensors": tensors})
+        # What cannot be read may all the same be in the optimizer's own state_dict().
+        keys.append(_own_keys(optimizer) if refused else {})
+    return {"optimizer_extra": extras, "optimizer_keys": keys}
+
+
 def _own_keys(optimizer: Optimizer) -> dict[str, Any]:
     if type(optimizer).state_dict is Optimizer.state_dict:
         return {}
@@ -93,7 +111,8 @@ def _own_keys(optimizer: Optimizer) -> dict[str, Any]:
 
 def _read_group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
     settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-    return {"parameters": [names[id(p)] for p in group["params"]], "settings": settings}
+    # Lazy parameters have no name until they are initialised: nothing is captured before.
+    return {"parameters": [names[id(p)] for p in group["params"] if id(p) in names], "settings": settings}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +183,7 @@ class EngineState:
                         current.copy_(value)
                     else:
                         group[key] = value
-            optimizer.state.update(extra)
+            write_attributes(optimizer, extra["described"], extra["tensors"], live.parameters)
         gradients = self.tree["adapter"].get("gradients") if isinstance(self.tree["adapter"], Mapping) else None
         for name, parameter in live.parameters.items():
             saved_gradient = gradients.get(name) if gradients else None

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor
 
-from moetion_lightning.core.operators import Operator, OperatorKind, Piece
-from moetion_lightning.core.state import LiveState, read_slot, write_active
+from moetion_lightning.core.description import Describer, Rebuilder
+from moetion_lightning.core.local import is_wrapper
+from moetion_lightning.core.operators import Piece
+from moetion_lightning.core.state import LiveState, read_kept, write_kept
+from moetion_lightning.errors import ForeignWindowError
 
-__all__ = ["read_static", "static_digest", "whole_operators", "write_static"]
+__all__ = ["read_static", "static_bytes", "static_digest", "static_weight", "weight_parts", "write_static"]
 
 _SAMPLE_ELEMENTS = 4096
 #: In the tree beside the parameters; no parameter has a name that begins with a dot.
 _OPTIMIZER = ".optimizer"
 
 
-def whole_operators(live: LiveState, names: Iterable[str]) -> list[Operator]:
-    """An operator for each of these parameters that an optimizer has and that is not empty in this process."""
-    return [
-        Operator(name=name, kind=OperatorKind.SHARED, pieces=(Piece(parameter=name),))
-        for name in names
-        if name in live.owner and live.weight(name).numel()
-    ]
+def _weights(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in tree.items() if name != _OPTIMIZER}
+
+
+def _tensors(tree: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in _weights(tree).values():
+        yield from [value] if isinstance(value, Tensor) else value["tensors"].values()
+    yield from tree[_OPTIMIZER]["tensors"].values()
+
+
+def static_bytes(tree: Mapping[str, Any]) -> int:
+    """Bytes of what :func:`read_static` gave."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(tree))
 
 
 def static_digest(tree: Mapping[str, Any]) -> str:
@@ -34,10 +44,11 @@ def static_digest(tree: Mapping[str, Any]) -> str:
     In-place updates through ``.data`` (moving-average teachers) leave no trace in version counters, so a few thousand
     elements of each tensor are looked at: an update of the whole tensor changes them.
     """
-    weights = {name: value for name, value in tree.items() if name != _OPTIMIZER}
-    states = tree[_OPTIMIZER]
-    digest = xxhash.xxh3_64(json.dumps([list(weights), states["scalars"]], sort_keys=True).encode())
-    for tensor in [*weights.values(), *states["tensors"].values()]:
+    described = {n: v["described"] for n, v in _weights(tree).items() if not isinstance(v, Tensor)}
+    digest = xxhash.xxh3_64(
+        json.dumps([list(_weights(tree)), described, tree[_OPTIMIZER]["scalars"]], sort_keys=True).encode()
+    )
+    for tensor in _tensors(tree):
         flat = tensor.reshape(-1)
         step = max(1, flat.numel() // _SAMPLE_ELEMENTS)
         digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
@@ -45,18 +56,58 @@ def static_digest(tree: Mapping[str, Any]) -> str:
 
 
 def read_static(live: LiveState, names: Sequence[str]) -> dict[str, Any]:
-    """The parameters' values by name, and their optimizer state; copies nothing."""
-    slot = read_slot(live, whole_operators(live, names), (), {})
-    states = {item.name: item.source for item in slot.items if item.name.startswith("s:")}
-    return {**{n: live.weight(n) for n in names}, _OPTIMIZER: {"tensors": states, "scalars": slot.scalars}}
+    """The parameters' values by name, and their optimizer state; copies nothing.
+
+    A weight of a tensor subclass that keeps its values elsewhere (a quantised one) is taken apart.
+
+    Raises:
+        UnsupportedStateError: Something cannot be captured.
+    """
+    tensors, scalars = read_kept(live, [name for name in names if live.weight(name).numel()])
+    return {**{n: _taken_apart(live, n) for n in names}, _OPTIMIZER: {"tensors": tensors, "scalars": scalars}}
+
+
+def _taken_apart(live: LiveState, name: str) -> Any:
+    weight = live.weight(name)
+    if weight.layout is torch.strided and not is_wrapper(weight):
+        return weight
+    describer = Describer(f"the parameter {name!r}")
+    described = describer.describe(weight)
+    return {"described": described, "tensors": {path: tensor for path, tensor, _ in describer.tensors}}
+
+
+def weight_parts(live: LiveState, name: str) -> dict[str, Tensor]:
+    """The plain tensors of which a parameter consists in this process, by path; they share its memory."""
+    found = _taken_apart(live, name)
+    return {"": found} if isinstance(found, Tensor) else found["tensors"]
+
+
+def static_weight(value: Any) -> Tensor:
+    """A parameter out of the tree, on the CPU."""
+    if isinstance(value, Tensor):
+        return value
+    rebuilt: Tensor = Rebuilder(value["tensors"].__getitem__, torch.device("cpu")).rebuild(value["described"])
+    return rebuilt
 
 
 @torch.no_grad()
 def write_static(live: LiveState, tree: Mapping[str, Any]) -> None:
-    """Put back what :func:`read_static` gave."""
-    weights = {name: value for name, value in tree.items() if name != _OPTIMIZER}
-    for name, value in weights.items():
-        if name not in live.owner:
-            live.weight(name).copy_(value)
-    stored = {**{f"w:{name}": value for name, value in weights.items()}, **tree[_OPTIMIZER]["tensors"]}
-    write_active(live, whole_operators(live, weights), stored.__getitem__, tree[_OPTIMIZER]["scalars"])
+    """Put back what :func:`read_static` gave.
+
+    Raises:
+        ForeignWindowError: A parameter is of another form than the one that was captured.
+    """
+    kept = tree[_OPTIMIZER]
+    for name, value in _weights(tree).items():
+        weight = live.weight(name)
+        if isinstance(value, Tensor):
+            weight.copy_(value)
+        else:
+            rebuilder = Rebuilder(value["tensors"].__getitem__, weight.device)
+            if rebuilder.rebuild(value["described"], weight) is not weight:
+                raise ForeignWindowError(
+                    f"the frozen parameter {name!r} is of another form (a {type(weight).__name__}) than in the window. "
+                    "Make it as in the run that was captured, for example with the same quantisation settings."
+                )
+        if name in live.owners and weight.numel():
+            write_kept(live, Piece(parameter=name), kept["tensors"].__getitem__, kept["scalars"][name])

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from moetion_lightning.core.optimizer_parts import own_attributes
+from moetion_lightning.errors import ConfigurationError
 
 __all__ = ["StepWatcher"]
 
@@ -24,13 +28,20 @@ class StepWatcher:
     wait comes after the closure, before the update, for optimizers that are known to begin with it; others
     (sharpness-aware ones change weights first) wait before it.
 
+    Optimizers inside others are watched as well: it may be they alone whose ``step`` is called. What has none of torch's
+    hooks (a class that only behaves like an optimizer, or never called its base's ``__init__``) gets its ``step``
+    wrapped.
+
     Args:
-        optimizers: Raw torch optimizers.
+        optimizers: Raw optimizers, with those inside them.
         closure_first: For each, whether its ``step`` calls the closure before it changes anything.
         before: Called before each update, with the optimizer's index: nothing may be copying from the state any more.
             None in its place: the gradients are not there yet, a closure will make them.
         done: Called after each update, also one that a scaler turned into nothing.
         after: Called with the optimizer's index after each real step.
+
+    Raises:
+        ConfigurationError: The steps of an optimizer cannot be seen.
     """
 
     def __init__(
@@ -47,17 +58,21 @@ class StepWatcher:
         self._after = after
         self.attempts = 0
         self.steps = [0] * len(optimizers)
-        #: Optimizers that changed their own settings in their first step.
+        #: Optimizers that changed settings of their own in a step, counters apart.
         self.self_tuning: set[int] = set()
         #: Most calls of one step's closure so far.
         self.closure_calls = 0
-        self._groups: dict[int, list[dict[str, Any]]] = {}
+        self._settings: dict[int, dict[str, Any]] = {}
+        self._counts = [0] * len(optimizers)
         self._optimizers = tuple(optimizers)
         self._handles: list[Any] = []
         self._inert = False
         for index, optimizer in enumerate(self._optimizers):
-            self._handles.append(optimizer.register_step_pre_hook(self._pre_hook(index)))
-            self._handles.append(optimizer.register_step_post_hook(self._post_hook(index)))
+            if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+                self._handles.append(optimizer.register_step_pre_hook(self._pre_hook(index)))
+                self._handles.append(optimizer.register_step_post_hook(self._post_hook(index)))
+            else:
+                self._handles.append(_Wrapped(optimizer, self._pre_hook(index), self._post_hook(index)))
 
     def take(self) -> tuple[int, ...]:
         """Real steps of each optimizer since the last call."""
@@ -87,8 +102,9 @@ class StepWatcher:
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
             if self._inert:
                 return None
-            if index not in self._groups:
-                self._groups[index] = [_settings(group) for group in optimizer.param_groups]
+            count = self._counts[index] = self._counts[index] + 1
+            if count & (count - 1) == 0:  # an optimizer that tunes itself does so in its first steps, or begins late
+                self._settings[index] = _settings(optimizer)
             closure = _closure_of(args, kwargs)
             if closure is not None and self._closure_first[index]:
                 return self._with_holding_closure(index, closure, args, kwargs)
@@ -123,11 +139,9 @@ class StepWatcher:
             found_inf = getattr(optimizer, "found_inf", None)
             if isinstance(found_inf, Tensor) and bool(found_inf.item()):
                 return
-            first = self._groups.get(index)
-            if first:  # looked at once: an optimizer that tunes its groups does so in its first step
-                if first != [_settings(group) for group in optimizer.param_groups]:
-                    self.self_tuning.add(index)
-                self._groups[index] = []
+            before = self._settings.pop(index, None)
+            if before is not None and _tuned(before, _settings(optimizer)):
+                self.self_tuning.add(index)
             self.steps[index] += 1
             self._after(index)
 
@@ -139,12 +153,62 @@ def _closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], A
     return closure if callable(closure) else None
 
 
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """The numbers in a parameter group; tensors by value."""
+class _Wrapped:
+    """A ``step`` that is wrapped on its instance."""
+
+    def __init__(self, optimizer: Any, before: Callable[..., Any], after: Callable[..., None]) -> None:
+        self._optimizer = optimizer
+        original = optimizer.step
+
+        @functools.wraps(original)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            changed = before(optimizer, (optimizer, *args), kwargs)
+            if changed is not None:
+                (_, *args), kwargs = changed  # type: ignore[assignment]
+            result = original(*args, **kwargs)
+            after(optimizer, (optimizer, *args), kwargs)
+            return result
+
+        self._step = step
+        self._replaced = getattr(optimizer, "__dict__", {}).get("step")
+        try:
+            optimizer.step = step
+        except AttributeError as error:
+            raise ConfigurationError(
+                f"the optimizer {type(optimizer).__name__} has neither torch's step hooks nor a step that can be replaced, "
+                "so its steps cannot be seen. Derive it from torch.optim.Optimizer and call super().__init__() in its "
+                "__init__, or drop its __slots__."
+            ) from error
+
+    def remove(self) -> None:
+        """Put the original back, unless somebody else has wrapped it since."""
+        own = vars(self._optimizer)
+        if own.get("step") is self._step:
+            if self._replaced is None:
+                del own["step"]
+            else:
+                own["step"] = self._replaced
+
+
+def _settings(optimizer: Any) -> dict[str, Any]:
+    """The numbers in an optimizer's groups, tensors by value, and the fractions among its attributes."""
     settings: dict[str, Any] = {}
-    for key, value in group.items():
-        if isinstance(value, Tensor) and value.numel() == 1:
-            settings[key] = value.item()
-        elif isinstance(value, (bool, int, float, tuple)):
-            settings[key] = value
-    return settings
+    for number, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if isinstance(value, Tensor) and value.numel() == 1:
+                settings[f"{number}.{key}"] = value.item()
+            elif isinstance(value, (bool, int, float, tuple)):
+                settings[f"{number}.{key}"] = value
+    return settings | {key: value for key, value in own_attributes(optimizer).items() if isinstance(value, float)}
+
+
+def _tuned(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether a setting changed that is no counter: whole numbers that grow count, whatever the state is."""
+    for key, value in after.items():
+        if key not in before:  # made in this step: whether it changes shows later
+            continue
+        old = before[key]
+        counts = type(value) is int and type(old) is int and value > old
+        if not counts and repr(old) != repr(value):  # as text: nan equals nan
+            return True
+    return False

@@ -26,7 +26,8 @@ MAX_MANIFEST_BYTES = 256 * 1024 * 1024
 """Longer files are refused unread."""
 
 _FORMAT = "moetion-window"
-_VERSION = 3  # 1 knew nothing of other ranks, 2 nothing of the optimizer state of frozen parameters
+# 1 knew nothing of other ranks, 2 nothing of the optimizer state of frozen parameters, 3 of several optimizers of one.
+_VERSION = 4
 _MAX_INT_DIGITS = 40  # far above any size, seed or step; keeps int() from going quadratic on hostile input
 _CHECKSUM = re.compile(r"xxh3:[0-9a-f]{32}")
 _REMEDY = "The file was altered or cut short; delete it and restore from another window or tier."
