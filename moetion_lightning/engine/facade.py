@@ -291,6 +291,7 @@ class Engine:
             self._replay_stages(point, state, run_state)
         self._stages.begin(self.iteration + 1)
         state.apply(attached.live, run_state.generators())
+        state.apply_order(attached.live)
         self.precision.compute_dtype.update(state.compute_dtype)
         manifest = None
         if point.window is not None and point.window.tier is self.tiers.host:

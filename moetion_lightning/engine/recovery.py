@@ -146,6 +146,7 @@ class Recovery:
     def finish(self) -> None:
         """The state is dense; what is still to be compared is the next batch."""
         self.release()
+        self._state.apply_order(self._live)
         self._seconds = time.perf_counter() - self._started
 
     def conclude(self, batch: Mapping[str, Any] | None) -> None:

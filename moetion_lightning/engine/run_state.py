@@ -94,13 +94,22 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _read_optimizers(live: LiveState, names: Mapping[int, str]) -> dict[str, Any]:
-    extras, keys = [], []
+    extras, keys, order = [], [], []
     for index, (optimizer, tables) in enumerate(zip(live.optimizers, live.table_names())):
         described, tensors, refused = read_attributes(optimizer, index, names, tables)
         extras.append({"described": described, "tensors": tensors})
         # What cannot be read may all the same be in the optimizer's own state_dict().
         keys.append(_own_keys(optimizer) if refused else {})
-    return {"optimizer_extra": extras, "optimizer_keys": keys}
+        order.append(_state_order(optimizer, names))
+    return {"optimizer_extra": extras, "optimizer_keys": keys, "optimizer_order": order}
+
+
+def _state_order(optimizer: Optimizer, names: Mapping[int, str]) -> list[str] | None:
+    """Names of the parameters that the optimizer has a state of, in its order; None if it is that of the groups."""
+    state = getattr(optimizer, "state", None) or {}
+    found = [id(key) for key in state if isinstance(key, Tensor)]
+    groups = [id(p) for group in optimizer.param_groups for p in group["params"] if p in state]
+    return None if found == groups else [names[key] for key in found if key in names]
 
 
 def _own_keys(optimizer: Optimizer) -> dict[str, Any]:
@@ -192,6 +201,20 @@ class EngineState:
                 parameter.grad = torch.zeros_like(parameter)
                 local(parameter.grad).copy_(saved_gradient)
         set_rng(self.tree["rng"], find_generators(roots))
+
+
+    def apply_order(self, live: LiveState) -> None:
+        """The state is dense: put the optimizers' entries into the order in which they were made."""
+        for index, (optimizer, order) in enumerate(zip(live.optimizers, self.tree["optimizer_order"])):
+            state: Any = getattr(optimizer, "state", None)
+            if not state or index in live.aliases:
+                continue
+            groups = (p for group in optimizer.param_groups for p in group["params"])
+            first = groups if order is None else (live.parameters[name] for name in order if name in live.parameters)
+            ordered = dict.fromkeys([*(p for p in first if p in state), *state])
+            entries = {key: state[key] for key in ordered}
+            state.clear()
+            state.update(entries)
 
 
 def _read_metrics(module: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ state which an optimizer keeps where nobody captures it, within the window.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import xxhash
@@ -40,7 +40,7 @@ def choose_whole(live: LiveState, slots: Sequence[SlotPlan], slot: int) -> tuple
     """
     groups: dict[object, list[Operator]] = {}
     for op in _candidates(slots[:slot], slot):
-        groups.setdefault((live.owner.get(op.pieces[0].parameter), op.kind), []).append(op)
+        groups.setdefault((live.owners.get(op.pieces[0].parameter), op.kind), []).append(op)
     chosen: list[Operator] = []
     for turn in range(_OPERATORS):
         chosen += [ops[turn] for ops in groups.values() if turn < len(ops)]
@@ -69,7 +69,7 @@ class OperatorSamples:
         self._samples: dict[str, list[tuple[str, Tensor]]] = {}
         for op in operators:
             pieces = op.pieces[:: max(1, len(op.pieces) // _PIECES)][:_PIECES]
-            if all(piece.parameter in live.owner for piece in pieces):
+            if all(piece.parameter in live.owners for piece in pieces):
                 self._samples[op.name] = [entry for piece in pieces for entry in _sample(live, piece, fence)]
 
     def read(self) -> dict[str, str]:
@@ -87,8 +87,15 @@ class OperatorSamples:
 @torch.no_grad()
 def _sample(live: LiveState, piece: Piece, fence: DeviceFence) -> list[tuple[str, Tensor]]:
     weight = live.weight(piece.parameter)
-    state = live.optimizer_state(piece.parameter)
-    tensors = {"": weight, **{name: local(value) for name, value in state.items() if isinstance(value, Tensor)}}
+    tensors = {"": weight}
+    for index, state in live.states(piece.parameter):
+        if isinstance(state, Mapping):
+            tensors |= {f"{index}.{name}": local(v) for name, v in state.items() if isinstance(v, Tensor)}
+    tensors |= {
+        f"{index}.{name}": local(value)
+        for index, name, value in live.tables(piece.parameter)
+        if isinstance(value, Tensor)
+    }
     found = []
     for entry, tensor in tensors.items():
         part = piece.of(tensor) if tensor.shape == weight.shape else tensor
