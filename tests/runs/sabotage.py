@@ -36,9 +36,9 @@ def _adam_step() -> None:
         original(live, operators, load, scalars)
         for op in operators:
             for piece in op.pieces:
-                entries = live.optimizer_state(piece.parameter)
-                if "step" in entries:
-                    entries["step"] += 1
+                for _, entries in live.states(piece.parameter):
+                    if "step" in entries:
+                        entries["step"] += 1
 
     reconstruct.write_active = write_active
 
