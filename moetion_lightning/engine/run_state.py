@@ -197,7 +197,9 @@ class EngineState:
         for name, parameter in live.parameters.items():
             saved_gradient = gradients.get(name) if gradients else None
             parameter.grad = None
-            if saved_gradient is not None:
+            if saved_gradient is not None and saved_gradient.layout is not torch.strided:
+                parameter.grad = saved_gradient.to(parameter.device)
+            elif saved_gradient is not None:
                 parameter.grad = torch.zeros_like(parameter)
                 local(parameter.grad).copy_(saved_gradient)
         set_rng(self.tree["rng"], find_generators(roots))

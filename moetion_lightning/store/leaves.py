@@ -142,6 +142,9 @@ def encode_scalar(value: Any) -> Any:
 def encode_leaf(value: Any, store: TensorCollector) -> Any:
     """JSON of any other supported value, ``NotImplemented`` for the rest."""
     kind = type(value)
+    if isinstance(value, torch.Tensor) and value.layout is torch.sparse_coo:
+        parts = [store.add(value.detach()._indices()), store.add(value.detach()._values())]
+        return {"coo": [*parts, list(value.shape), value.is_coalesced()]}
     if isinstance(value, torch.Tensor):
         return store.add(value)
     if kind in (bytes, bytearray):
@@ -236,6 +239,10 @@ def decode_leaf(tag: str, body: Any, tensor: Callable[[Any], torch.Tensor]) -> A
     """The value behind a tag. Raises the builtin errors of malformed input."""
     if tag == "t":
         return tensor(body)
+    if tag == "coo":
+        indices, values, size, coalesced = body
+        made = torch.sparse_coo_tensor(tensor(indices["t"]), tensor(values["t"]), size, check_invariants=True)
+        return made._coalesced_(coalesced)
     if tag == "bt":
         return tensor(body["t"]).numpy().tobytes()
     if tag == "bat":

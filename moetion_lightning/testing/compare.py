@@ -70,9 +70,11 @@ def flatten_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> tu
             reshard()
     names = {id(p): name for name, p in module.named_parameters()}
     held = ((name, p) for name, p in module.named_parameters() if not is_hollow(p))
-    tensors: dict[str, Tensor] = {f"parameter:{name}": local(p) for name, p in held}
-    tensors.update({f"buffer:{name}": local(b) for name, b in module.named_buffers()})
+    tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
+    for name, parameter in held:
+        _put(f"parameter:{name}", parameter, tensors, scalars)
+    tensors.update({f"buffer:{name}": local(b) for name, b in module.named_buffers()})
     for index, optimizer in enumerate(optimizers):
         for number, group in enumerate(optimizer.param_groups):
             for key, value in group.items():
@@ -86,7 +88,10 @@ def flatten_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> tu
 
 
 def _put(name: str, value: Any, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__") and not hasattr(value, "to_local"):
+        for part in value.__tensor_flatten__()[0]:
+            _put(f"{name}.{part}", getattr(value, part), tensors, scalars)
+    elif isinstance(value, Tensor):
         tensors[name] = local(value)
     elif isinstance(value, Mapping):
         for key, item in value.items():

@@ -43,6 +43,18 @@ def _adam_step() -> None:
     reconstruct.write_active = write_active
 
 
+def _one_optimizer() -> None:
+    """Only the first optimizer's state of a parameter comes back."""
+    from moetion_lightning.core import state
+
+    original = state.write_kept
+
+    def write_kept(live: Any, piece: Any, load: Any, saved: Any) -> None:
+        original(live, piece, load, {index: entry for index, entry in saved.items() if index == "0"})
+
+    state.write_kept = write_kept
+
+
 def _rng() -> None:
     from moetion_lightning import data_position
     from moetion_lightning.callbacks import _data_seam
@@ -209,6 +221,7 @@ def _rank() -> int:
 SABOTAGE = {
     "activation": _activation,
     "adam_step": _adam_step,
+    "one_optimizer": _one_optimizer,
     "rng": _rng,
     "data_position": _data_position,
     "buffers": _buffers,

@@ -176,7 +176,7 @@ Pair = namedtuple("Pair", "a b")
 @pytest.mark.parametrize(
     "leaf",
     [object(), lambda: 0, torch.Generator(), torch.nn.Linear(1, 1), np.array([object()]),
-     torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"), slice(1)],
+     torch.zeros(2, 2).to_sparse_csr(), torch.zeros(2, device="meta"), slice(1)],
 )  # fmt: skip
 def test_unsupported_leaf_names_its_path_and_the_remedy(leaf):
     with pytest.raises(UnsupportedStateError, match=r"callbacks/EMA/0.*state_dict\(\)"):
