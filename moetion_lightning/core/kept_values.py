@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetion_lightning.core.packed_lists import PackedLists
+
 __all__ = ["ClassFinder", "Kept", "LiveValues", "MissingClassError", "Reviver", "class_name", "describe"]
 
 FindClass = Callable[[str], "type | None"]
@@ -55,6 +57,7 @@ class LiveValues:
         values: By owner, by attribute.
         is_object: Whether an object may be stored so.
         on_refused: Gets owner, attribute and reason for each value that cannot be stored, and is left out.
+        packed: Remembers long lists.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class LiveValues:
         values: Mapping[str, Mapping[str, Any]],
         is_object: Callable[[object], bool],
         on_refused: Callable[[str, str, str], None],
+        packed: PackedLists,
     ) -> None:
+        self.packed = packed
         self.values = values
         self.is_object = is_object
         self.on_refused = on_refused

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric
 
 from moetion_lightning.core.kept_values import ClassFinder, LiveValues, MissingClassError, Reviver, class_name
+from moetion_lightning.core.packed_lists import PackedLists
 
 __all__ = ["PlainAttributes"]
 
@@ -53,6 +54,11 @@ _WHOLE_BYTES = 1 << 20  # larger tensors and arrays are stamped by a sample
 _SAMPLE = 4096
 _LONG = 10_000  # longer containers are stamped by a sample
 _MAX_DEPTH = 8
+#: Of torch: their own attributes say what they are, and do not change; what users add to them is watched.
+_STRUCTURAL = frozenset(
+    (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Identity)
+    + (nn.GELU, nn.SiLU, nn.ReLU, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+)
 _ABSENT = ""  # no attribute has that name; under it: those that were deleted
 
 
@@ -71,28 +77,39 @@ class PlainAttributes:
         #: Names by owner: once changed, an attribute is state for the rest of the run, also in later processes.
         self._changed: dict[str, set[str]] = {}
         self._refused: dict[tuple[str, str], type] = {}
+        self._packed = PackedLists()
 
     def begin(self) -> None:
         """Training begins, or continues: what changes from now on is state."""
-        self._owners = {name: _Owner(value, self._changed.get(name, set())) for name, value in self._all_owners()}
+        self._owners = {}
+        self._find_owners()
 
     def capture(self) -> LiveValues:
         """The attributes that have changed, to be stored with a window; live values, not copies."""
-        values: dict[str, dict[str, Any]] = {}
-        for name, value in self._all_owners():
-            owner = self._owners.get(name)
-            if owner is None or owner.value is not value:  # made while training
-                owner = self._owners[name] = _Owner(value, self._changed.get(name, set()))
+        if not all(owner.holds_the_same() for owner in self._owners.values()):
+            self._find_owners()
+        for name, owner in self._owners.items():
             changed = owner.new_changes()
             if changed:
                 self._changed.setdefault(name, set()).update(changed)
-            known = self._changed.get(name)
-            if known:
-                own = vars(value)
+        values: dict[str, dict[str, Any]] = {}
+        for name, known in self._changed.items():
+            if name in self._owners:
+                own = vars(self._owners[name].value)
                 there = [key for key in sorted(known) if key in own]
                 kept = {key: own[key] for key in there if self._refused.get((name, key)) is not type(own[key])}
                 values[name] = {**kept, _ABSENT: sorted(known - set(there))}
-        return LiveValues(values, _is_users_object, self._on_refused)
+        self._packed.begin()
+        return LiveValues(values, _is_users_object, self._on_refused, self._packed)
+
+    def _find_owners(self) -> None:
+        """All objects that there are now, with the stamps of those that were there before."""
+        before, self._owners = self._owners, {}
+        for name, value in self._all_owners():
+            owner = before.get(name)
+            if owner is None or owner.value is not value:
+                owner = _Owner(value, self._changed.get(name, set()))
+            self._owners[name] = owner
 
     def restore(self, saved: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Tensor]) -> None:
         """Put captured attributes back, before the first forward.
@@ -156,7 +173,15 @@ class _Owner:
     def __init__(self, value: Any, known: set[str]) -> None:
         self.value = value
         self._left_out = _left_out(type(value))
+        self._modules: dict[str, Any] = value._modules if isinstance(value, nn.Module) else {}
+        self._children = list(self._modules.values())
         self._stamp_all(known)
+
+    def holds_the_same(self) -> bool:
+        """Whether no module was added, removed or replaced in it."""
+        return len(self._children) == len(self._modules) and (
+            not self._children or all(map(operator.is_, self._children, self._modules.values()))
+        )
 
     def _stamp_all(self, known: set[str]) -> None:
         own = vars(self.value)
@@ -196,10 +221,10 @@ def _differs(first: Any, second: Any) -> bool:
 
 @functools.cache
 def _left_out(kind: type) -> frozenset[str]:
-    """Attributes that a library's classes set themselves, among the bases of a user's class."""
+    """Attributes that are no state of a user: a library's classes, among the bases, set them themselves."""
     names = {"training", "log", "log_dict"}
     for base in kind.__mro__:
-        if base is nn.Module or base.__module__.split(".")[0] in _LIBRARIES:
+        if base is nn.Module or kind in _STRUCTURAL or base.__module__.split(".")[0] in _LIBRARIES:
             names.update(_assigned(base))
     if issubclass(kind, nn.Module):
         names |= set(vars(nn.Module()))

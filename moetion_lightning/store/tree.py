@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from moetion_lightning.core.kept_values import Kept, LiveValues, describe
+from moetion_lightning.core.packed_lists import pack
 from moetion_lightning.errors import CorruptSnapshotError, UnsupportedStateError, VersionError
 from moetion_lightning.store import leaves
 from moetion_lightning.store.format import SnapshotLayout, TensorSpec, tensor_bytes
@@ -33,8 +34,7 @@ _MAX_DEPTH = 100  # deeper JSON would meet Python's recursion limit on the way b
 _MAX_FILE_BYTES = 1 << 40
 _STRUCTURE = "tree"
 _VERSION = 2  # 1 knew neither shared containers nor values of users' classes
-_PACK_ITEMS = 32  # lists of at least so many numbers, or small tensors of one shape, are stored as one tensor
-_PACK_ELEMENTS = 64
+_PACK_ITEMS = 32  # lists of at least so many numbers, or small tensors of one kind, are stored as one tensor
 _REMEDY = "Restore from another window or tier."
 
 
@@ -265,26 +265,14 @@ class _Flattener:
 
     def _pack(self, value: list[Any]) -> Any:
         """Long lists of numbers or of small tensors as one tensor."""
-        kinds = set(map(type, value))
-        if kinds == {float}:
+        if set(map(type, value)) == {float}:
             return {"floats": self._store.add(torch.tensor(value, dtype=torch.float64))}
-        if kinds != {torch.Tensor}:
+        tensor = pack(value) if self._live is None else self._live.packed.pack(value)
+        if tensor is None:
             return None
-        first = value[0]
-        shape, dtype, device = first.shape, first.dtype, first.device
-        if (
-            first.numel() > _PACK_ELEMENTS
-            or any(
-                t.shape != shape or t.dtype != dtype or t.device != device or t.layout != first.layout for t in value
-            )
-            or first.layout is not torch.strided
-            or len(set(map(id, value))) < len(value)
-        ):
-            return None
-        with torch.no_grad():
-            packed = {"tensors": self._store.add(torch.stack(value))}
-        on_device = self._live is not None and device.type != "cpu"
-        return {"kept": ["tensor", str(device), packed, None]} if on_device else packed
+        packed = {"tensors": self._store.add(tensor)}
+        on_device = self._live is not None and tensor.device.type != "cpu"
+        return {"kept": ["tensor", str(tensor.device), packed, None]} if on_device else packed
 
     def _encode_dict(self, value: dict[Any, Any], tag: str, path: tuple[str, ...], depth: int) -> Any:
         if tag == "d" and all(type(leaves.encode_scalar(key)) is str for key in value):
