@@ -14,11 +14,10 @@ from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, ddp_of
 from moetion_lightning.core.local import local
-from moetion_lightning.core.plain_attributes import PlainAttributes
 from moetion_lightning.core.run_state import write_buffers
 from moetion_lightning.data_position import loader_parts
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
-from moetion_lightning.engine import LivePoint, RestorePoint, build_values
+from moetion_lightning.engine import LivePoint, PlainAttributes, RestorePoint, build_values
 
 __all__ = ["LightningRunState", "write_model"]
 
@@ -52,8 +51,12 @@ class LightningRunState:
         self._attributes = PlainAttributes(self._users_objects, say_once)
 
     def begin(self) -> None:
-        """Training begins: attributes that change from now on are state."""
+        """Hooks of the beginning of training come next: attributes that change from now on are state."""
         self._attributes.begin()
+
+    def start(self) -> None:
+        """A fresh run's first batch begins."""
+        self._attributes.start()
 
     def capture(self, *, weights: bool) -> dict[str, Any]:
         """The state between two batches, as nested plain values and live tensors.
@@ -98,7 +101,7 @@ class LightningRunState:
                 module.set_extra_state(state["extra_states"][name])
         tensors = {**dict(self._module.named_buffers()), **dict(self._module.named_parameters())}
         self._attributes.restore(state["attributes"], tensors)
-        self.begin()
+        self._attributes.begin()
 
     def build(self, point: RestorePoint | LivePoint) -> dict[str, Any]:
         """What :meth:`capture` gave, with values of the user's own classes in it.

@@ -191,6 +191,7 @@ class LightningSession:
     def on_train_start(self) -> None:
         """The loops are set up."""
         self._session.learn(of_loaders(self._need_data().loaders().values()))
+        self._run_state.begin()
         if not cuts_at_first_batch(self._trainer):
             self._session.check(self._run_state)
 
@@ -214,7 +215,7 @@ class LightningSession:
         if self._elastic is not None:
             self._elastic.meet()
         if session.point is None:
-            self._run_state.begin()
+            self._run_state.start()
         schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
         session.begin(self._run_state, self._run_state.before_restore, schedulers, step=self._trainer.global_step)
 

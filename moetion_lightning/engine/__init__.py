@@ -2,6 +2,7 @@
 
 from moetion_lightning.engine.facade import Engine, RunState
 from moetion_lightning.engine.journal import LivePoint
+from moetion_lightning.engine.plain_attributes import PlainAttributes
 from moetion_lightning.engine.ranks import RankLayout, Ranks
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.engine.run_state import build_values
@@ -11,6 +12,7 @@ from moetion_lightning.engine.stage_recovery import StageReplayError
 __all__ = [
     "Engine",
     "LivePoint",
+    "PlainAttributes",
     "RankLayout",
     "Ranks",
     "RestorePoint",

@@ -223,10 +223,22 @@ class _Flattener:
                 body = [self.encode(item, (*path, str(i)), depth + 1) for i, item in enumerate(kept.items)]
             attributes = None
             if kept.attributes is not None:
-                attributes = {n: self.encode(v, (*path, n), depth + 1) for n, v in kept.attributes.items()}
+                attributes = self._attributes(kept, path, depth)
             return {"kept": [kept.kind, kept.name, body, attributes]}
         finally:
             self._open.discard(id(value))
+
+    def _attributes(self, kept: Kept, path: tuple[str, ...], depth: int) -> dict[str, Any]:
+        found = {}
+        for name, value in (kept.attributes or {}).items():
+            known, are_open = dict(self._numbers), set(self._open)
+            try:
+                found[name] = self.encode(value, (*path, name), depth + 1)
+            except UnsupportedStateError:
+                if kept.kind != "object":
+                    raise
+                self._numbers, self._open = known, are_open  # restored into an object that has one of its own
+        return found
 
     def _enter(self, value: object, path: tuple[str, ...], depth: int) -> None:
         if id(value) in self._open:

@@ -214,6 +214,12 @@ def _missing_micro_batch() -> None:
     Announced.receive = receive
 
 
+def _attributes() -> None:
+    from moetion_lightning.core.plain_attributes import PlainAttributes
+
+    PlainAttributes.restore = lambda self, saved, parameters: None
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -225,6 +231,7 @@ SABOTAGE = {
     "rng": _rng,
     "data_position": _data_position,
     "buffers": _buffers,
+    "attributes": _attributes,
     "scheduler": _scheduler,
     "buckets": _buckets,
     "share": _share,

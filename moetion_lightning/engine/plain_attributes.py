@@ -33,6 +33,7 @@ from torchmetrics import Metric
 
 from moetion_lightning.core.kept_values import ClassFinder, LiveValues, MissingClassError, Reviver, class_name
 from moetion_lightning.core.packed_lists import PackedLists
+from moetion_lightning.store.tree import flatten_tree
 
 __all__ = ["PlainAttributes"]
 
@@ -80,12 +81,25 @@ class PlainAttributes:
         self._packed = PackedLists()
 
     def begin(self) -> None:
-        """Training begins, or continues: what changes from now on is state."""
+        """What changes from now on is state: hooks at the start of training and of an epoch may draw random values."""
         self._owners = {}
         self._find_owners()
 
+    def start(self) -> None:
+        """The first batch begins: what cannot be stored and was made until now is made again in the next process."""
+        refused: list[tuple[str, str]] = []
+        flatten_tree(LiveValues(self._values(), _is_users_object, lambda *found: refused.append(found[:2]), PackedLists()))
+        for owner, name in refused:
+            self._changed[owner].discard(name)
+        self.begin()
+
     def capture(self) -> LiveValues:
         """The attributes that have changed, to be stored with a window; live values, not copies."""
+        values = self._values()
+        self._packed.begin()
+        return LiveValues(values, _is_users_object, self._on_refused, self._packed)
+
+    def _values(self) -> dict[str, dict[str, Any]]:
         if not all(owner.holds_the_same() for owner in self._owners.values()):
             self._find_owners()
         for name, owner in self._owners.items():
@@ -99,8 +113,7 @@ class PlainAttributes:
                 there = [key for key in sorted(known) if key in own]
                 kept = {key: own[key] for key in there if self._refused.get((name, key)) is not type(own[key])}
                 values[name] = {**kept, _ABSENT: sorted(known - set(there))}
-        self._packed.begin()
-        return LiveValues(values, _is_users_object, self._on_refused, self._packed)
+        return values
 
     def _find_owners(self) -> None:
         """All objects that there are now, with the stamps of those that were there before."""
