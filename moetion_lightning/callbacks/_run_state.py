@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 
 from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, ddp_of
 from moetion_lightning.core.local import local
+from moetion_lightning.callbacks._transfer_hooks import TransferHooks
 from moetion_lightning.core.run_state import write_buffers
 from moetion_lightning.data_position import loader_parts
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
@@ -49,6 +50,7 @@ class LightningRunState:
         self._loops = loops
         self._data = data
         self._attributes = PlainAttributes(self._users_objects, say_once)
+        self._transfers = TransferHooks(trainer, module, self._attributes, loops.patches)
 
     def begin(self) -> None:
         """Hooks of the beginning of training come next: attributes that change from now on are state."""
@@ -77,6 +79,7 @@ class LightningRunState:
             "extras": self._loops.extras(),
             "files": self._loops.files.snapshot(),
             "attributes": self._attributes.capture(),
+            "before_transfer": self._transfers.snapshot(),
             "data": self._data.snapshot(),
             "gradients": gradients,
             "extra_states": {name: module.get_extra_state() for name, module in _with_extra_state(self._module)},
@@ -99,8 +102,7 @@ class LightningRunState:
         for name, module in _with_extra_state(self._module):
             if name in state["extra_states"]:
                 module.set_extra_state(state["extra_states"][name])
-        tensors = {**dict(self._module.named_buffers()), **dict(self._module.named_parameters())}
-        self._attributes.restore(state["attributes"], tensors)
+        self._attributes.restore(state["attributes"], self._tensors())
         self._attributes.begin()
 
     def build(self, point: RestorePoint | LivePoint) -> dict[str, Any]:
@@ -112,7 +114,11 @@ class LightningRunState:
         trainer: Any = self._trainer
         build_values(point, [self._module, trainer.datamodule, *trainer.callbacks])
         state: dict[str, Any] = point.run_state()["adapter"]
+        self._transfers.restore(state["before_transfer"], self._tensors())
         return state
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self._module.named_buffers()), **dict(self._module.named_parameters())}
 
     def _users_objects(self) -> dict[str, object]:
         """Objects whose plain attributes are state."""

@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -33,7 +33,7 @@ from torchmetrics import Metric
 
 from moetion_lightning.core.kept_values import ClassFinder, LiveValues, MissingClassError, Reviver, class_name
 from moetion_lightning.core.packed_lists import PackedLists
-from moetion_lightning.store.tree import flatten_tree
+from moetion_lightning.store.tree import FlatTree, flatten_tree
 
 __all__ = ["PlainAttributes"]
 
@@ -99,10 +99,21 @@ class PlainAttributes:
         self._packed.begin()
         return LiveValues(values, _is_users_object, self._on_refused, self._packed)
 
-    def _values(self) -> dict[str, dict[str, Any]]:
-        if not all(owner.holds_the_same() for owner in self._owners.values()):
+    def copy_of(self, owners: Collection[str]) -> FlatTree:
+        """A copy of what :meth:`capture` gives of some owners, for :meth:`restore`.
+
+        Args:
+            owners: Their names; what is below them is left out.
+        """
+        values = {name: found for name, found in self._values(owners).items() if name in owners}
+        return flatten_tree(LiveValues(values, _is_users_object, lambda *found: None, PackedLists()), clone=True)
+
+    def _values(self, only: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
+        if only is None and not all(owner.holds_the_same() for owner in self._owners.values()):
             self._find_owners()
         for name, owner in self._owners.items():
+            if only is not None and name not in only:
+                continue
             changed = owner.new_changes()
             if changed:
                 self._changed.setdefault(name, set()).update(changed)

@@ -215,7 +215,7 @@ def _missing_micro_batch() -> None:
 
 
 def _attributes() -> None:
-    from moetion_lightning.core.plain_attributes import PlainAttributes
+    from moetion_lightning.engine.plain_attributes import PlainAttributes
 
     PlainAttributes.restore = lambda self, saved, parameters: None
 
