@@ -55,3 +55,95 @@ def test_attribute_that_cannot_be_stored_is_named_once_and_only_if_it_changes(dr
     assert len(said) == 2, "once in each process"
     assert "the attribute 'handle' of Users changes while training" in said[0]
     assert "lock" not in said[0]
+
+
+# --- loggers ---------------------------------------------------------------------------------------------------------
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+LOGGED: dict[str, dict[str, Any]] = {
+    "csv": {"logger": "csv", "callbacks": ["rates"]},
+    "csv-window-1": {"logger": "csv", "callbacks": ["rates"], **ONE},
+    "csv-of-a-fixed-folder": {"logger": "csv_fixed", "savers": ["every"]},
+}
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_rows_of_the_whole_run_are_in_one_file(drill: Drill, name: str) -> None:
+    spec = {**RUNNER, **LOGGED[name]}
+    killed, whole = drill.killed(spec, KILLS), drill.reference(spec)
+    assert differences(whole, killed) == []
+    (path,) = whole.rglob("metrics.csv")
+    assert rows(killed / path.relative_to(whole)) == rows(path)
+    assert len(list(killed.rglob("metrics.csv*"))) == 1
+    assert len(read_events(killed, "ReplayFinished")) == 2
+
+
+def test_tensorboard_goes_on_in_its_version(drill: Drill) -> None:
+    out = drill.killed({**RUNNER, "savers": ["every"]}, KILLS[:1])
+    assert [path.name for path in (out / "lightning_logs").iterdir()] == ["version_0"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "lightning_logs/version_0")).Reload()
+    assert [event.step for event in events.Scalars("train_loss_step")] == list(range(21))
+
+
+def test_run_of_a_remote_service_goes_on(drill: Drill) -> None:
+    spec = {**RUNNER, "logger": "remote"}
+    killed, whole = drill.killed(spec, KILLS[:1]), drill.reference(spec)
+    assert [path.name for path in killed.glob("run*")] == ["run0"]
+    logged, expected = [
+        {(e["step"], *e): e for e in map(json.loads, (out / "run0").read_text().splitlines())} for out in (killed, whole)
+    ]
+    assert logged == expected
+
+
+# --- bars ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bar", ["tqdm", "rich"])
+@pytest.mark.parametrize("limits", [{}, {"epochs": -1, "max_steps": 12}], ids=["epochs", "steps"])
+def test_bar_of_a_continued_epoch_is_that_of_the_whole_one(drill: Drill, bar: str, limits: dict[str, Any]) -> None:
+    spec = {**RUNNER, "callbacks": [bar, "bar_notes"], **limits}
+    killed, whole = drill.killed(spec, KILLS[:1]), drill.reference(spec)
+    shown, expected = [dict(map(json.loads, (out / "bar.jsonl").read_text().splitlines())) for out in (killed, whole)]
+    assert shown == expected
+    assert len(read_events(killed, "ReplayFinished")) == 1
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_file_that_a_replay_would_skip_is_written_if_it_is_not_there(drill: Drill) -> None:
+    spec = {**RUNNER, "savers": ["every"], "epochs": 1, "callbacks": ["remove"], "max_steps": 7}
+    out = drill.killed({**spec, "savers": ["fixed"]}, [{"hook": "backward", "step": 5}])
+    assert len(read_events(out, "ReplayFinished")) == 1
+    assert sorted(path.name for path in (out / "fixed").iterdir()) == ["epoch=0-step=3.ckpt", "epoch=0-step=6.ckpt"]
+    assert "epoch=0-step=3.ckpt is written when the replay" in read_logs(out)
+
+
+def test_requeue_in_a_replay_waits_for_the_whole_state(drill: Drill) -> None:
+    import torch
+
+    spec = {**RUNNER, "signal_at": 7}
+    out = drill.killed(spec, KILLS[:1])
+    (path,) = out.glob("hpc_ckpt_*.ckpt")
+    saved = torch.load(path, weights_only=False)
+    assert saved["global_step"] == 8
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 1
+    assert (out / "scontrol.txt").read_text() == "requeue 7\n"
+    assert "is handled when the replay" in read_logs(out)
+    assert differences(drill.reference(spec), out) == []
+
+
+@pytest.mark.parametrize("kind", ["fixed", "none"])
+def test_users_own_command_line_is_started_again(drill: Drill, kind: str) -> None:
+    spec = {**RUNNER, "cli": kind}
+    killed = drill.killed(spec, KILLS[:1])
+    assert differences(drill.reference(spec), killed) == []
+    assert len(read_events(killed, "ReplayFinished")) == 1
+    assert len(list(killed.rglob("config*.yaml"))) == 1

@@ -371,6 +371,16 @@ class Signals(pl.Callback):
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
+def _in_slurm(out: Path) -> None:
+    """A job of SLURM, whose ``scontrol`` notes what it is called with."""
+    stub = out / "bin"
+    stub.mkdir(exist_ok=True)
+    (stub / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {out}/scontrol.txt\n')
+    (stub / "scontrol").chmod(0o755)
+    job = {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    os.environ.update({f"SLURM_{key}": value for key, value in job.items()}, PATH=f"{stub}:{os.environ['PATH']}")
+
+
 def _logger(spec: dict[str, Any], out: Path) -> Any:
     kind = spec.get("logger", True)
     if kind == "csv":
@@ -380,6 +390,34 @@ def _logger(spec: dict[str, Any], out: Path) -> Any:
     if kind == "remote":
         return RemoteLogger(out)
     return kind
+
+
+class Module(Automatic):
+    """A module for the command line."""
+
+    def __init__(self, lr: float = 0.02) -> None:
+        super().__init__({**DEFAULTS, "lr": lr})
+
+
+def _run_cli(spec: dict[str, Any], out: Path) -> None:
+    """The user's own command line, as Lightning's manual has it."""
+    from lightning.pytorch.cli import LightningCLI
+
+    arguments = ["fit", f"--trainer.default_root_dir={out}", "--trainer.max_epochs=3", "--trainer.accelerator=cpu"]
+    arguments += ["--trainer.enable_progress_bar=false", f"--model.lr={spec.get('rate', 0.02)}"]
+    if spec["cli"] == "fixed":
+        logger = "--trainer.logger=lightning.pytorch.loggers.CSVLogger"
+        arguments += [logger, f"--trainer.logger.save_dir={out}", "--trainer.logger.name=x", "--trainer.logger.version=0"]
+    else:
+        arguments.append("--trainer.logger=false")
+    if spec["capture"]:
+        ours = "moetion_lightning.callbacks.SparseExpertCheckpoint"
+        given = {"window": 4, "memory_dir": spec["memory_dir"], "job_id": "job", "events_path": f"{out}/events.jsonl"}
+        arguments += [f"--trainer.callbacks={ours}", *(f"--trainer.callbacks.{k}={v}" for k, v in given.items())]
+    recorder = Recorder(out / "steps.jsonl", spec["kill"], None)
+    cli = LightningCLI(Module, Data, args=arguments, trainer_defaults={"callbacks": [recorder]})
+    tensors, scalars = flatten_state(cli.model, cli.trainer.optimizers)
+    write_state(out / "final.safetensors", tensors, scalars)
 
 
 def run(given: dict[str, Any]) -> None:
@@ -392,6 +430,9 @@ def run(given: dict[str, Any]) -> None:
 
         sabotage.apply(spec["break"])
     pl.seed_everything(spec["seed"], verbose=False)
+    if spec.get("cli"):
+        _run_cli(spec, out)
+        return
     module = MODULES.get(spec["module"], Automatic)(spec)
     callbacks: list[Any] = [Recorder(out / "steps.jsonl", spec["kill"], None), *_checkpoint(spec, out)]
     named = {"users": Users, "rates": LearningRateMonitor, "rich": RichProgressBar, "tqdm": TQDMProgressBar}
@@ -399,7 +440,9 @@ def run(given: dict[str, Any]) -> None:
     if "remove" in spec["callbacks"] and spec["kill"] is None:
         callbacks.append(RemoveFiles(out))
     if spec.get("signal_at"):
-        callbacks.append(Signals(spec["signal_at"], out / "signalled"))
+        _in_slurm(out)
+        if spec["kill"] is None:
+            callbacks.append(Signals(spec["signal_at"], out / "signalled"))
     if "bar_notes" in spec["callbacks"]:
         callbacks.append(BarNotes(out / "bar.jsonl"))
     if spec["capture"]:
