@@ -13,6 +13,7 @@ from moetion_lightning.errors import ConfigurationError
 
 __all__ = [
     "AUTOMATIC_VARIABLE",
+    "OTHER_LIGHTNING",
     "EngineConfig",
     "LaunchedProcess",
     "TorchrunWorker",
@@ -34,6 +35,11 @@ __all__ = [
 
 #: Set this to a recipe's name, a YAML file's path, or "default": every Lightning Trainer then gets these callbacks.
 AUTOMATIC_VARIABLE = "MOETION"
+#: What to do where a Trainer comes from the package's other name.
+OTHER_LIGHTNING = (
+    "this Trainer is pytorch_lightning's, whose classes are others than those of the package lightning: write `import "
+    "lightning.pytorch as pl` in place of `import pytorch_lightning as pl`"
+)
 #: Set this to give a job an explicit identity, e.g. the id that the cluster's scheduler gave it.
 JOB_ID_VARIABLE = "MOETION_JOB_ID"
 #: Set this to say for one start what to continue: "auto", "newest", "never", or an iteration.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
 from moetion_lightning.callbacks._before_setup import EarlyCallback
+from moetion_lightning.callbacks._fits import check_trainer, why_idle
 from moetion_lightning.callbacks._session import LightningSession
 from moetion_lightning.callbacks.stage_boundary_logging import StageBoundaryLogging
 from moetion_lightning.config import EngineConfig
@@ -23,6 +25,8 @@ from moetion_lightning.events import Sink
 from moetion_lightning.session import SessionSettings
 
 __all__ = ["EngineCallback"]
+
+_log = logging.getLogger(__name__)
 
 _RESTORE_SETTINGS = ("resume", "on_mismatch", "on_changed_settings", "skip_frozen_gradients")
 
@@ -104,7 +108,7 @@ class EngineCallback(EarlyCallback):
     # --- hooks of Lightning --------------------------------------------------------------------------------------
 
     def before_setup(self, trainer: Trainer) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and self._session is None:
+        if trainer.state.fn == TrainerFn.FITTING and self._session is None and not why_idle(trainer):
             self._begin(trainer)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -116,9 +120,12 @@ class EngineCallback(EarlyCallback):
                     "replaced. Start the job again."
                 )
             return
+        check_trainer(trainer, type(self).__name__)
         self.before_setup(trainer)
         if self._session is not None:
             self._session.on_setup()
+        else:
+            _log.info("%s: %s is idle in it", why_idle(trainer), type(self).__name__)
 
     def _begin(self, trainer: Trainer) -> None:
         self._make_first(trainer)

@@ -6,17 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from moetion_lightning.callbacks._beginning import FitCall, of_trainer
 from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._elastic import Elastic
+from moetion_lightning.callbacks._fits import check_callbacks
 from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, gathers_state, make_ranks
 from moetion_lightning.callbacks._run_state import LightningRunState, write_model
@@ -27,16 +23,6 @@ from moetion_lightning.session import SessionSettings, TrainingSession
 from moetion_lightning.session.beginning import of_loaders, of_schedulers
 
 __all__ = ["LightningSession"]
-
-#: Callbacks of Lightning with which a restart in mid-epoch cannot be exact, and what to do.
-_UNSUPPORTED: dict[type, str] = {
-    StochasticWeightAveraging: (
-        "it replaces the schedulers when an epoch starts, which a restart in mid-epoch cannot repeat. "
-        "Use WeightAveraging or EMAWeightAveraging, where there is no pipeline."
-    ),
-    LearningRateFinder: "it trains and rolls back before every start. Find the learning rate in a run of its own.",
-    BatchSizeFinder: "it trains and rolls back before every start. Find the batch size in a run of its own.",
-}
 
 
 class LightningSession:
@@ -53,10 +39,7 @@ class LightningSession:
     def __init__(
         self, trainer: Trainer, module: LightningModule, settings: SessionSettings, where: str, *, log_metrics: bool
     ) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            for kind, remedy in _UNSUPPORTED.items():
-                if isinstance(callback, kind):
-                    raise ConfigurationError(f"{type(callback).__name__} in Trainer(callbacks=...): {remedy}")
+        check_callbacks(trainer)
         self._trainer = trainer
         self._module = module
         self._log_metrics = log_metrics

@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from moetion_lightning.callbacks import SparseExpertCheckpoint
 from moetion_lightning.callbacks._base import EngineCallback
+from moetion_lightning.callbacks._before_setup import EarlyCallback
 from moetion_lightning.config import AUTOMATIC_VARIABLE
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import PREFIX, recipe_path
@@ -84,7 +86,7 @@ def loop_settings(setting: str, source: str = AUTOMATIC_VARIABLE) -> dict[str, A
     return {name: value for name, value in capturing[0].engine_settings().items() if name not in _OF_THE_WINDOW}
 
 
-class Automatic(Callback):
+class Automatic(EarlyCallback):
     """Puts callbacks into a ``Trainer`` that has none of their kind, when it begins to fit.
 
     Args:
@@ -97,9 +99,9 @@ class Automatic(Callback):
         self._setting = setting
         self._placed = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Place them, and let them begin: the trainer goes through the list that it had before."""
-        if stage != "fit" or self._placed:
+    def before_setup(self, trainer: Trainer) -> None:
+        """Place them, and let them begin."""
+        if trainer.state.fn != TrainerFn.FITTING or self._placed:
             return
         self._placed = True
         present: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -112,7 +114,8 @@ class Automatic(Callback):
             return
         trainer.callbacks = [*self._callbacks, *present]  # type: ignore[attr-defined]
         for callback in self._callbacks:
-            callback.setup(trainer, pl_module, stage)
+            if isinstance(callback, EarlyCallback):
+                callback.before_setup(trainer)
 
 
 def _path(setting: str) -> Path:

@@ -33,7 +33,7 @@ TABLE: dict[str, set[str]] = {
     "report": {"errors", "units", "events"},
     "recipes": {"errors"},
     "testing": {*BELOW_ADAPTERS, "callbacks"},
-    "entry_points": {"config", "commands"},
+    "entry_points": {"errors", "config", "commands"},
     "commands": {*BELOW_ADAPTERS, "callbacks", "integrations", "recipes", "testing", "planning", "report"},
     "demo": {*BELOW_ADAPTERS, "callbacks", "recipes", "testing"},
     "cli": {"errors", "commands", "demo", "recipes"},
