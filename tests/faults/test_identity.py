@@ -222,6 +222,17 @@ def test_another_seed_begins_anew_and_the_old_windows_are_kept_until_it_has_its_
     assert "0" not in story.steps(2)
 
 
+def test_windows_that_cannot_be_read_are_no_fresh_start(drill: Drill) -> None:
+    story = Story(drill, "plain")
+    story.start(kill="9")
+    for path in story.windows():
+        path.write_bytes(path.read_bytes()[:100])
+    text = story.start(code=1)
+    assert "No whole window of job" in text
+    assert story.windows() != []
+    story.start(settings={"resume": "never"})
+
+
 def test_a_script_without_a_seed_continues(drill: Drill) -> None:
     story = Story(drill, "plain", seed=None)
     story.start(kill="9")
