@@ -26,6 +26,7 @@ __all__ = [
     "job_secret_from_environment",
     "launched_devices",
     "launched_process",
+    "launched_run",
     "notebook_name",
     "report_channel",
     "torchrun_worker",
@@ -173,6 +174,12 @@ def launched_process() -> LaunchedProcess | None:
             f"{STORE_VARIABLE}={os.environ[STORE_VARIABLE]!r} is set, but the rest of what `moetion launch` sets is "
             f"missing or malformed ({type(error).__name__}: {error}). Start the job with `moetion launch`, or unset it."
         ) from error
+
+
+def launched_run() -> tuple[str, int]:
+    """The launch that this process belongs to and the generation in which it was started; ("", 0) for none."""
+    process = launched_process()
+    return ("", 0) if process is None else (process.run_id, process.generation)
 
 
 def launched_devices() -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ __all__ = [
     "MoEtionError",
     "NonDeterminismError",
     "OperatorError",
+    "OwnerLostError",
     "RankLostError",
     "ReplicationError",
     "StateLostError",
@@ -43,6 +44,10 @@ class UnsupportedStateError(MoEtionError, TypeError):
 
 class StoreError(MoEtionError, OSError):
     """A tier cannot be created, read or written (permissions, missing directory, full disk)."""
+
+
+class OwnerLostError(StoreError):
+    """Another process has taken over the place on storage that this one wrote to; this one writes there no more."""
 
 
 class HostMemoryError(MoEtionError, MemoryError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moetion_lightning.config import default_memory_dir
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.store.jobs import JobInfo, clean_stale, default_base_dir, find_jobs
+from moetion_lightning.store.jobs import JobInfo, clean_stale, default_base_dir, find_jobs, stale_jobs
 from moetion_lightning.units import age_text, bytes_text
 
 __all__ = ["clean", "inspect", "jobs", "parse_duration"]
@@ -78,13 +78,16 @@ def clean(args: Sequence[str]) -> int:
         "--older-than", default="1d", metavar="TIME", help="age since the last commit: 90s, 30m, 12h, 7d, 0 (1d)"
     )
     parser.add_argument("--keep", action="append", default=[], metavar="JOB", help="a job to leave (may be repeated)")
+    parser.add_argument(
+        "--job", action="append", metavar="JOB", help="only this job (may be repeated); all if not given"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(args)
     base, age = _base(options.memory_dir), parse_duration(options.older_than)
     if options.dry_run:
-        stale = [i for i in find_jobs(base) if not i.alive and i.name not in options.keep and i.age_seconds >= age]
+        stale = stale_jobs(base, age, options.keep, options.job)
     else:
-        stale = clean_stale(base, age, keep=options.keep)
+        stale = clean_stale(base, age, options.keep, options.job)
     for info in stale:
         print(f"{'would remove' if options.dry_run else 'removed'}  {_line(info)}")
     print(

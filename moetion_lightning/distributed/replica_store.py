@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import re
 import threading
@@ -23,6 +22,7 @@ from moetion_lightning.store.buffers import HostBuffer
 from moetion_lightning.store.host_memory import HostMemoryTier
 from moetion_lightning.store.local import hash_file, read_regular, write_atomically
 from moetion_lightning.store.manifest import FileRecord, Manifest
+from moetion_lightning.store.mapping import map_fd
 
 __all__ = [
     "MAX_NOTE_BYTES",
@@ -79,9 +79,9 @@ def send_files(connection: Connection, tier: HostMemoryTier, manifest: Manifest,
         raise ReplicationError(f"{connection.peer} asks for files {str(need)[:100]} of {len(indices)}: no such files.")
     for index in need:
         with open(tier.local_path(manifest.files[index]), "rb") as file:
-            # Never closed by hand: it goes with the last view of it, also when an error still holds one.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        connection.send_stream(memoryview(mapped))
+            # It goes with the last view of it, also when an error still holds one.
+            mapped = map_fd(file.fileno(), manifest.files[index].nbytes, shared=False)
+        connection.send_stream(memoryview(mapped).cast("B"))
 
 
 def receive_window(

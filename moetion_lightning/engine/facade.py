@@ -214,6 +214,7 @@ class Engine:
         """A fresh run begins now: before its first forward."""
         self._need().steps.take()
         self.tiers.set_aside()
+        self.tiers.training_begins()
         self.precision.enabled = self.precision.enabled and self.policy.name == "sparse"
         self.precision.start(self._need().live)
         self._stages.begin(self.iteration + 1)
@@ -235,6 +236,7 @@ class Engine:
         """
         attached, point = self._need(), self.tiers.point
         assert point is not None
+        self.tiers.training_begins()
         state = EngineState.of(point)
         attached.steps.take()
         self.record.take()

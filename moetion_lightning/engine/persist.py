@@ -8,11 +8,12 @@ import time
 
 from moetion_lightning.core.persist_selection import PersistedExperts
 from moetion_lightning.engine.reduced_window import reduce_window
-from moetion_lightning.errors import MoEtionError
+from moetion_lightning.errors import MoEtionError, OwnerLostError
 from moetion_lightning.events import EventBus, Notice, WindowPersisted
 from moetion_lightning.store.disk import DirectoryTier
 from moetion_lightning.store.format import Manifest
 from moetion_lightning.store.host_memory import HostMemoryTier
+from moetion_lightning.store.owner import RENEW_SECONDS
 
 __all__ = ["Persister"]
 
@@ -23,7 +24,8 @@ class Persister:
     """Persists the newest committed window whenever it is idle; windows that are superseded meanwhile are skipped.
 
     A storage error does not stop training, whose windows in host memory are whole: it is reported, and the next window
-    is tried again.
+    is tried again. When another process has taken the place on storage over, that is said once, and nothing is written
+    there any more.
 
     Three windows exist at a time, a triple buffer: the one being captured, the committed one that a restart takes, and
     the one being persisted, which is pinned until it is on storage however many windows are committed meanwhile.
@@ -46,13 +48,18 @@ class Persister:
         self._bus = bus
         self._every = every_n_windows
         self._count = every_n_windows - 1  # the first one is persisted
-        self._next: Manifest | None = None
+        self._waiting: list[Manifest] = []  # pinned
         self._changed = threading.Condition()
         self._closing = self._working = False
         self._thread: threading.Thread | None = None
         #: The newest window on storage that the next one may build on, and what storage has of each expert.
         self._base: tuple[Manifest, PersistedExperts] | None = None
         self._course = 0
+        #: Whether another process owns the place on storage now.
+        self.is_lost = False
+        self._ended = threading.Event()
+        self._renewal = threading.Thread(target=self._renew, name="moetion-owner", daemon=True)
+        self._renewal.start()
 
     def offer(self, manifest: Manifest) -> None:
         """A window was committed; this rank decides by itself."""
@@ -73,7 +80,7 @@ class Persister:
     def idle(self) -> bool:
         """Whether nothing is being persisted, or waits to be."""
         with self._changed:
-            return self._next is None and not self._working
+            return not self._waiting and not self._working
 
     @property
     def base_iteration(self) -> int:
@@ -91,30 +98,86 @@ class Persister:
         """Persist this committed window, in the background."""
         self._count = 0
         with self._changed:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="moetion-persist", daemon=True)
-                self._thread.start()
-            if self._next is not None:
-                self._source.unpin(self._next.iteration)
-            self._source.pin(manifest.iteration)
-            self._next = manifest
-            self._changed.notify()
+            for superseded in self._waiting:
+                self._source.unpin(superseded.iteration)
+            self._waiting = []
+            self._add(manifest)
+
+    def persist_all(self) -> None:
+        """Persist every committed window that is not on storage yet, in the background: the process is being ended.
+
+        All of them, the oldest first: other ranks may not have committed the newest one.
+        """
+        self.forget()
+        held = self._source.windows()
+        try:
+            there = set(self._target.windows())
+        except MoEtionError:  # tried all the same
+            there = set()
+        newest = max(there.intersection(held), default=-1)
+        for iteration in reversed(held):
+            with self._changed:
+                known = {manifest.iteration for manifest in self._waiting}
+                if iteration <= newest or iteration in known or self.is_lost:
+                    continue
+                try:
+                    self._add(self._source.read_manifest(iteration))
+                except MoEtionError as error:  # dropped meanwhile, or damaged
+                    _log.warning("window %d is not persisted: %s", iteration, error)
+
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """Wait until nothing is being persisted, or waits to be. Returns whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting and not self._working, timeout_seconds)
 
     def close(self) -> None:
-        """Finish what was offered last and end the thread."""
+        """Finish what was offered last and end the threads."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._ended.set()
+        self._renewal.join()
+
+    def _add(self, manifest: Manifest) -> None:
+        """With the condition held."""
+        if self.is_lost:
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="moetion-persist", daemon=True)
+            self._thread.start()
+        self._source.pin(manifest.iteration)
+        self._waiting.append(manifest)
+        self._changed.notify_all()
+
+    def _renew(self) -> None:
+        """Thread: the record of the owner says that this process lives."""
+        while not self._ended.wait(RENEW_SECONDS) and not self.is_lost:
+            try:
+                self._target.renew()
+            except OwnerLostError as error:
+                self._lose(error)
+            except (MoEtionError, OSError) as error:
+                _log.warning("the owner record on storage could not be renewed, it is tried again: %s", error)
+
+    def _lose(self, error: OwnerLostError) -> None:
+        with self._changed:
+            if self.is_lost:
+                return
+            self.is_lost = True
+        message = f"persisting has ended: {error} Training goes on; its windows are in host memory only."
+        _log.error(message)
+        self._bus.emit(Notice(message=message))
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while self._next is None and not self._closing:
-                    self._changed.wait()
-                manifest, self._next = self._next, None
+                self._working = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                manifest = self._waiting.pop(0) if self._waiting else None
                 self._working = manifest is not None
                 base, course = self._base, self._course
             if manifest is None:
@@ -122,7 +185,11 @@ class Persister:
             started = time.perf_counter()
             done = None
             try:
+                if self.is_lost:
+                    continue
                 nbytes, done = self._store(manifest, base)
+            except OwnerLostError as error:
+                self._lose(error)
             except (MoEtionError, OSError) as error:
                 message = (
                     f"window {manifest.first_iteration}..{manifest.last_iteration} could not be persisted: {error}. "
@@ -142,7 +209,6 @@ class Persister:
             finally:
                 self._source.unpin(manifest.iteration)
                 with self._changed:
-                    self._working = False
                     if course == self._course:
                         self._base = done
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import mmap
+import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.reconstruct import CarriedSlot, SavedSlot
 from moetion_lightning.core.state import LiveState, TensorLoader
 from moetion_lightning.engine.static_state import static_weight, write_static
-from moetion_lightning.errors import ForeignWindowError
+from moetion_lightning.errors import ForeignWindowError, StoreError
 from moetion_lightning.store.format import Manifest, SnapshotLayout
+from moetion_lightning.store.mapping import map_fd
 from moetion_lightning.store.tier import Tier
 from moetion_lightning.store.tree import load_tree
 
@@ -42,7 +43,7 @@ def model_fingerprint(table: Mapping[str, Sequence[Any]]) -> str:
 
 
 class RestorePoint:
-    """Reads what a manifest names. Files are mapped, not copied; tensors stay valid while this object lives.
+    """Reads what a manifest names. Files are mapped, not copied; :meth:`close` gives their memory back.
 
     Args:
         manifest: The manifest of this rank's window, verified.
@@ -57,8 +58,15 @@ class RestorePoint:
         self._parts = ((manifest, tier), *shares)
         self._views: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._run_state: Any = None
+        self._is_closed = False
         self._operators = {id(part): tuple(Operator.from_json(op) for op in part.operators) for part, _ in self._parts}
         self._holders = manifest.extra.get("holders", {"sets": [], "of": {}})
+
+    def close(self) -> None:
+        """The state is in place: let the files' memory go now. Slots and functions made here refer to each other."""
+        self._is_closed = True
+        self._views.clear()
+        self._run_state = None
 
     @property
     def name(self) -> str:
@@ -227,6 +235,8 @@ class RestorePoint:
         key = tuple(f"{part.rank}/{file}" for file, part, _ in files)
 
         def load(name: str) -> Tensor:
+            if self._is_closed:
+                raise StoreError(f"{self.name} has been used and let go; nothing can be read from it any more.")
             if key not in self._views:
                 views: dict[str, Tensor] = {}
                 for file, part, tier in files:
@@ -246,11 +256,11 @@ def _key(name: str) -> str:
 
 
 def map_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a snapshot file, mapped."""
+    """The tensors of a snapshot file, mapped; the mapping ends with the last of them."""
     with open(path, "rb") as handle:
         # Copy-on-write: torch wants writable memory, and nothing may ever write to a committed file.
-        mapping = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-    layout = SnapshotLayout.parse(memoryview(mapping), nbytes=len(mapping), path=path)
+        mapping = map_fd(handle.fileno(), os.fstat(handle.fileno()).st_size, shared=False)
+    layout = SnapshotLayout.parse(memoryview(mapping).cast("B"), nbytes=len(mapping), path=path)
     return layout.views(torch.frombuffer(mapping, dtype=torch.uint8))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from moetion_lightning.config import EngineConfig, default_memory_dir
+from moetion_lightning.config import EngineConfig, default_memory_dir, launched_run
 from moetion_lightning.distributed.restore_choice import Live, Rollback
 from moetion_lightning.distributed.stable_store import STORE_ERRORS
 from moetion_lightning.engine.group_restore import GroupRestore, LiveReport, Part
@@ -18,13 +18,15 @@ from moetion_lightning.engine.peers import Peers
 from moetion_lightning.engine.persist import Persister
 from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.engine.restore import RestorePoint
-from moetion_lightning.errors import HostMemoryError, JobBusyError, MoEtionError
+from moetion_lightning.engine.termination import TerminationWatch
+from moetion_lightning.errors import HostMemoryError, JobBusyError, MoEtionError, OwnerLostError
 from moetion_lightning.events import EventBus, Notice, RestoreStarted
 from moetion_lightning.store.disk import DirectoryTier
 from moetion_lightning.store.format import Manifest
 from moetion_lightning.store.host_memory import HostMemoryTier, clean_stale
 from moetion_lightning.store.jobs import remove_if_ours
 from moetion_lightning.store.tier import Accept, Refusal, Tier, choose_window
+from moetion_lightning.units import age_text, bytes_text, span_text
 
 __all__ = ["Tiers"]
 
@@ -58,6 +60,7 @@ class Tiers:
                 rank=rank,
                 world_size=world_size,
                 keep=max(config.keep_persisted, 1 if ranks.alone else 2),
+                run=launched_run(),
             )
         self.point: RestorePoint | LivePoint | None = None
         #: Run states between iterations, where a replaced rank needs them.
@@ -70,6 +73,7 @@ class Tiers:
         self.trained = False
         self.peers: Peers | None = None
         self._persister: Persister | None = None
+        self._termination: TerminationWatch | None = None
         self._opened = False
         self._accept: Accept | None = None
         self._fresh = False
@@ -106,7 +110,7 @@ class Tiers:
         for stale in clean_stale(
             self.host.base_dir, older_than_seconds=self._config.stale_after_seconds, keep=(self.host.job,)
         ):
-            _log.info("reclaimed the host memory of dead job %s (%d bytes)", stale.name, stale.nbytes)
+            _log.info("reclaimed the host memory of dead job %s (%s)", stale.name, bytes_text(stale.nbytes))
         if self.disk is not None and self._persister is None:
             self.disk.open()
             self._persister = Persister(self.host, self.disk, self._bus, self._config.persist_every_n_windows)
@@ -265,13 +269,14 @@ class Tiers:
             self.trained = self.trained or tier.trained
             tier.mark_continued()
         manifest = point.manifest
+        self._count_restore(manifest)
         age = max(0.0, time.time() - manifest.created_at)
         _log.log(
             logging.INFO if manifest.rank == 0 else logging.DEBUG,
-            "found the window of iterations %d..%d of job %s in %s (%.1f MB, %.0f s old, checksums verified): "
+            "found the window of iterations %d..%d of job %s in %s (%s, %s old, checksums verified): "
             "restoring iteration %d, then replaying %d iterations to rebuild the dense state",
-            manifest.first_iteration, manifest.last_iteration, manifest.job, self.origin, point.nbytes / 1e6, age,
-            manifest.first_iteration, len(manifest.slots) - 1,
+            manifest.first_iteration, manifest.last_iteration, manifest.job, self.origin, bytes_text(point.nbytes),
+            age_text(age), manifest.first_iteration, len(manifest.slots) - 1,
         )  # fmt: skip
         self._bus.emit(
             RestoreStarted(
@@ -283,16 +288,44 @@ class Tiers:
         )
         return point
 
+    def _count_restore(self, manifest: Manifest) -> None:
+        """Say when runs end again and again soon after the same window."""
+        count = max(tier.count_restore(manifest.iteration) for tier in self._tiers())
+        if count < 2 or manifest.rank != 0:
+            return
+        steps = self.host.reached - manifest.last_iteration
+        ended = f"about {steps} steps after this window" if steps > 0 else "soon after this window"
+        older = []
+        if self.disk is not None:
+            for iteration in self.disk.windows():
+                if iteration < manifest.iteration:
+                    with contextlib.suppress(MoEtionError):
+                        found = self.disk.read_manifest(iteration)
+                        older.append(span_text(found.first_iteration, found.last_iteration))
+        message = (
+            f"the run ended {ended} ({manifest.first_iteration}..{manifest.last_iteration}), without a newer one, "
+            f"{count} times. If it ends there again: resume=<an older iteration> takes an older window (on storage: "
+            f"{', '.join(older) or 'none; keep_persisted= keeps more'})."
+        )
+        _log.warning(message)
+        self._bus.emit(Notice(message=message))
+
     def release_point(self) -> None:
-        """The restore point has been used."""
-        self.point = None
+        """The restore point has been used: give its memory back now, whenever garbage is collected."""
+        self._close_point()
+
+    def _close_point(self) -> None:
+        point, self.point = self.point, None
+        window = point.window if isinstance(point, LivePoint) else point
+        if window is not None:
+            window.close()
 
     def set_aside(self) -> None:
         """A fresh course of training begins: windows of an earlier one must not be restored into it, but stay.
 
         They are removed when this course has a window of its own on that tier. Copies at peers go now.
         """
-        self.point = None
+        self._close_point()
         if self.peers is not None:
             self.peers.service.forget_windows()
         if self.journal is not None:
@@ -305,6 +338,27 @@ class Tiers:
                     "removed when this one has committed a window there",
                     len(windows), tier.name, windows[0],
                 )  # fmt: skip
+
+    def training_begins(self) -> None:
+        """The training thread is about to take its first step."""
+        if self._persister is not None and self._termination is None:
+            self._termination = TerminationWatch(self._persist_before_the_end)
+            if not self._termination.install():
+                _log.info("SIGTERM cannot be watched here: the last windows may not be on storage after it")
+
+    def _persist_before_the_end(self) -> None:
+        """SIGTERM (a thread of its own)."""
+        assert self._persister is not None
+        assert self.disk is not None
+        started, persister = time.perf_counter(), self._persister
+        persister.persist_all()
+        persister.wait()
+        with contextlib.suppress(MoEtionError):
+            newest = self.disk.windows()[:1]
+            _log.warning(
+                "SIGTERM: what is committed was persisted in %.1f s; the newest window in %s ends with iteration %s",
+                time.perf_counter() - started, self.disk.location, newest[0] if newest else "none",
+            )  # fmt: skip
 
     def on_commit(self, manifest: Manifest) -> None:
         """A window was committed in host memory (capture thread)."""
@@ -374,9 +428,10 @@ class Tiers:
         needed, room = self._num_windows * window_bytes, self._room()
         if needed > room:
             raise HostMemoryError(
-                f"host memory at {self.host.base_dir} has {room / 1e9:.2f} GB for this job; "
-                f"{self._num_windows} windows of {window_bytes / 1e9:.2f} GB need {needed / 1e9:.2f} GB. "
+                f"host memory at {self.host.base_dir} has {bytes_text(room)} for this job; "
+                f"{self._num_windows} windows of {bytes_text(window_bytes)} need {bytes_text(needed)}. "
                 "Use a smaller window, a larger /dev/shm (docker: --shm-size), or another memory_dir=."
+                f"{self.host.who_holds_memory()}"
             )
 
     @property
@@ -398,7 +453,7 @@ class Tiers:
         Args:
             trained: Note that training came to its end: :meth:`complete` follows when the process has ended well, too.
         """
-        self.point = None
+        self._close_point()
         self._let_go(trained=trained)
 
     def complete(self) -> None:
@@ -412,16 +467,30 @@ class Tiers:
             for path in replicas:
                 remove_if_ours(path)
         if self.disk is not None and self.disk.is_of_this_process():
-            self.disk.mark_completed()
+            self._note_end(completed=True)
             self.disk.close()
+
+    def _note_end(self, *, completed: bool) -> None:
+        """Note on storage that training, or the process, came to its end; not if the place is another process's now."""
+        if self.disk is not None:
+            try:
+                if completed:
+                    self.disk.mark_completed()
+                else:
+                    self.disk.mark_trained()
+            except OwnerLostError as error:
+                _log.error("%s", error)
 
     def _let_go(self, *, trained: bool) -> None:
         try:
             if self._persister is not None:
                 self._persister.close()
-                self._persister = None
-                if self.disk is not None and trained:
-                    self.disk.mark_trained()
+                if self._termination is not None:
+                    self._termination.remove()
+                    self._termination = None
+                is_lost, self._persister = self._persister.is_lost, None
+                if not is_lost and trained:
+                    self._note_end(completed=False)
         finally:
             if self.journal is not None:
                 self.journal.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import SlotPlan, WindowPlan
 from moetion_lightning.core.state import LiveState, read_slot
+from moetion_lightning.engine.finiteness import record_is_finite, weights_are_finite
 from moetion_lightning.engine.replay_record import BatchToCome
 from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole
 from moetion_lightning.errors import MoEtionError
@@ -24,6 +26,7 @@ from moetion_lightning.events import (
     CaptureStarted,
     EventBus,
     ManifestWritten,
+    Notice,
     SlotSealed,
     WindowCommitted,
 )
@@ -33,6 +36,7 @@ from moetion_lightning.store.tree import FlatTree
 
 __all__ = ["TORN", "OpenWindow", "WindowHeader", "WindowWriter"]
 
+_log = logging.getLogger(__name__)
 
 #: Why a window is given up when user code writes to weights behind the captures' back.
 TORN = "weights were changed between an iteration's end and the next optimizer step"
@@ -72,6 +76,7 @@ class OpenWindow:
     captured_at: float = field(default_factory=time.time)
     next_slot: int = 0
     broken: str = ""
+    finite: bool = True
     records: list[FileRecord] = field(default_factory=list)
     slots: list[dict[str, Any]] = field(default_factory=list)
     to_come: BatchToCome = field(default_factory=BatchToCome)
@@ -128,6 +133,7 @@ class WindowWriter:
         self._layouts: dict[int, tuple[tuple[TensorSpec, ...], SnapshotLayout]] = {}
         self._serial = 0
         self._newest: Manifest | None = None
+        self._said_not_finite = False
 
     @property
     def newest(self) -> Manifest | None:
@@ -255,6 +261,7 @@ class WindowWriter:
                 "carried": carried,
                 "first_captured_at": window.captured_at,
                 "next": following,
+                **({} if window.finite else {"finite": False}),
             },
         )
         previous = [it for it in self._tier.windows() if it != manifest.iteration]
@@ -262,8 +269,14 @@ class WindowWriter:
             manifest,
             on_stage=lambda stage: self._bus.emit(ManifestWritten(iteration=iteration, committed=stage == "committed")),
         )
-        self._newest = manifest
+        before, self._newest = self._newest, manifest
+        if not manifest.finite:
+            self._say_not_finite(manifest)
         if not self._keeps_older:
+            if not manifest.finite and before is not None and before.finite:
+                # As long as there is room: a restart rather takes it.
+                self._tier.set_aside([before.iteration])
+                previous.remove(before.iteration)
             for older in previous:
                 self._tier.drop(older)
         self._bus.emit(
@@ -275,6 +288,17 @@ class WindowWriter:
             )
         )
         self._on_commit(manifest)
+
+    def _say_not_finite(self, manifest: Manifest) -> None:
+        if not self._said_not_finite:
+            self._said_not_finite = True
+            message = (
+                f"the window of iterations {manifest.first_iteration}..{manifest.last_iteration} holds a loss, a "
+                "gradient norm or a weight that is not finite: a restart takes the newest window without one, if "
+                "there is any"
+            )
+            _log.warning(message)
+            self._bus.emit(Notice(message=message))
 
     def _records_of_newest(self) -> tuple[FileRecord, ...]:
         return self._newest.files if self._newest is not None else ()
@@ -322,6 +346,7 @@ class _SlotJob:
         self._record = record
         self._buffer: HostBuffer | None = None
         self._layout: SnapshotLayout | None = None
+        self._views: dict[str, Tensor] = {}
         self._scalars: dict[str, Any] = {}
         self._seconds = 0.0
         # Taken on the training thread, at the iteration's end: copies that began late see later changes, too.
@@ -344,6 +369,8 @@ class _SlotJob:
                 work()
         except (MoEtionError, OSError) as error:
             self._window.broken = f"{type(error).__name__}: {error}"
+        if self._window.broken:
+            self._views = {}
         if self._window.broken and self._buffer is not None:
             self._writer._tier.release(self._buffer)
             self._buffer = None
@@ -375,7 +402,7 @@ class _SlotJob:
         elif self._whole_versions != self._versions_of_whole():
             self._samples = None  # user code has changed them since: they are not those of this iteration
         layout.write_header(buffer.tensor)
-        self._buffer, self._layout = buffer, layout
+        self._buffer, self._layout, self._views = buffer, layout, views
         self._seconds = time.perf_counter() - started
 
     def _versions_of_whole(self) -> list[int]:
@@ -397,6 +424,10 @@ class _SlotJob:
                 iteration=self._iteration, slot=self._slot, num_slots=num_slots, nbytes=nbytes, seconds=self._seconds
             )
         )
+        replay_record, views = self._record(), self._views
+        self._views = {}
+        window.finite = window.finite and record_is_finite(replay_record) and weights_are_finite(views)
+        del views  # memory that a tensor aliases cannot be given another size
         record = writer._tier.seal(self._buffer, self._layout)
         window.records.append(record)
         window.slots.append(
@@ -406,7 +437,7 @@ class _SlotJob:
                 "active": [op.name for op in self._plan.active],
                 "frozen": [op.name for op in self._plan.frozen],
                 "scalars": self._scalars,
-                "record": {**self._record(), "weights": self._weights()},
+                "record": {**replay_record, "weights": self._weights()},
             }
         )
         if self._slot == 0:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
-import mmap
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 from moetion_lightning.errors import HostMemoryError, StoreError
 from moetion_lightning.store.local import explain_os_errors
 from moetion_lightning.store.manifest import FileRecord
+from moetion_lightning.store.mapping import map_fd
+from moetion_lightning.units import bytes_text
 
 __all__ = ["BufferPool", "BufferState", "HostBuffer", "free_bytes_at"]
 
 _OUT_OF_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG)
-# Touching the pages now costs the same time once; touched in the first window's captures it would count as stall.
-_MAP_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 
 # A free buffer that two commits in a row could do without is of a size that the schedule no longer uses.
 _MAX_IDLE_COMMITS = 2
@@ -57,7 +57,7 @@ class HostBuffer:
         self.state = BufferState.CAPTURING
         self.record: FileRecord | None = None
         self.idle_commits = 0
-        self._map: mmap.mmap | None = None
+        self._map: Any = None  # a ctypes array
         self._tensor: torch.Tensor | None = None
         self._unpin: Callable[[], None] | None = None
         with explain_os_errors("create", path):
@@ -88,7 +88,7 @@ class HostBuffer:
         """The same bytes as a buffer, for checksums."""
         if self._map is None:
             raise StoreError(f"{self.path}: the buffer was given back; acquire another one.")
-        return memoryview(self._map)
+        return memoryview(self._map).cast("B")
 
     @property
     def is_pinned(self) -> bool:
@@ -141,14 +141,13 @@ class HostBuffer:
         if self._map is None:
             return True
         self._release_pin()
-        self._tensor = None
-        try:
-            self._map.close()
-        except BufferError:  # the tensor was made through numpy, which counts as an export of the map while it lives
-            self._tensor = _as_tensor(self._map)
-            return False
-        self._map = None
-        return True
+        left = weakref.ref(self._map)
+        self._tensor = self._map = None
+        self._map = left()
+        if self._map is None:
+            return True
+        self._tensor = _as_tensor(self._map)  # a tensor that somebody has still aliases it
+        return False
 
     def _release_pin(self) -> None:
         unpin, self._unpin = self._unpin, None
@@ -162,7 +161,7 @@ class HostBuffer:
                 os.posix_fallocate(fd, 0, nbytes)
             else:
                 os.ftruncate(fd, nbytes)
-            self._map = mmap.mmap(fd, nbytes, flags=_MAP_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._map = map_fd(fd, nbytes, shared=True)
         except OSError as error:
             if error.errno in _OUT_OF_ROOM:
                 raise no_room(self.path.parent, nbytes) from error
@@ -255,17 +254,17 @@ class BufferPool:
                 self.delete(max(free, key=lambda b: b.nbytes))
 
 
-def _as_tensor(memory: mmap.mmap) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))
+def _as_tensor(memory: Any) -> torch.Tensor:
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def no_room(directory: Path, needed_bytes: int) -> HostMemoryError:
     """The error for a host-memory tier that is too small, with numbers and remedies."""
     free = free_bytes_at(directory)
     return HostMemoryError(
-        f"{directory}: {needed_bytes / 1e6:.1f} MB ({needed_bytes} bytes) are needed, {free / 1e6:.1f} MB ({free} "
-        "bytes) are free there. Remove dead jobs' state (`moetion inspect`, then clean), enlarge it (containers: "
-        "--shm-size; hosts: mount -o remount,size=... /dev/shm), use a smaller window, or choose another base."
+        f"{directory}: {bytes_text(needed_bytes)} ({needed_bytes} bytes) are needed, {bytes_text(free)} ({free} bytes) "
+        "are free there. Enlarge it (containers: --shm-size; hosts: mount -o remount,size=... /dev/shm), use a smaller "
+        "window, or choose another base."
     )
 
 
@@ -295,14 +294,35 @@ def _available_memory_bytes() -> int:
     with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as meminfo:
         kilobytes = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in meminfo)}
         limits.append(1024 * (kilobytes["MemAvailable"] + kilobytes.get("SwapFree", 0)))
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-            reclaimable = _reclaimable_bytes(Path(limit).parent / "memory.stat")
-            limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()) + reclaimable)
+    limits += _control_group_bytes(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     return max(0, min(limits))
+
+
+def _control_group_bytes(membership: Path, root: Path) -> list[int]:
+    """What this process's control group and those above it still give (containers, Slurm, systemd).
+
+    Args:
+        membership: says which group the process is in.
+        root: where groups are mounted; of a container without a namespace of its own, the container's group.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for line in membership.read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0" and not controllers:
+                base, limit, used = root, "memory.max", "memory.current"
+            elif "memory" in controllers.split(","):
+                base, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            else:
+                continue
+            group = base / path.strip("/")
+            for place in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+                    reclaimable = _reclaimable_bytes(place / "memory.stat")
+                    found.append(int((place / limit).read_text()) - int((place / used).read_text()) + reclaimable)
+                if place == base:
+                    break
+    return found
 
 
 def _reclaimable_bytes(stat_file: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -12,9 +13,10 @@ from typing import Any
 
 from moetion_lightning.errors import CorruptSnapshotError, StoreError
 from moetion_lightning.store.folders import COMPLETED, RESUMED, TRAINED
-from moetion_lightning.store.jobs import is_of_this_process, job_note
+from moetion_lightning.store.jobs import check_storage_dir, is_of_this_process, job_note
 from moetion_lightning.store.local import LocalRoot
 from moetion_lightning.store.manifest import FileRecord, Manifest, parse_json
+from moetion_lightning.store.owner import Ownership
 from moetion_lightning.store.remote import RemoteRoot
 from moetion_lightning.store.retention import files_to_drop, windows_to_keep
 from moetion_lightning.store.tier import Tier
@@ -46,7 +48,8 @@ class DirectoryTier:
         job: name of the job: letters, digits and ``._-``.
         rank: global rank.
         world_size: number of ranks of the job.
-        keep: committed windows to keep, at least 1.
+        keep: committed windows to keep, at least 1; the newest one that is finite is kept in any case.
+        run: launch that this process belongs to and which start of it this is; see :class:`~.owner.Ownership`.
         storage_options: for the fsspec file system's constructor.
 
     Raises:
@@ -61,6 +64,7 @@ class DirectoryTier:
         world_size: int = 1,
         *,
         keep: int = 2,
+        run: tuple[str, int] = ("", 0),
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         windows_to_keep((), keep)
@@ -76,8 +80,9 @@ class DirectoryTier:
             self.name = "storage"
             self._root = RemoteRoot(f"{url.rstrip('/')}/{rank_dir(job, rank)}", storage_options)
         self._set = WindowSet(self._root, job=job, rank=rank)
+        self._owner = Ownership(self._root, run)
         self._known: set[FileRecord] = set()  # written or read whole by this process
-        self._is_created = False
+        self._is_open = False
 
     def of_rank(self, rank: int) -> DirectoryTier:
         """The tier of another rank of the same job, to read from."""
@@ -91,17 +96,38 @@ class DirectoryTier:
         return self._root.location
 
     def open(self) -> DirectoryTier:
-        """Create the directories now, to learn before the first step that it is impossible.
+        """Become the owner of the directory, now, to learn before the first step that it is impossible.
 
         Raises:
-            StoreError: they cannot be created or written.
+            JobBusyError: a live process, on this machine or another one, persists there.
+            StoreError: it cannot be created or written, or others may write there.
         """
-        if not self._is_created:
+        if not self._is_open:
             self._root.create()
-            note = job_note(job=self.job, rank=self.rank, world_size=self.world_size)
-            self._root.write_note("job.json", json.dumps(note, indent=1).encode())
-            self._is_created = True
+            self._owner.claim()
+            self._is_open = True
+            try:
+                if isinstance(self._root, LocalRoot):
+                    check_storage_dir(local_path_of(self.url), self._root.path)
+                note = job_note(job=self.job, rank=self.rank, world_size=self.world_size)
+                self._root.write_note("job.json", json.dumps(note, indent=1).encode())
+            except BaseException:
+                self.close()
+                raise
         return self
+
+    def renew(self) -> None:
+        """Say that this process lives, so that no other one takes its place (any thread).
+
+        Raises:
+            OwnerLostError: another one has.
+        """
+        self._owner.renew()
+
+    def check_owner(self) -> None:
+        """Before anything is written or removed. Raises ``OwnerLostError`` when another process is the owner now."""
+        self.open()
+        self._owner.check()
 
     def persist(
         self,
@@ -119,10 +145,11 @@ class DirectoryTier:
             on_stage: as in :meth:`commit`.
 
         Raises:
+            OwnerLostError: another process owns the directory now; nothing is committed or removed.
             CorruptSnapshotError: a file of the source is not what was committed; nothing is committed here.
             StoreError: writing fails (full, no permission); the windows committed before are untouched.
         """
-        self.open()
+        self.check_owner()
         readable, _ = self._set.named_files()
         sizes = self._root.files()
         for record in manifest.files:
@@ -146,13 +173,14 @@ class DirectoryTier:
             ForeignWindowError: of another job or rank.
             StoreError: a file is missing, or writing fails.
         """
-        self.open()
+        self.check_owner()
         self._set.commit(manifest, on_stage)
         for later in [i for i in self._set.windows() if i > manifest.iteration]:
             self._root.remove_manifest(later)
 
     def drop(self, iteration: int) -> None:
         """Remove a window: its manifest first, then the files that no other window names."""
+        self.check_owner()
         self._root.remove_manifest(iteration)
         self._collect()
 
@@ -186,10 +214,12 @@ class DirectoryTier:
         Returns:
             Name of the course that lies aside now, "" when there was no such window.
         """
+        self.check_owner()
         return self._set.set_aside(iterations)
 
     def take_back(self, course: str) -> None:
         """Make the windows of a course that lies aside the current ones; the current ones go aside."""
+        self.check_owner()
         self._set.take_back(course)
 
     def forget_aside(self, *, keep: Collection[str] = ()) -> None:
@@ -199,28 +229,35 @@ class DirectoryTier:
             keep: files of a window that is being written.
         """
         if self._root.courses_aside():
+            self.check_owner()
             self._set.forget_aside()
             self._collect(keep)
 
     def mark_trained(self) -> None:
         """Note that training came to its end. The windows can be restored until the process has ended well, too."""
-        self.open()
+        self.check_owner()
         self._set.mark(TRAINED)
 
     def mark_resumed(self, iteration: int) -> None:
         """Note which iteration the user asked for when this course began."""
-        self.open()
+        self.check_owner()
         self._set.mark(RESUMED, {"iteration": iteration})
+
+    def count_restore(self, iteration: int) -> int:
+        """A window is restored. Returns how often it has been, with no newer one restored between."""
+        self.check_owner()
+        return self._set.count_restore(iteration)
 
     def mark_completed(self) -> None:
         """Note that the process ended well, so that the same command starts anew instead of resuming."""
-        self.open()
+        self.check_owner()
         if self.windows():
             self.forget_aside()
         self._set.mark(COMPLETED)
 
     def mark_continued(self) -> None:
         """The course of the current windows goes on: it is neither at its end nor completed."""
+        self.check_owner()
         self._set.mark_continued()
 
     @property
@@ -244,7 +281,11 @@ class DirectoryTier:
         return data is not None and is_of_this_process(parse_json(data, path=self.location))
 
     def close(self) -> None:
-        """Remove downloaded copies."""
+        """Let go of the directory, and remove downloaded copies."""
+        if self._is_open:
+            self._is_open = False
+            with contextlib.suppress(StoreError):  # a record that nobody renews is nobody's in the end
+                self._owner.release()
         self._root.close()
 
     def _is_present(self, record: FileRecord, sizes: dict[str, int]) -> bool:
@@ -296,11 +337,12 @@ class DirectoryTier:
                 del readable[iteration]
 
     def _retain(self) -> None:
+        self.check_owner()
         readable, _ = self._set.named_files()
         # Damaged windows do not count as kept; they go when they are older than all that are.
-        oldest = windows_to_keep(readable, self.keep)[-1]
+        kept = windows_to_keep(readable, self.keep, finite=[i for i, m in readable.items() if m.finite])
         for iteration in self._set.windows():
-            if iteration < oldest:
+            if iteration not in kept and (iteration in readable or iteration < kept[-1]):
                 self._root.remove_manifest(iteration)
         self._collect()
 

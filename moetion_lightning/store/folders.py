@@ -33,7 +33,10 @@ COMPLETED = f"{WINDOWS}/completed.note"
 RESUMED = f"{WINDOWS}/resumed.note"
 """The iteration that ``resume=`` named when this course began: the same command started again continues it."""
 
-NOTES = (TRAINED, COMPLETED, RESUMED)
+RESTORES = f"{WINDOWS}/restores.note"
+"""The window that was restored last, and how often in a row: no newer one was committed between."""
+
+NOTES = (TRAINED, COMPLETED, RESUMED, RESTORES)
 
 
 def manifest_name(iteration: int) -> str:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
+import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,9 +35,11 @@ from moetion_lightning.store.jobs import (
     prepare_base_dir,
     read_job_note,
     remove_rank_dir,
+    who_holds_memory,
 )
 from moetion_lightning.store.local import LocalRoot
 from moetion_lightning.store.manifest import FILE_NAME, FileRecord, Manifest, bytes_checksum
+from moetion_lightning.store.mapping import hide_from_children
 from moetion_lightning.store.retention import files_to_drop
 from moetion_lightning.store.windows import WindowSet, rank_dir, replica_dir
 from moetion_lightning.units import bytes_text
@@ -42,6 +47,7 @@ from moetion_lightning.units import bytes_text
 __all__ = ["HostBuffer", "HostMemoryTier", "JobInfo", "clean_stale", "find_jobs"]
 
 _log = logging.getLogger(__name__)
+_LOOK_AGAIN_SECONDS = 30.0
 
 
 class HostMemoryTier:
@@ -87,6 +93,9 @@ class HostMemoryTier:
         self._named_aside: frozenset[str] = frozenset()
         self._pins: Counter[int] = Counter()
         self._pinned: dict[int, frozenset[str]] = {}
+        #: The last iteration of which a predecessor had begun to capture something; -1 if none.
+        self.reached = -1
+        self._holders = (-math.inf, "")
         self._is_open = False
 
     def open(self, *, wait_seconds: float = 0.25) -> HostMemoryTier:
@@ -109,9 +118,11 @@ class HostMemoryTier:
             self._lock.acquire(wait_seconds=wait_seconds)
             try:
                 self._root.create()
+                hide_from_children(self._root.files_dir)
                 note = job_note(job=self.job, rank=self.rank, world_size=self.world_size)
                 self._root.write_note("job.json", json.dumps(note, indent=1).encode())
                 manifests, is_safe = self._read_names()
+                self.reached = max(map(_iteration_of, self._root.files()), default=-1)
                 if is_safe:
                     for name in files_to_drop(manifests, self._root.files()):
                         self._root.remove_file(name)
@@ -380,6 +391,12 @@ class HostMemoryTier:
             self._require_open()
             self._set.mark(RESUMED, {"iteration": iteration})
 
+    def count_restore(self, iteration: int) -> int:
+        """A window is restored. Returns how often it has been, with no newer one restored between."""
+        with self._mutex:
+            self._require_open()
+            return self._set.count_restore(iteration)
+
     def mark_completed(self) -> None:
         """The process ends well: remove everything, which nothing needs any more, and close."""
         self.destroy()
@@ -441,7 +458,15 @@ class HostMemoryTier:
             HostMemoryError: there is less room; the message has both numbers and the remedies.
         """
         if self.free_bytes() + self.aside_bytes() < needed_bytes:
-            raise no_room(_existing_parent(self.path), needed_bytes)
+            raise self._explained(no_room(_existing_parent(self.path), needed_bytes))
+
+    def who_holds_memory(self) -> str:
+        """For messages about full memory; see :func:`~.jobs.who_holds_memory`. Looked up at most twice a minute."""
+        looked, text = self._holders
+        if time.monotonic() - looked > _LOOK_AGAIN_SECONDS:
+            text = who_holds_memory(self.base_dir, self.job)
+            self._holders = (time.monotonic(), text)
+        return text
 
     def close(self) -> None:
         """Give up ownership: committed windows stay, everything else is removed."""
@@ -497,12 +522,15 @@ class HostMemoryTier:
         self._named_aside = frozenset(record.name for manifest in aside for record in manifest.files)
         return [*readable.values(), *aside], is_safe and is_aside_safe
 
+    def _explained(self, error: HostMemoryError) -> HostMemoryError:
+        return HostMemoryError(f"{error}{self.who_holds_memory()}")
+
     def _acquire(self, path: Path, nbytes: int) -> HostBuffer:
         try:
             return self._pool.acquire(path, nbytes)
-        except HostMemoryError:
+        except HostMemoryError as error:
             if not self._named_aside:
-                raise
+                raise self._explained(error) from error
             before = self.used_bytes()
             self.forget_aside()
             _log.warning(
@@ -510,7 +538,7 @@ class HostMemoryTier:
                 "this one has a window of its own (%s)",
                 self.path, bytes_text(before - self.used_bytes() + self._pool.free_bytes()),
             )  # fmt: skip
-            return self._pool.acquire(path, nbytes)
+            return self._acquire(path, nbytes)
 
     def _free_path(self, uid: str) -> Path:
         for number in range(1, 1_000_000):
@@ -539,3 +567,9 @@ def _existing_parent(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def _iteration_of(file: str) -> int:
+    """The iteration that a capture's file is named after."""
+    match = re.match(r"(\d{12})-slot", file)
+    return int(match[1]) if match else -1

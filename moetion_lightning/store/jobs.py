@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import shutil
 import stat
 import sys
@@ -22,8 +23,20 @@ from typing import Any
 from moetion_lightning.errors import CorruptSnapshotError, JobBusyError, StoreError
 from moetion_lightning.store.folders import WINDOWS
 from moetion_lightning.store.local import LocalRoot, explain_os_errors, make_private_dir, read_regular
+from moetion_lightning.store.owner import OWNER_NOTE, boot_id
+from moetion_lightning.units import age_text, bytes_text
 
-__all__ = ["JobInfo", "JobLock", "clean_stale", "default_base_dir", "find_jobs", "job_note", "prepare_base_dir"]
+__all__ = [
+    "JobInfo",
+    "JobLock",
+    "clean_stale",
+    "default_base_dir",
+    "find_jobs",
+    "job_note",
+    "prepare_base_dir",
+    "stale_jobs",
+    "who_holds_memory",
+]
 
 _SHARED_MEMORY = Path("/dev/shm")
 _RETRY_SECONDS = 0.02
@@ -49,6 +62,41 @@ def prepare_base_dir(path: Path) -> None:
     """
     make_private_dir(path)
     check_base_dir(path)
+
+
+def check_storage_dir(base: Path, rank_dir: Path) -> None:
+    """Check that no other user could put windows in place of ours on storage.
+
+    The base may be a group's, as shared folders are, and a link; what is below it is this user's alone. On network
+    file systems this user may have another number: what counts is that of a file that it has just written.
+
+    Args:
+        base: ``persist_dir``.
+        rank_dir: This rank's directory below it; this process has written a file there.
+
+    Raises:
+        StoreError: everybody may write to the base, or the job's or rank's directory is another user's.
+    """
+    with explain_os_errors("inspect", base):
+        mode = os.stat(base).st_mode
+        if mode & 0o002 and not mode & stat.S_ISVTX:
+            raise StoreError(
+                f"{base}: all users may write there (mode {stat.S_IMODE(mode):o}), and could put other windows in "
+                f"place of this job's. Run: chmod o-w {base}"
+            )
+        mine = os.lstat(rank_dir / OWNER_NOTE).st_uid
+        for path in (rank_dir.parent, rank_dir):
+            status = os.lstat(path)
+            if status.st_uid != mine:
+                raise StoreError(
+                    f"{path}: belongs to user {status.st_uid}, this process writes as {mine}. Choose another "
+                    "persist_dir or job_id."
+                )
+            if status.st_mode & 0o022:
+                raise StoreError(
+                    f"{path}: other users may write there (mode {stat.S_IMODE(status.st_mode):o}). Run: chmod 700 "
+                    f"{path}"
+                )
 
 
 def check_base_dir(path: Path) -> None:
@@ -155,14 +203,13 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 def job_note(*, job: str, rank: int, world_size: int) -> dict[str, Any]:
     """What ``job.json`` says: who owns the directory, for people and for messages."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
     return {
         "job": job,
         "rank": rank,
         "world_size": world_size,
         "pid": os.getpid(),
         "host": platform.node(),
-        "boot_id": boot_id.read_text().strip() if boot_id.exists() else None,
+        "boot_id": boot_id(),
         "argv": sys.argv,
         "cwd": os.getcwd(),
         "script": main_file(),
@@ -237,8 +284,62 @@ def find_jobs(base_dir: Path | None = None) -> list[JobInfo]:
     return [_describe(path) for path in _rank_dirs(base)]
 
 
+def who_holds_memory(base_dir: Path, own_job: str) -> str:
+    """For messages about full memory: which other jobs hold how much there, and what frees it; "" if none does.
+
+    Args:
+        base_dir: base directory of the host-memory tier.
+        own_job: the job that wants room.
+    """
+    jobs: dict[str, list[JobInfo]] = {}
+    with contextlib.suppress(StoreError):
+        for info in find_jobs(base_dir):
+            if info.name != own_job and info.nbytes:
+                jobs.setdefault(info.name, []).append(info)
+    dead, alive, names = [], [], []
+    for name, infos in jobs.items():
+        size = bytes_text(sum(info.nbytes for info in infos))
+        pids = sorted({info.pid for info in infos if info.pid is not None})
+        process = f"process {', '.join(map(str, pids))}" if pids else "process unknown"
+        age = age_text(min(info.age_seconds for info in infos))
+        if any(info.alive for info in infos):
+            alive.append(f"{name} ({size}, {process})")
+        else:
+            dead.append(f"{name} ({size}, {age} old, {process} is gone)")
+            names.append(name)
+    text = f" Live jobs hold memory there: {', '.join(alive)}." if alive else ""
+    if dead:
+        where = "" if base_dir == default_base_dir()[0] else f" --memory-dir {shlex.quote(str(base_dir))}"
+        which = "".join(f" --job {name}" for name in names)
+        text += (
+            f" Dead jobs hold memory there: {', '.join(dead)}. If none of them is to be started again: "
+            f"`moetion clean{where} --older-than 0{which}`."
+        )
+    return text
+
+
+def stale_jobs(
+    base_dir: Path | None = None,
+    older_than_seconds: float = 0.0,
+    keep: Collection[str] = (),
+    only: Collection[str] | None = None,
+) -> list[JobInfo]:
+    """What :func:`clean_stale` would remove."""
+    return [
+        info
+        for info in find_jobs(base_dir)
+        if not info.alive
+        and info.name not in keep
+        and (only is None or info.name in only)
+        and info.age_seconds >= older_than_seconds
+    ]
+
+
 def clean_stale(
-    base_dir: Path | None = None, older_than_seconds: float = 0.0, keep: Collection[str] = ()
+    base_dir: Path | None = None,
+    older_than_seconds: float = 0.0,
+    keep: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> list[JobInfo]:
     """Remove what dead jobs left in host memory.
 
@@ -246,6 +347,7 @@ def clean_stale(
         base_dir: None for the default one.
         older_than_seconds: leave jobs whose last commit is younger: they may be restarted soon.
         keep: names of jobs to leave, whatever their age.
+        only: names of the jobs to remove; None for all.
 
     Returns:
         What was removed.
@@ -254,9 +356,7 @@ def clean_stale(
         StoreError: the base directory is not safe or cannot be changed.
     """
     removed = []
-    for info in find_jobs(base_dir):
-        if info.alive or info.name in keep or info.age_seconds < older_than_seconds:
-            continue
+    for info in stale_jobs(base_dir, older_than_seconds, keep, only):
         lock = JobLock(info.path)
         try:
             lock.acquire()

@@ -63,6 +63,9 @@ class Tier(Protocol):
     def mark_resumed(self, iteration: int) -> None:
         """Note that iteration."""
 
+    def count_restore(self, iteration: int) -> int:
+        """A window is restored. Returns how often it has been, with no newer one restored between."""
+
     @property
     def trained(self) -> bool:
         """Whether the course of the current windows came to its end."""

@@ -15,7 +15,7 @@ from moetion_lightning.errors import (
     StoreError,
     VersionError,
 )
-from moetion_lightning.store.folders import COMPLETED, NOTES, RESUMED, TRAINED, WINDOWS, next_aside
+from moetion_lightning.store.folders import COMPLETED, NOTES, RESTORES, RESUMED, TRAINED, WINDOWS, next_aside
 from moetion_lightning.store.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest
 
 __all__ = ["Root", "WindowSet", "rank_dir", "replica_dir"]
@@ -201,12 +201,24 @@ class WindowSet:
     @property
     def resumed(self) -> int | None:
         """The iteration that the user asked for when this course began."""
-        data = self.root.read_note(RESUMED)
-        try:
-            value = None if data is None else json.loads(data)["iteration"]
-        except (ValueError, KeyError, TypeError):
-            return None
+        value = self._note(RESUMED).get("iteration")
         return value if type(value) is int else None
+
+    def count_restore(self, iteration: int) -> int:
+        """A window is restored. Returns how often it has been, with no newer one restored between."""
+        before = self._note(RESTORES)
+        count = before.get("count") if before.get("iteration") == iteration else 0
+        count = count + 1 if type(count) is int else 1
+        self.mark(RESTORES, {"iteration": iteration, "count": count})
+        return count
+
+    def _note(self, name: str) -> dict[str, Any]:
+        """Content of a note, empty when it is absent or damaged."""
+        try:
+            content = json.loads(self.root.read_note(name) or b"{}")
+        except (CorruptSnapshotError, ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def forget_aside(self) -> None:
         """Remove all manifests that lie aside, the oldest course first."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import stat
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from moetion_lightning import cli
 from moetion_lightning.errors import (
     ConfigurationError,
     CorruptSnapshotError,
@@ -383,3 +385,22 @@ def test_job_note_says_who_owns_it(tier):
     assert note["pid"] == os.getpid()
     assert note["job"] == "job"
     assert note["cwd"] == os.getcwd()
+
+
+def test_full_memory_names_dead_jobs_and_the_call_that_removes_them(tmp_path, capsys):
+    base = tmp_path / "base"
+    for name in ("gone", "left"):
+        with HostMemoryTier(base, name) as dead:
+            commit_window(dead, 2)
+    with HostMemoryTier(base, "mine") as mine, HostMemoryTier(base, "other") as other:
+        commit_window(other, 1)
+        with pytest.raises(HostMemoryError) as caught:
+            mine.acquire("a", 1 << 60)
+        message = str(caught.value)
+        assert f"gone ({2 * NBYTES / 1000:.1f} kB, 0 s old, process {os.getpid()} is gone)" in message
+        assert "Live jobs hold memory there: other (" in message
+        (call,) = re.findall(r"`(moetion clean .*?)`", message)
+        assert call == f"moetion clean --memory-dir {base} --older-than 0 --job gone --job left"
+        assert cli.main([*call.split()[1:-2]]) == 0
+        assert {job.name for job in find_jobs(base)} == {"left", "mine", "other"}
+    assert "1 removed" in capsys.readouterr().out

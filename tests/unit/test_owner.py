@@ -1,0 +1,272 @@
+"""One owner writes to a place on storage: a second one is refused by name, a frozen one that comes back stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+from moetion_lightning.engine.persist import Persister
+from moetion_lightning.errors import JobBusyError, OwnerLostError, StoreError
+from moetion_lightning.events import EventBus, Notice, WindowPersisted
+from moetion_lightning.store import owner as owner_module
+from moetion_lightning.store.disk import DirectoryTier
+from moetion_lightning.store.host_memory import HostMemoryTier
+from moetion_lightning.store.local import LocalRoot
+from moetion_lightning.store.owner import LEASE_SECONDS, Ownership
+from tests.store_windows import commit_window
+
+
+@pytest.fixture
+def memory(tmp_path):
+    with HostMemoryTier(tmp_path / "shm", "job") as tier:
+        yield tier
+
+
+@pytest.fixture(params=["disk", "remote"])
+def url(request, tmp_path):
+    return str(tmp_path / "disk") if request.param == "disk" else f"memory://{uuid.uuid4()}"
+
+
+@pytest.fixture
+def process():
+    """A live process that is not this one."""
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    yield child
+    child.send_signal(signal.SIGCONT)
+    child.kill()
+    child.wait()
+
+
+def record(tier: DirectoryTier) -> dict:
+    return json.loads(tier._root.read_note("owner.json"))
+
+
+def put_record(tier: DirectoryTier, **changes) -> None:
+    """Another owner's record; what is not given is as this process would write it."""
+    tier._root.create()
+    mine = dataclasses.asdict(Ownership(tier._root)._mine)
+    values = {**mine, "created": time.time(), "renewed": time.time(), **changes}
+    tier._root.write_note("owner.json", json.dumps(values).encode())
+
+
+def of(pid: int) -> dict:
+    return {"pid": pid, "process_started": owner_module._process(pid)[0]}
+
+
+def windows_and_files(tier: DirectoryTier) -> tuple[list[int], dict[str, int]]:
+    return tier.windows(), tier._root.files()
+
+
+def test_a_live_process_of_this_machine_is_named(url, process):
+    tier = DirectoryTier(url, "job")
+    put_record(tier, **of(process.pid))
+    before = record(tier)
+    with pytest.raises(
+        JobBusyError, match=rf"process {process.pid} on {os.uname().nodename}.*another job_id= or persist"
+    ):
+        tier.open()
+    assert record(tier) == before
+
+
+def test_a_process_that_is_gone_is_replaced_at_once(url, process):
+    tier = DirectoryTier(url, "job")
+    put_record(tier, **of(process.pid))
+    process.kill()
+    process.wait()
+    tier.open()
+    assert record(tier)["pid"] == os.getpid()
+    tier.close()
+    put_record(tier, pid=os.getppid(), process_started=1)  # its number was given to another one since
+    tier.open()
+    tier.close()
+
+
+def test_an_owner_that_let_go_is_replaced(url):
+    tier = DirectoryTier(url, "job")
+    tier.open()
+    assert not record(tier)["released"]
+    tier.close()
+    assert record(tier)["released"]
+    put_record(tier, host="elsewhere", released=True)
+    tier.open()
+    tier.close()
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_an_owner_on_another_machine_lives_if_it_writes(url, lives):
+    tier = DirectoryTier(url, "job")
+    put_record(tier, host="elsewhere", boot_id="other", nonce="n")
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if lives and len(waited) == 5:
+            put_record(tier, host="elsewhere", boot_id="other", nonce="n")
+
+    ownership = Ownership(tier._root, sleep=sleep)
+    if lives:
+        with pytest.raises(JobBusyError, match="on elsewhere"):
+            ownership.claim()
+        assert len(waited) == 5
+    else:
+        ownership.claim()
+        assert sum(waited) == pytest.approx(LEASE_SECONDS)
+
+
+def test_an_old_record_of_another_machine_needs_no_wait(url):
+    tier = DirectoryTier(url, "job")
+    put_record(tier, host="elsewhere", renewed=time.time() - 1000)
+    Ownership(tier._root, sleep=pytest.fail).claim()
+
+
+def test_a_frozen_process_is_replaced_when_it_has_not_written_for_a_while(url, process):
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+    tier = DirectoryTier(url, "job")
+    put_record(tier, **of(process.pid), renewed=time.time() - LEASE_SECONDS - 1)
+    Ownership(tier._root, sleep=pytest.fail).claim()
+
+
+def test_a_later_start_of_the_same_launch_takes_the_place_of_a_lost_rank_at_once(url):
+    tier = DirectoryTier(url, "job", run=("launch", 3))
+    put_record(tier, host="elsewhere", run="launch", attempt=2)
+    tier.open()
+    tier.close()
+
+
+def test_a_damaged_record_is_nobodys(url):
+    tier = DirectoryTier(url, "job")
+    tier._root.create()
+    tier._root.write_note("owner.json", b"{")
+    tier.open()
+    assert record(tier)["pid"] == os.getpid()
+    tier.close()
+
+
+def test_whoever_finds_another_owner_writes_and_removes_nothing(url, memory):
+    tier = DirectoryTier(url, "job", keep=1)
+    tier.persist(commit_window(memory, 1), memory)
+    commit_window(memory, 2)
+    put_record(tier, host="elsewhere", nonce="n")
+    before = windows_and_files(tier)
+    for act in (
+        lambda: tier.persist(memory.read_manifest(2), memory),
+        lambda: tier.drop(1),
+        lambda: tier.set_aside(),
+        lambda: tier.mark_completed(),
+        lambda: tier.mark_trained(),
+        lambda: tier.renew(),
+    ):
+        with pytest.raises(OwnerLostError, match="on elsewhere .* has taken this place over"):
+            act()
+    tier.close()
+    assert windows_and_files(tier) == before
+    assert record(tier)["host"] == "elsewhere"
+    assert not tier.completed
+
+
+def test_one_that_is_frozen_while_it_writes_does_not_commit(url, memory):
+    tier = DirectoryTier(url, "job", keep=1)
+    tier.persist(commit_window(memory, 1), memory)
+    manifest = commit_window(memory, 2)
+    with pytest.raises(OwnerLostError):
+        tier.persist(manifest, memory, on_file=lambda name: put_record(tier, host="elsewhere", nonce="n"))
+    assert tier.windows() == [1]
+    tier.verify(tier.read_manifest(1))
+
+
+def test_an_owner_that_has_ended_meanwhile_is_not_followed(url):
+    tier = DirectoryTier(url, "job").open()
+    put_record(tier, host="elsewhere", nonce="n", released=True)
+    with pytest.raises(OwnerLostError, match="took this place over and has ended"):
+        tier.mark_completed()
+
+
+def test_the_persister_says_once_that_its_place_was_taken_and_ends(url, memory):
+    events = []
+    tier = DirectoryTier(url, "job").open()
+    persister = Persister(memory, tier, EventBus([events.append]), 1)
+    persister.offer(commit_window(memory, 1))
+    assert persister.wait(60)
+    put_record(tier, host="elsewhere", nonce="n")
+    for iteration in (2, 3, 4):
+        persister.offer(commit_window(memory, iteration))
+        assert persister.wait(60)
+    assert persister.is_lost
+    persister.persist_all()
+    persister.close()
+    assert [type(event) for event in events] == [WindowPersisted, Notice]
+    assert "elsewhere" in events[1].message
+    assert "in host memory only" in events[1].message
+    assert tier.windows() == [1]
+
+
+def test_a_living_owner_renews_its_record(url, memory, monkeypatch):
+    monkeypatch.setattr("moetion_lightning.engine.persist.RENEW_SECONDS", 0.001)
+    tier = DirectoryTier(url, "job").open()
+    first = record(tier)["renewed"]
+    persister = Persister(memory, tier, EventBus(), 1)
+    deadline = time.monotonic() + 60
+    while record(tier)["renewed"] == first:
+        assert time.monotonic() < deadline
+    while not persister.is_lost:
+        put_record(tier, host="elsewhere", nonce="n")  # again, if the renewal of this instant was just being written
+        assert time.monotonic() < deadline
+    persister.close()
+    assert record(tier)["host"] == "elsewhere"
+
+
+def test_everything_committed_is_persisted_at_once_when_the_process_is_being_ended(url, memory):
+    tier = DirectoryTier(url, "job", keep=5).open()
+    persister = Persister(memory, tier, EventBus(), every_n_windows=100)
+    persister.offer(commit_window(memory, 1))
+    assert persister.wait(60)
+    for iteration in (2, 3):
+        persister.offer(commit_window(memory, iteration))
+    assert tier.windows() == [1]
+    persister.persist_all()
+    assert persister.wait(60)
+    assert tier.windows() == [3, 2, 1]
+    persister.persist_all()
+    persister.close()
+
+
+# --- who may write there ---------------------------------------------------------------------------------------------
+
+
+def test_a_base_that_everybody_may_write_to_is_refused_and_a_groups_is_not(tmp_path):
+    base = tmp_path / "disk"
+    base.mkdir()
+    base.chmod(0o777)
+    with pytest.raises(StoreError, match="all users may write there.*chmod o-w"):
+        DirectoryTier(base, "job").open()
+    base.chmod(0o775)
+    tier = DirectoryTier(base, "job").open()
+    tier.close()
+    tier._root.path.chmod(0o770)
+    with pytest.raises(StoreError, match="other users may write there.*chmod 700"):
+        tier.open()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
+def test_a_jobs_directory_of_another_user_is_refused(tmp_path):
+    tier = DirectoryTier(tmp_path / "disk", "job").open()
+    tier.close()
+    os.chown(tmp_path / "disk" / "job", 12345, 12345)
+    with pytest.raises(StoreError, match="belongs to user 12345"):
+        DirectoryTier(tmp_path / "disk", "job").open()
+
+
+def test_new_directories_are_made_durable_in_their_parents(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("moetion_lightning.store.local.sync_dir", synced.append)
+    LocalRoot(tmp_path / "a" / "b").create()
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced)
