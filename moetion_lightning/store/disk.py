@@ -107,6 +107,7 @@ class DirectoryTier:
             self._owner.claim()
             self._is_open = True
             try:
+                self._root.clean()
                 if isinstance(self._root, LocalRoot):
                     check_storage_dir(local_path_of(self.url), self._root.path)
                 note = job_note(job=self.job, rank=self.rank, world_size=self.world_size)

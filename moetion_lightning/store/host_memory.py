@@ -118,6 +118,7 @@ class HostMemoryTier:
             self._lock.acquire(wait_seconds=wait_seconds)
             try:
                 self._root.create()
+                self._root.clean()
                 hide_from_children(self._root.files_dir)
                 note = job_note(job=self.job, rank=self.rank, world_size=self.world_size)
                 self._root.write_note("job.json", json.dumps(note, indent=1).encode())

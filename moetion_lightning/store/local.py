@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -139,7 +140,8 @@ def write_atomically(path: Path, data: bytes, on_stage: OnStage | None = None) -
     Raises:
         StoreError: the operating system refuses.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A name of its own: on storage, a process that lost its place may write at the same instant.
+    temporary = path.with_name(f".{path.name}.{os.getpid():x}-{threading.get_ident():x}.tmp")
     with explain_os_errors("write", path):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -195,12 +197,16 @@ class LocalRoot:
         self.windows_dir = path / WINDOWS
 
     def create(self) -> None:
-        """Make the directories and remove half-written manifests. Raises ``StoreError`` when that fails."""
+        """Make the directories. Raises ``StoreError`` when that fails."""
         for directory in (self.path, self.files_dir, self.windows_dir):
             make_private_dir(directory)
-        for name in self._names(self.windows_dir):
-            if name.startswith(".") and name.endswith(".tmp"):
-                _remove(self.windows_dir / name)
+
+    def clean(self) -> None:
+        """Remove half-written manifests and notes; only for the owner, who alone writes."""
+        for directory in (self.path, self.windows_dir):
+            for name in self._names(directory):
+                if name.startswith(".") and name.endswith(".tmp"):
+                    _remove(directory / name)
 
     def courses_aside(self) -> list[str]:
         """Folders of windows that were set aside, the latest first."""

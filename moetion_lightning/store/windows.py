@@ -62,6 +62,9 @@ class Root(Protocol):
     def create(self) -> None:
         """Make what must exist before the first write."""
 
+    def clean(self) -> None:
+        """Remove what an earlier owner left half-written."""
+
     def courses_aside(self) -> list[str]:
         """Folders of windows that were set aside, the latest first."""
 

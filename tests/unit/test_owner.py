@@ -209,17 +209,26 @@ def test_the_persister_says_once_that_its_place_was_taken_and_ends(url, memory):
     assert tier.windows() == [1]
 
 
-def test_a_living_owner_renews_its_record(url, memory, monkeypatch):
+def test_a_living_owner_renews_its_record_until_its_place_is_taken(url, memory, monkeypatch):
     monkeypatch.setattr("moetion_lightning.engine.persist.RENEW_SECONDS", 0.001)
     tier = DirectoryTier(url, "job").open()
     first = record(tier)["renewed"]
+    real, calls = tier.renew, []
+
+    def renew():
+        calls.append(real)
+        if len(calls) == 2:
+            raise StoreError("for a moment, storage does not answer")
+        if len(calls) == 4:
+            assert record(tier)["renewed"] > first
+            put_record(tier, host="elsewhere", nonce="n")
+        real()
+
+    monkeypatch.setattr(tier, "renew", renew)
     persister = Persister(memory, tier, EventBus(), 1)
-    deadline = time.monotonic() + 60
-    while record(tier)["renewed"] == first:
-        assert time.monotonic() < deadline
-    while not persister.is_lost:
-        put_record(tier, host="elsewhere", nonce="n")  # again, if the renewal of this instant was just being written
-        assert time.monotonic() < deadline
+    persister._renewal.join(60)
+    assert len(calls) == 4
+    assert persister.is_lost
     persister.close()
     assert record(tier)["host"] == "elsewhere"
 
