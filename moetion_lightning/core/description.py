@@ -89,7 +89,9 @@ class Describer:
         if kind is float:
             return {"f": value.hex()}
         if id(value) in self._open:
-            raise UnsupportedStateError(f"{self._where} holds {path!r}, which contains itself; expected a tree. {_REMEDY}")
+            raise UnsupportedStateError(
+                f"{self._where} holds {path!r}, which contains itself; expected a tree. {_REMEDY}"
+            )
         self._open.add(id(value))
         try:
             found = self._container(value, path) or self._leaf(value) or self._object(value, path)
@@ -135,7 +137,10 @@ class Describer:
         return described
 
     def _sparse(self, value: Tensor, path: str) -> dict[str, Any]:
-        parts = [self._tensor(value._indices(), _join(path, "indices")), self._tensor(value._values(), _join(path, "values"))]
+        parts = [
+            self._tensor(value._indices(), _join(path, "indices")),
+            self._tensor(value._values(), _join(path, "values")),
+        ]
         return {"coo": parts, "size": list(value.shape), "coalesced": value.is_coalesced()}
 
     def _wrapper(self, value: Any, path: str) -> dict[str, Any]:

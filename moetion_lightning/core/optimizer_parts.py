@@ -126,7 +126,9 @@ def read_attributes(
     described: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     refused: dict[str, str] = {}
-    kept = {key: value for key, value in (getattr(optimizer, "state", None) or {}).items() if not isinstance(key, Tensor)}
+    kept = {
+        key: value for key, value in (getattr(optimizer, "state", None) or {}).items() if not isinstance(key, Tensor)
+    }
     for attribute, value in [*own_attributes(optimizer).items(), *([(_STATE, kept)] if kept else [])]:
         if attribute in tables or _is_machinery(value) or any(True for _ in _optimizers_in(value, _MAX_DEPTH)):
             continue

@@ -484,7 +484,10 @@ def write_kept(live: LiveState, piece: Piece, load: TensorLoader, saved: Mapping
     """
     parameter = live.parameters[piece.parameter]
     rebuilder = Rebuilder(
-        lambda path: load(f"s:{piece.key}:{path}"), parameter.device, parameter, None if piece.start is None else piece.of
+        lambda path: load(f"s:{piece.key}:{path}"),
+        parameter.device,
+        parameter,
+        None if piece.start is None else piece.of,
     )
     for index in sorted({*live.owners[piece.parameter], *map(int, saved)}):
         optimizer, entry = live.optimizers[index], saved.get(str(index), {})

@@ -107,6 +107,7 @@ class GroupRestore:
         self._disk = disk
         self._problems: list[str] = []
         self._spans: set[str] = set()
+        self._is_any_readable = False
         self._not_finite: set[Excluded] = set()
 
     def find(self, live: LiveReport, *, replay_stages: bool) -> Found | None:
@@ -149,6 +150,18 @@ class GroupRestore:
                 self._settle(choice)
                 return Found(choice=choice, parts=tuple(parts))
             excluded.update(Excluded(owner, tier, rank, last) for owner, tier, rank, last in bad)
+
+    def check_fresh(self) -> None:
+        """Training is to begin anew. Where there are windows and none can be read, only the user may decide that.
+
+        Raises:
+            StateLostError: There are; lists what is wrong with them.
+        """
+        for tier in (self._host, *self._disks()):
+            self._windows(tier)
+        if self._is_any_readable:
+            self._problems = []
+        self._refuse_if_unreadable()
 
     # --- inside --------------------------------------------------------------------------------------------------
 
@@ -212,6 +225,7 @@ class GroupRestore:
         for iteration in tier.windows():
             try:
                 manifest = tier.read_manifest(iteration)
+                self._is_any_readable = True
                 if self._accept is not None and self._accept(manifest):
                     continue
                 self._spans.add(span_text(manifest.first_iteration, manifest.last_iteration))

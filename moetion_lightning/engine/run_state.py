@@ -204,7 +204,6 @@ class EngineState:
                 local(parameter.grad).copy_(saved_gradient)
         set_rng(self.tree["rng"], find_generators(roots))
 
-
     def apply_order(self, live: LiveState) -> None:
         """The state is dense: put the optimizers' entries into the order in which they were made."""
         for index, (optimizer, order) in enumerate(zip(live.optimizers, self.tree["optimizer_order"])):

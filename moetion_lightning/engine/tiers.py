@@ -93,12 +93,12 @@ class Tiers:
             replay_stages: Whether stages of a pipeline may be replayed alone.
             accept: Says why a window is not wanted. Those that are not are set aside, if another one is restored or
                 training begins anew; :attr:`refused` has them.
-            fresh: Look for none.
+            fresh: Restore none; only make sure that there are not some that nobody can read.
         """
         # A process whose place this one takes may take a while to die.
         self.host.open(wait_seconds=_ALONE_SECONDS if self._ranks.alone else _REPLACED_SECONDS)
         self._opened = True
-        self._accept, self._fresh = accept, fresh
+        self._accept, self._fresh = (_refuse if fresh else accept), fresh
         self.refused = []
         try:
             return self._find(report, replay_stages)
@@ -118,7 +118,7 @@ class Tiers:
             if self.peers is None:
                 self.peers = Peers(self._config, self._ranks, self.host, self._bus)
             return self.find_together(report, first=True, replay_stages=replay_stages)
-        if self._fresh:
+        if self._config.resume == "never":
             return None
         return self._announce(self._choose_alone())
 
@@ -138,14 +138,18 @@ class Tiers:
         self.peers.open()
         if self.journal is None and self._ranks.elastic:
             self.journal = Journal(self.peers.service.keep_note, self.peers.service.own_note)
-        if first and self._fresh and not self._ranks.replaced:
+        is_fresh = first and self._fresh and not self._ranks.replaced
+        if is_fresh and self._config.resume == "never":
             return None
-        if first:
+        if first and not is_fresh:
             self._prepare_together()
         restore = GroupRestore(
             self._ranks, self.peers, self.host, self._usable_disk(), accept=self._accept,
-            iteration=self._wanted_iteration() if first else None,
+            iteration=self._wanted_iteration() if first and not is_fresh else None,
         )  # fmt: skip
+        if is_fresh:
+            restore.check_fresh()
+            return None
         mine = report()
         found = restore.find(mine, replay_stages=replay_stages)
         if found is None:
@@ -503,6 +507,10 @@ class Tiers:
             self.host.close()
             if self.disk is not None:
                 self.disk.close()
+
+
+def _refuse(manifest: Manifest) -> str:
+    return "training begins anew"
 
 
 def _opened(parts: Sequence[Part]) -> tuple[RestorePoint | None, str]:

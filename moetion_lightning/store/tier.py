@@ -187,7 +187,8 @@ def choose_window(
 
     Raises:
         ConfigurationError: there is no window of ``iteration``; the message lists those that there are.
-        CorruptSnapshotError: there are windows, but none is whole; the message lists every problem.
+        CorruptSnapshotError: there are windows, but none is whole; the message lists every problem. Not where others
+            can be read and are not wanted: what is damaged may be of their kind.
         ForeignWindowError: all of them belong to another job or model.
         VersionError: all of them were written by a newer version.
         StoreError: a tier could not be read and no other has a window: starting anew could lose the run.
@@ -233,7 +234,7 @@ def choose_window(
         )
     # Damage among windows that lie aside, which nobody asked for, must not keep training from beginning.
     serious = [problem for place, problem in sorted(candidates.problems, key=_place) if place[0] <= 0]
-    if not serious:
+    if not serious or (candidates.refused and not candidates.found):
         return None
     raise _nothing_whole(job, serious)
 

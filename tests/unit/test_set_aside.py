@@ -321,6 +321,17 @@ def test_damage_aside_does_not_keep_training_from_beginning(memory):
     assert choose_window([memory], job="job") is None
 
 
+def test_a_damaged_manifest_among_readable_ones_of_other_fits_does_not_keep_training_from_beginning(memory):
+    commit_window(memory, 4, extra={"lineage": {"lr": 0.5}})
+    commit_window(memory, 8, extra={"lineage": {"lr": 0.1}})
+    (memory.path / "windows" / "000000000008.json").write_bytes(b"cut")
+    assert choose_window([memory], job="job", accept=lineage_is(0.1)) is None
+    assert choose_window([memory], job="job", accept=lineage_is(0.5)).manifest.iteration == 4
+    memory.drop(4)
+    with pytest.raises(CorruptSnapshotError):
+        choose_window([memory], job="job", accept=lineage_is(0.1))
+
+
 def test_an_empty_or_foreign_folder_is_no_course(memory):
     (memory.path / "aside-000007").mkdir()
     (memory.path / "aside-x").mkdir()
