@@ -75,7 +75,12 @@ class PackedLists:
         if new:
             more = pack(new)
             head = known.buffer
-            if more is None or more.shape[1:] != head.shape[1:] or more.dtype != head.dtype or more.device != head.device:
+            if (
+                more is None
+                or more.shape[1:] != head.shape[1:]
+                or more.dtype != head.dtype
+                or more.device != head.device
+            ):
                 del self._known[id(values)]
                 return pack(values)
             if any(t.requires_grad for t in new):

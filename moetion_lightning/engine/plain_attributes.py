@@ -88,7 +88,9 @@ class PlainAttributes:
     def start(self) -> None:
         """The first batch begins: what cannot be stored and was made until now is made again in the next process."""
         refused: list[tuple[str, str]] = []
-        flatten_tree(LiveValues(self._values(), _is_users_object, lambda *found: refused.append(found[:2]), PackedLists()))
+        flatten_tree(
+            LiveValues(self._values(), _is_users_object, lambda *found: refused.append(found[:2]), PackedLists())
+        )
         for owner, name in refused:
             self._changed[owner].discard(name)
         self.begin()

@@ -98,7 +98,6 @@ class Fit:
         self._ordinal = _fits[self._base] = _fits.get(self._base, 0) + 1
         self._here: Beginning = {}
         self._decision = Decision()
-        self._unreadable = False  # whether windows lie where this fit's own would, of which nothing can be said
         self._lineage: dict[str, Any] = {}
 
     @property
@@ -130,8 +129,6 @@ class Fit:
         courses = self._courses()
         resume = self._config.resume
         wanted = resume if isinstance(resume, str) else "auto"
-        if resume == "never":
-            self._unreadable = False
         decision = decide(
             beginning, self._ordinal, courses, resume=wanted, sweeping=in_sweep(_SWEEPERS), named=self._is_named
         )
@@ -154,7 +151,7 @@ class Fit:
     @property
     def is_fresh(self) -> bool:
         """Whether no window is to be restored at all."""
-        return self._decision.course is None and not self._ranks.replaced and not self._unreadable
+        return self._decision.course is None and not self._ranks.replaced
 
     def _wait_for_the_dying(self) -> None:
         """A process that was killed may own its windows for an instant more."""
@@ -197,20 +194,15 @@ class Fit:
         for tier in tiers:
             try:
                 for folder in (*([] if tier.completed else [""]), *tier.courses_aside()):
-                    courses, whole = _newest_of(tier, folder, busy=busy)
-                    found += courses
-                    self._unreadable |= not (whole or folder) and job == self.job
+                    found += _newest_of(tier, folder, busy=busy)
             except MoEtionError as error:
-                self._unreadable |= job == self.job
                 _log.warning("passed over: job %s in %s: %s", job, tier.name, error)
         return found
 
     def _agreed(self, decision: Decision, *, knows: bool) -> Decision:
         """All ranks continue the same course, or none does. A rank whose memory is lost goes with the others."""
         mine = None if decision.course is None else [decision.course.name, decision.course.job]
-        answers = self._ranks.agree("course", [mine, knows, self._unreadable])
-        self._unreadable = any(unreadable for _, _, unreadable in answers)
-        votes = [vote for vote, knew, _ in answers if knew]
+        votes = [vote for vote, knew in self._ranks.agree("course", [mine, knows]) if knew]
         if not votes or any(vote != votes[0] for vote in votes) or votes[0] is None:
             if any(vote is not None for vote in votes):
                 _log.warning("the ranks have windows of different courses of training: all begin anew")
@@ -343,15 +335,13 @@ def _job_name(base: str, ordinal: int) -> str:
     return base if ordinal == 1 else f"{base}-fit{ordinal}"
 
 
-def _newest_of(tier: HostMemoryTier | DirectoryTier, folder: str, *, busy: bool) -> tuple[list[Course], bool]:
-    """The courses whose windows lie in a folder of a tier, each by its newest window; whether all could be read."""
+def _newest_of(tier: HostMemoryTier | DirectoryTier, folder: str, *, busy: bool) -> list[Course]:
+    """The courses whose windows lie in a folder of a tier, each by its newest window."""
     found: dict[str, Course] = {}
-    whole = True
     for iteration in tier.windows(folder):
         try:
             manifest = tier.read_manifest(iteration, folder)
         except MoEtionError:  # the choice among windows says what is wrong with it
-            whole = False
             continue
         lineage = manifest.extra.get("lineage", {})
         name = str(lineage.get("name", ""))
@@ -368,4 +358,4 @@ def _newest_of(tier: HostMemoryTier | DirectoryTier, folder: str, *, busy: bool)
                 mine=name in _mine,
                 busy=busy,
             )
-    return list(found.values()), whole
+    return list(found.values())
