@@ -69,7 +69,7 @@ class LightningSession:
         else:
             elastic.attempt(lambda: session.open(beginning))
             loops.guard_training(lambda start: elastic.run(start, loops.run_again))
-        self._data = DataSeam(self._trainer, session.engine.record_batch)
+        self._data = DataSeam(self._trainer, session.record_batch)
         self._run_state = LightningRunState(self._trainer, self._module, loops, self._data, session.engine.say_once)
         loops.checkpoints.inject(self._choose)
         loops.files.guard(lambda: session.replaying)
@@ -183,7 +183,7 @@ class LightningSession:
         self._between_batches()
         self._loss_known = False
         for digest in self._need_data().begun(batch):
-            self._session.engine.record_batch(digest)
+            self._session.record_batch(digest)
 
     def _between_batches(self) -> None:
         session = self._session

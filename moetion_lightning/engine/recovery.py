@@ -188,7 +188,8 @@ class Recovery:
         """Of the operators that the original run looked at after this iteration."""
         wanted = slot.record.get("weights", {})
         known = self._operators() if wanted else {}
-        return OperatorSamples(self._live, [known[name] for name in wanted if name in known], DeviceFence()).read()
+        operators = [known[name] for name in wanted if name in known]
+        return OperatorSamples(self._live, operators, slot.iteration, DeviceFence()).read()
 
     def _operators(self) -> dict[str, Operator]:
         whole = self._reconstruction.slots[: self._reconstruction.position + 1]
@@ -196,7 +197,7 @@ class Recovery:
 
     def _suspects(self) -> Suspects:
         return Suspects(
-            elementwise=tuple(getattr(self._live, "declared_elementwise", tuple)()),
+            elementwise=tuple(self._live.declared_elementwise()),
             generators=tuple(self._lost_generators),
         )
 

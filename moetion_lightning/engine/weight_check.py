@@ -14,17 +14,15 @@ import xxhash
 from torch import Tensor
 
 from moetion_lightning.core.capture import DeviceFence
-from moetion_lightning.core.digests import bytes_of
 from moetion_lightning.core.local import local
 from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.policy import SlotPlan
 from moetion_lightning.core.state import LiveState
 
-__all__ = ["OperatorSamples", "choose_whole"]
+__all__ = ["OperatorSamples", "choose_whole", "piece_at"]
 
 _OPERATORS = 8  # in each iteration
 _CANDIDATES = 32
-_PIECES = 2  # of an operator
 _ELEMENTS = 32  # of each tensor
 
 
@@ -56,21 +54,27 @@ def _candidates(slots: Sequence[SlotPlan], offset: int) -> Iterator[Operator]:
             yield plan.active[index]
 
 
+def piece_at(op: Operator, iteration: int) -> Piece:
+    """The piece of an operator that is looked at after an iteration."""
+    return op.pieces[iteration % len(op.pieces)]
+
+
 class OperatorSamples:
     """Samples of some operators' weights and optimizer state, taken now and read later.
 
     Args:
         live: The live state.
         operators: The operators; those whose parameters the live state does not have are left out.
+        iteration: Completed iterations: of each operator another piece is looked at in turn.
         fence: Orders the copies behind training; its :meth:`~.DeviceFence.synchronize` comes before :meth:`read`.
     """
 
-    def __init__(self, live: LiveState, operators: Iterable[Operator], fence: DeviceFence) -> None:
+    def __init__(self, live: LiveState, operators: Iterable[Operator], iteration: int, fence: DeviceFence) -> None:
         self._samples: dict[str, list[tuple[str, Tensor]]] = {}
         for op in operators:
-            pieces = op.pieces[:: max(1, len(op.pieces) // _PIECES)][:_PIECES]
-            if all(piece.parameter in live.owners for piece in pieces):
-                self._samples[op.name] = [entry for piece in pieces for entry in _sample(live, piece, fence)]
+            piece = piece_at(op, iteration)
+            if piece.parameter in live.owners:
+                self._samples[op.name] = _sample(live, piece, fence)
 
     def read(self) -> dict[str, str]:
         """Digests by operator."""
@@ -79,7 +83,7 @@ class OperatorSamples:
             digest = xxhash.xxh3_64()
             for entry, values in samples:
                 digest.update(entry.encode())
-                digest.update(bytes_of(values))
+                digest.update(values.cpu().view(torch.uint8).numpy())
             found[name] = digest.hexdigest()
         return found
 

@@ -18,7 +18,7 @@ from moetion_lightning.core.policy import SlotPlan, WindowPlan
 from moetion_lightning.core.state import LiveState, read_slot
 from moetion_lightning.engine.finiteness import record_is_finite, weights_are_finite
 from moetion_lightning.engine.replay_record import BatchToCome
-from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole
+from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole, piece_at
 from moetion_lightning.errors import MoEtionError
 from moetion_lightning.events import (
     CaptureFinished,
@@ -396,7 +396,7 @@ class _SlotJob:
                 )
 
         copy_items(contents.items, views, writer._thread.fence, progress)
-        self._samples = OperatorSamples(writer._live, self._whole, writer._thread.fence)
+        self._samples = OperatorSamples(writer._live, self._whole, self._iteration, writer._thread.fence)
         if self._versions != writer._live.versions((*self._plan.active, *self._plan.frozen)):
             window.broken = TORN
         elif self._whole_versions != self._versions_of_whole():
@@ -407,7 +407,7 @@ class _SlotJob:
 
     def _versions_of_whole(self) -> list[int]:
         live = self._writer._live
-        return [live.weight(piece.parameter)._version for op in self._whole for piece in op.pieces[:1]]
+        return [live.weight(piece_at(op, self._iteration).parameter)._version for op in self._whole]
 
     def _weights(self) -> dict[str, str]:
         return {} if self._samples is None else self._samples.read()

@@ -152,9 +152,8 @@ class Run:
             batch: The batch, or its digest if it was taken before.
             positions: What follows the loaders that it comes from.
         """
-        if self._state is not None and not self._closed:
-            known = batch if isinstance(batch, BatchDigest) else describe_batch(batch, positions)
-            self.engine.record_batch(known)
+        if not self._closed:
+            self._session.record_batch(batch if isinstance(batch, BatchDigest) else describe_batch(batch, positions))
 
     def record_loss(self, loss: Tensor) -> None:
         """The loss of a batch: replays are verified by it."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from moetion_lightning.engine import Engine, LivePoint, Ranks, RestorePoint
 from moetion_lightning.engine.parts import RunState
+from moetion_lightning.engine.replay_record import BatchDigest
 from moetion_lightning.engine.reporting import Reporter, show_log_lines
 from moetion_lightning.errors import ConfigurationError, HostMemoryError
 from moetion_lightning.events import EventBus, JsonlSink, Sink
@@ -256,8 +257,17 @@ class TrainingSession:
         if self._run_state is not None and not self._closed:
             self.engine.boundary(self._run_state)
 
+    def record_batch(self, batch: BatchDigest) -> None:
+        """A batch is trained on next: replays, and what follows them, are compared by it.
+
+        Raises:
+            NonDeterminismError: It is not the one that followed before, and ``on_mismatch="raise"``.
+        """
+        if self._run_state is not None and not self._closed:
+            self.engine.record_batch(batch)
+
     def record_loss(self, loss: Tensor) -> None:
-        """The loss of a batch: replays are verified by it."""
+        """The loss of a batch: replays are compared by it."""
         if self._engine is not None and not self._closed and loss.numel() == 1:
             self._engine.record_loss(loss)
 

@@ -63,7 +63,7 @@ def test_a_restore_point_that_is_closed_holds_no_memory_although_it_refers_to_it
     manifest = commit_window(
         memory, 1, files=1,
         operators=[],
-        slots=[dict(iteration=1, file="000001-0.safetensors", active=[], frozen=[], scalars={}, witness={})],
+        slots=[dict(iteration=1, file="000001-0.safetensors", active=[], frozen=[], scalars={}, record={})],
     )  # fmt: skip
     memory.close()
     point = RestorePoint(manifest, HostMemoryTier(memory.base_dir, "job"))

@@ -258,7 +258,7 @@ class Job:
         self.wires.clear()
         for rank in lost:
             self.ranks[rank].engine.hold()  # as before the vote of the iteration in flight
-            self.ranks[rank].engine.close(completed=False)
+            self.ranks[rank].engine.close(trained=False)
             self.ranks[rank] = Rank(self, rank, replaced=True)
 
     def recover(self, lost: Collection[int]) -> Job:
@@ -278,7 +278,7 @@ class Job:
 
     def close(self) -> None:
         for rank in self.ranks:
-            rank.engine.close(completed=False)
+            rank.engine.close(trained=False)
 
 
 Jobs = Callable[..., Job]
