@@ -34,6 +34,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 # Golden-ratio steps: evenly spread, and never in step with the rows of a tensor, whose ends are often padding.
 _SPREAD = torch.sort(torch.arange(_SAMPLED, dtype=torch.float64) * 0.6180339887498949 % 1).values
+_spread: dict[torch.device, Tensor] = {torch.device("cpu"): _SPREAD}
 _positions: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
@@ -50,7 +51,9 @@ def sample_positions(numel: int, device: torch.device, count: int = _SAMPLED) ->
     if found is None:
         if len(_positions) >= _MAX_KNOWN:
             _positions.clear()
-        found = _positions[key] = (_SPREAD[:: _SAMPLED // count] * numel).long().to(device)
+        if device not in _spread:
+            _spread[device] = _SPREAD.to(device)  # the one copy that waits for the device
+        found = _positions[key] = (_spread[device][:: _SAMPLED // count] * numel).long()
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 
 from moetion_lightning.callbacks import SparseExpertCheckpoint
 from moetion_lightning.core.capture import CaptureThread, DeviceFence, copy_items
+from moetion_lightning.core.digests import digest_of, sample_positions
 from moetion_lightning.core.state import CopyItem
 
 pytestmark = [
@@ -48,6 +49,31 @@ def test_casts_on_the_device_round_as_on_the_host() -> None:
     fence.mark_done()
     fence.synchronize()
     assert torch.equal(target, source.to(torch.bfloat16).cpu())
+
+
+def test_digests_of_a_device_are_those_of_the_host_and_wait_for_nothing() -> None:
+    batch = {"small": torch.randn(64), "large": torch.randn(512, 1024), "half": torch.randn(300, 300).bfloat16()}
+    images = torch.randn(8, 3, 64, 64).to(memory_format=torch.channels_last)
+    for value in (batch, images):
+        wanted = digest_of(value).read()
+        moved = {k: v.cuda() for k, v in value.items()} if isinstance(value, dict) else value.cuda()
+        digest = digest_of(moved)
+        for tensor in moved.values() if isinstance(moved, dict) else [moved]:
+            tensor.zero_()  # queued behind the samples
+        assert digest.read() == wanted
+
+
+def test_samples_of_operators_arrive_with_the_copies() -> None:
+    device = torch.device("cuda")
+    fence = DeviceFence([device])
+    source = torch.arange(100_000, device=device, dtype=torch.float32)
+    fence.mark_ready()
+    found = fence.sample(source, 32)
+    fence.mark_done()
+    fence.hold_training()
+    source.zero_()
+    fence.synchronize()
+    assert torch.equal(found, sample_positions(100_000, torch.device("cpu"), 32).float())
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
