@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moetion_lightning.engine import Engine, RestorePoint
+from moetion_lightning.engine import Engine, RestorePoint, build_values
 from moetion_lightning.engine.replay_record import BatchDigest, describe_batch
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.integrations._parts import Parts
@@ -125,7 +125,9 @@ class Run:
         session.learn({"settings": of_schedulers(schedulers)})
         session.learn(of_loaders(position.sources()))
         session.attach(parts.module, parts.optimizers)
-        state = LoopState(parts, position)
+        state = LoopState(parts, position, session.engine.say_once)
+        if session.point is not None:
+            build_values(session.point, state.users_objects())
         session.check(state)
         self._state = state
         session.begin(state, state.restore, schedulers, step=step)

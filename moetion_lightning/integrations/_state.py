@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import nn
 
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
+from moetion_lightning.engine import PlainAttributes
 from moetion_lightning.errors import ForeignWindowError
 from moetion_lightning.integrations._gradients import LastingGradients
 from moetion_lightning.integrations._parts import Parts
 
 __all__ = ["LoopPosition", "LoopState"]
+
+#: Callbacks of these packages say themselves what their state is.
+_OWN_STATE = ("transformers", "accelerate", "moetion_lightning")
 
 
 class LoopPosition(Protocol):
@@ -41,11 +45,14 @@ class LoopState:
     Args:
         parts: What the run consists of.
         position: Where the loop stands.
+        say_once: Tells the user something, once.
     """
 
-    def __init__(self, parts: Parts, position: LoopPosition) -> None:
+    def __init__(self, parts: Parts, position: LoopPosition, say_once: Callable[[str], None]) -> None:
         self._parts = parts
         self._position = position
+        self._attributes = PlainAttributes(self._users_objects, say_once)
+        self._attributes.begin()
         self._gradients = LastingGradients(parts.parameters(), parts.optimizers)
 
     def capture(self, *, weights: bool) -> dict[str, Any]:
@@ -64,6 +71,7 @@ class LoopState:
             "sync_buffers": {prefix: ddp.require_forward_param_sync for prefix, ddp in parts.wrappers.items()},
             "gradients": self._gradients.capture(),
             "gradients_last": self._gradients.lasts,
+            "attributes": self._attributes.capture(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -93,11 +101,29 @@ class LoopState:
             ddp.require_forward_param_sync = state["sync_buffers"][prefix]
         self._gradients.lasts = state["gradients_last"]
         self._position.restore(state["position"])
+        tensors = {**dict(parts.module.named_buffers()), **dict(parts.module.named_parameters())}
+        self._attributes.restore(state["attributes"], tensors)
+        self._attributes.begin()
 
     def generators(self) -> Mapping[str, object]:
         """Objects whose attributes may be random number generators."""
         parts = self._parts
         return {"module": parts.module, "run": parts, **parts.stateful, **self._position.parts()}
+
+    def users_objects(self) -> list[object]:
+        """Objects that reach the classes of what was captured."""
+        return [*self._users_objects().values(), *self._parts.stateful.values()]
+
+    def _users_objects(self) -> dict[str, object]:
+        """Objects whose plain attributes are state: the modules, and callbacks of a Trainer that are the user's."""
+        return {
+            "module": self._parts.module,
+            **{
+                name: part
+                for name, part in self._position.parts().items()
+                if name.startswith("callback") and type(part).__module__.split(".")[0] not in _OWN_STATE
+            },
+        }
 
     def remove(self) -> None:
         """Take hooks back."""

@@ -56,6 +56,7 @@ RUNS: dict[str, dict[str, Any]] = {
         **PLAIN,
         "args": {"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0, "eval_strategy": "epoch"},
     },
+    "callback-with-attributes": {**PLAIN, "steering": True},
     "ignore-data-skip": {**PLAIN, "args": {"ignore_data_skip": True}},
     "input-tokens": {**PLAIN, "args": {"include_num_input_tokens_seen": "all", "logging_steps": 5}},
 }

@@ -33,6 +33,8 @@ LOOPS: dict[str, dict[str, Any]] = {
     "plain-zero-grad-in-place": {**PLAIN, "zero_grad": "in_place"},
     "plain-gradients-add-up": {**PLAIN, "zero_grad": "never"},
     "plain-dense-policy": {**PLAIN, "policy": "dense", "policy_args": {"every_n_steps": 3}},
+    "plain-counting-module": {**PLAIN, "counting": True},
+    "accelerate-counting-module": {**ACCELERATE, "counting": True, "policy_args": {"window": 1}},
     "plain-skipping-gradients": {**PLAIN, "policy_args": {"window": 4, "skip_frozen_gradients": True}},
     "fabric": FABRIC,
     "fabric-epochs-workers": {**FABRIC, "form": "epochs", "loader": "workers", "augment": True},

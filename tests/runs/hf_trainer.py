@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "scaler": False,
     "overflow_at": 0,
     "early_stopping": False,
+    "steering": False,  # a callback keeps what it does in plain attributes
     "resume_from": "",
     "policy_args": {"window": 3},
     "capture": True,
@@ -96,6 +97,21 @@ class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self.tokens[i] for i in range(len(self.tokens)))
+
+
+class Steering(TrainerCallback):
+    """Changes losses by what it has seen."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(state.global_step)
+
+    def watch(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if module.training:
+            output.loss = output.loss * (1 + 0.01 * (sum(self.steps) % 11))
+        return output
 
 
 class Recorder(TrainerCallback):
@@ -203,6 +219,9 @@ def _make_trainer(spec: dict[str, Any], out: Path) -> Trainer:
     callbacks: list[Any] = [recorder]
     if spec["early_stopping"]:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=5.0))
+    steering = Steering()
+    if spec["steering"]:
+        callbacks.append(steering)
     samples = Tokens(spec["samples"], spec["augment"])
     trainer = KilledTrainer(
         model=make_model(spec["seed"]),
@@ -212,6 +231,8 @@ def _make_trainer(spec: dict[str, Any], out: Path) -> Trainer:
         callbacks=[*callbacks, *_callback(spec, out)],
     )
     trainer.recorder = recorder
+    if spec["steering"]:
+        trainer.model.register_forward_hook(steering.watch, with_kwargs=True)
     trainer.model.register_forward_hook(recorder.watch, with_kwargs=True)
     if spec["scaler"]:
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)

@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "clip": 1.0,
     "zero_grad": "after",  # the step; or "before" the backward, "in_place", or "never": gradients add up
     "average": False,
+    "counting": False,  # the module keeps what its forward does in plain attributes
     "loader": "shuffle",
     "augment": False,
     "samples": 28,
@@ -75,6 +76,23 @@ class Counter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tokens = state["tokens"]
+
+
+class Counting(Body):
+    """Its outputs depend on how often it was called, and on a list of what it gave."""
+
+    def __init__(self, block: str) -> None:
+        super().__init__(block)
+        self.calls = 0
+        self.norms_seen: list[torch.Tensor] = []
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = super().forward(tokens)
+        if self.training:
+            self.calls += 1
+            self.norms_seen.append(result.detach().float().norm())
+            del self.norms_seen[:-40]
+        return result * (1 + 0.01 * (self.calls % 9) + 0.001 * float(sum(self.norms_seen)))
 
 
 @dataclass
@@ -299,7 +317,7 @@ def accelerate_batch(bench: Bench) -> Callable[[int, Any], None]:
 
 
 def _pieces(spec: dict[str, Any]) -> tuple[nn.Module, list[torch.optim.Optimizer], Any, Any]:
-    module = Body(spec["block"])
+    module = Counting(spec["block"]) if spec["counting"] else Body(spec["block"])
     parameters = [p for p in module.parameters() if p.requires_grad]
     if spec["second_optimizer"]:
         head = [p for name, p in module.named_parameters() if name.startswith("norms")]
