@@ -13,17 +13,15 @@ from torch import Tensor, nn
 from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, ddp_of
-from moetion_lightning.core.local import local
 from moetion_lightning.callbacks._transfer_hooks import TransferHooks
+from moetion_lightning.core.local import local
 from moetion_lightning.core.run_state import write_buffers
 from moetion_lightning.data_position import loader_parts
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
 from moetion_lightning.engine import LivePoint, PlainAttributes, RestorePoint, build_values
+from moetion_lightning.engine.users_classes import is_framework
 
 __all__ = ["LightningRunState", "write_model"]
-
-#: Callbacks of these packages say by ``state_dict`` what their state is.
-_OWN_STATE = ("lightning", "pytorch_lightning", "moetion_lightning")
 
 
 class LightningRunState:
@@ -127,7 +125,7 @@ class LightningRunState:
         if trainer.datamodule is not None:
             roots["datamodule"] = trainer.datamodule
         for callback in trainer.callbacks:
-            if type(callback).__module__.split(".")[0] not in _OWN_STATE:
+            if not is_framework(type(callback)):
                 name = type(callback).__qualname__
                 count = sum(other.startswith(f"{name} ") for other in roots)
                 roots[f"{name} {count}"] = callback

@@ -9,14 +9,12 @@ from torch import nn
 
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
 from moetion_lightning.engine import PlainAttributes
+from moetion_lightning.engine.users_classes import is_framework
 from moetion_lightning.errors import ForeignWindowError
 from moetion_lightning.integrations._gradients import LastingGradients
 from moetion_lightning.integrations._parts import Parts
 
 __all__ = ["LoopPosition", "LoopState"]
-
-#: Callbacks of these packages say themselves what their state is.
-_OWN_STATE = ("transformers", "accelerate", "moetion_lightning")
 
 
 class LoopPosition(Protocol):
@@ -121,7 +119,7 @@ class LoopState:
             **{
                 name: part
                 for name, part in self._position.parts().items()
-                if name.startswith("callback") and type(part).__module__.split(".")[0] not in _OWN_STATE
+                if name.startswith("callback") and not is_framework(type(part))
             },
         }
 
