@@ -18,6 +18,8 @@ from moetion_lightning.store.owner import RENEW_SECONDS
 __all__ = ["Persister"]
 
 _log = logging.getLogger(__name__)
+#: How often to look for windows that are not dropped while they are looked at; captures go on meanwhile.
+_LOOKS = 20
 
 
 class Persister:
@@ -109,21 +111,26 @@ class Persister:
         All of them, the oldest first: other ranks may not have committed the newest one.
         """
         self.forget()
-        held = self._source.windows()
         try:
             there = set(self._target.windows())
         except MoEtionError:  # tried all the same
             there = set()
-        newest = max(there.intersection(held), default=-1)
-        for iteration in reversed(held):
-            with self._changed:
-                known = {manifest.iteration for manifest in self._waiting}
-                if iteration <= newest or iteration in known or self.is_lost:
-                    continue
-                try:
-                    self._add(self._source.read_manifest(iteration))
-                except MoEtionError as error:  # dropped meanwhile, or damaged
-                    _log.warning("window %d is not persisted: %s", iteration, error)
+        for _ in range(_LOOKS):
+            held = self._source.windows()
+            newest = max(there.intersection(held), default=-1)
+            if all([self._add_again(iteration, newest) for iteration in reversed(held)]):
+                return  # else one was dropped meanwhile: a newer one is committed
+
+    def _add_again(self, iteration: int, newest: int) -> bool:
+        """Persist this window, unless it is on its way or older than storage's ``newest``. Returns whether it exists."""
+        with self._changed:
+            if iteration <= newest or any(m.iteration == iteration for m in self._waiting) or self.is_lost:
+                return True
+            try:
+                self._add(self._source.read_manifest(iteration))
+            except MoEtionError:
+                return False
+        return True
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Wait until nothing is being persisted, or waits to be. Returns whether that is so."""
@@ -148,8 +155,7 @@ class Persister:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="moetion-persist", daemon=True)
             self._thread.start()
-        self._source.pin(manifest.iteration)
-        self._waiting.append(manifest)
+        self._waiting.append(self._source.pin(manifest.iteration))
         self._changed.notify_all()
 
     def _renew(self) -> None:

@@ -77,6 +77,7 @@ class Tiers:
         self._opened = False
         self._accept: Accept | None = None
         self._fresh = False
+        self._asked_for = False
 
     def open(
         self,
@@ -188,7 +189,8 @@ class Tiers:
         wanted = self._config.resume
         if isinstance(wanted, str):
             return None
-        if any(tier.resumed == wanted for tier in self._tiers()):
+        self._asked_for = not any(tier.resumed == wanted for tier in self._tiers())
+        if not self._asked_for:
             _log.info(
                 "resume=%d has been done, and training went on from there: the newest window of that course is taken. "
                 "To go back again, choose an iteration of another window.",
@@ -294,7 +296,8 @@ class Tiers:
 
     def _count_restore(self, manifest: Manifest) -> None:
         """Say when runs end again and again soon after the same window."""
-        count = max(tier.count_restore(manifest.iteration) for tier in self._tiers())
+        asked_for = self._asked_for
+        count = max(tier.count_restore(manifest.iteration, asked_for=asked_for) for tier in self._tiers())
         if count < 2 or manifest.rank != 0:
             return
         steps = self.host.reached - manifest.last_iteration
@@ -307,9 +310,9 @@ class Tiers:
                         found = self.disk.read_manifest(iteration)
                         older.append(span_text(found.first_iteration, found.last_iteration))
         message = (
-            f"the run ended {ended} ({manifest.first_iteration}..{manifest.last_iteration}), without a newer one, "
-            f"{count} times. If it ends there again: resume=<an older iteration> takes an older window (on storage: "
-            f"{', '.join(older) or 'none; keep_persisted= keeps more'})."
+            f"the run ended {ended} ({span_text(manifest.first_iteration, manifest.last_iteration)}) {count} times, and "
+            "left no later one to continue from. If it ends there again: resume=<an older iteration> takes an older "
+            f"window (on storage: {', '.join(older) or 'none; keep_persisted= keeps more'})."
         )
         _log.warning(message)
         self._bus.emit(Notice(message=message))

@@ -244,10 +244,10 @@ class DirectoryTier:
         self.check_owner()
         self._set.mark(RESUMED, {"iteration": iteration})
 
-    def count_restore(self, iteration: int) -> int:
-        """A window is restored. Returns how often it has been, with no newer one restored between."""
+    def count_restore(self, iteration: int, *, asked_for: bool = False) -> int:
+        """A window is restored. Returns how often in a row; 0 for one that was asked for, although there are others."""
         self.check_owner()
-        return self._set.count_restore(iteration)
+        return self._set.count_restore(iteration, asked_for=asked_for)
 
     def mark_completed(self) -> None:
         """Note that the process ended well, so that the same command starts anew instead of resuming."""

@@ -123,10 +123,10 @@ class HostMemoryTier:
                 note = job_note(job=self.job, rank=self.rank, world_size=self.world_size)
                 self._root.write_note("job.json", json.dumps(note, indent=1).encode())
                 manifests, is_safe = self._read_names()
-                self.reached = max(map(_iteration_of, self._root.files()), default=-1)
-                if is_safe:
-                    for name in files_to_drop(manifests, self._root.files()):
-                        self._root.remove_file(name)
+                unnamed = files_to_drop(manifests, self._root.files())
+                self.reached = max(map(_iteration_of, unnamed), default=-1)
+                for name in unnamed if is_safe else ():
+                    self._root.remove_file(name)
             except BaseException:
                 self._lock.release()
                 raise
@@ -392,11 +392,11 @@ class HostMemoryTier:
             self._require_open()
             self._set.mark(RESUMED, {"iteration": iteration})
 
-    def count_restore(self, iteration: int) -> int:
-        """A window is restored. Returns how often it has been, with no newer one restored between."""
+    def count_restore(self, iteration: int, *, asked_for: bool = False) -> int:
+        """A window is restored. Returns how often in a row; 0 for one that was asked for, although there are others."""
         with self._mutex:
             self._require_open()
-            return self._set.count_restore(iteration)
+            return self._set.count_restore(iteration, asked_for=asked_for)
 
     def mark_completed(self) -> None:
         """The process ends well: remove everything, which nothing needs any more, and close."""

@@ -63,8 +63,8 @@ class Tier(Protocol):
     def mark_resumed(self, iteration: int) -> None:
         """Note that iteration."""
 
-    def count_restore(self, iteration: int) -> int:
-        """A window is restored. Returns how often it has been, with no newer one restored between."""
+    def count_restore(self, iteration: int, *, asked_for: bool = False) -> int:
+        """A window is restored. Returns how often in a row; 0 for one that was asked for, although there are others."""
 
     @property
     def trained(self) -> bool:

@@ -207,11 +207,11 @@ class WindowSet:
         value = self._note(RESUMED).get("iteration")
         return value if type(value) is int else None
 
-    def count_restore(self, iteration: int) -> int:
-        """A window is restored. Returns how often it has been, with no newer one restored between."""
+    def count_restore(self, iteration: int, *, asked_for: bool = False) -> int:
+        """A window is restored. Returns how often in a row; 0 for one that was asked for, although there are others."""
         before = self._note(RESTORES)
         count = before.get("count") if before.get("iteration") == iteration else 0
-        count = count + 1 if type(count) is int else 1
+        count = 0 if asked_for else count + 1 if type(count) is int else 1
         self.mark(RESTORES, {"iteration": iteration, "count": count})
         return count
 

@@ -21,7 +21,7 @@ class Story:
         self.out = drill._directory(story)
         self.memory = drill.memory_dir / self.out.name
         self.memory.mkdir(mode=0o700)
-        self.spec = {"story": story, **spec, "runner": "tests.runs.stories"}
+        self.spec = {"story": story, "runner": "tests.runs.stories", **spec}
         self.starts = 0
 
     def start(self, kill: str | None = None, code: int | None = None, **more: Any) -> str:

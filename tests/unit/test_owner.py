@@ -241,9 +241,18 @@ def test_everything_committed_is_persisted_at_once_when_the_process_is_being_end
     for iteration in (2, 3):
         persister.offer(commit_window(memory, iteration))
     assert tier.windows() == [1]
+    real = memory.read_manifest
+
+    def read(iteration):
+        if iteration == 2:  # the capture thread commits and drops while it is looked
+            commit_window(memory, 4)
+            memory.drop(2)
+        return real(iteration)
+
+    memory.read_manifest = read
     persister.persist_all()
     assert persister.wait(60)
-    assert tier.windows() == [3, 2, 1]
+    assert tier.windows() == [4, 3, 1]
     persister.persist_all()
     persister.close()
 
