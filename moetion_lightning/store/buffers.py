@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import functools
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,7 @@ def free_bytes_at(directory: Path) -> int:
     return free
 
 
+@functools.lru_cache(maxsize=64)
 def _is_memory(device: int) -> bool:
     number = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
@@ -294,16 +296,20 @@ def _available_memory_bytes() -> int:
     with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as meminfo:
         kilobytes = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in meminfo)}
         limits.append(1024 * (kilobytes["MemAvailable"] + kilobytes.get("SwapFree", 0)))
-    limits += _control_group_bytes(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    limits += _control_group_bytes(_control_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
     return max(0, min(limits))
 
 
-def _control_group_bytes(membership: Path, root: Path) -> list[int]:
-    """What this process's control group and those above it still give (containers, Slurm, systemd).
+@functools.cache
+def _control_groups(membership: Path, root: Path) -> tuple[tuple[Path, str, str], ...]:
+    """This process's control group and those above it (containers, Slurm, systemd), where they can limit memory.
 
     Args:
         membership: says which group the process is in.
         root: where groups are mounted; of a container without a namespace of its own, the container's group.
+
+    Returns:
+        For each its folder, and the names of the files with its limit and with what is used.
     """
     found = []
     with contextlib.suppress(OSError):
@@ -316,12 +322,19 @@ def _control_group_bytes(membership: Path, root: Path) -> list[int]:
             else:
                 continue
             group = base / path.strip("/")
-            for place in (group, *group.parents):
-                with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-                    reclaimable = _reclaimable_bytes(place / "memory.stat")
-                    found.append(int((place / limit).read_text()) - int((place / used).read_text()) + reclaimable)
-                if place == base:
-                    break
+            places = [place for place in (group, *group.parents) if place == base or base in place.parents]
+            found += [(place, limit, used) for place in places if (place / limit).exists()]
+    return tuple(found)
+
+
+def _control_group_bytes(groups: Iterable[tuple[Path, str, str]]) -> list[int]:
+    """What these groups still give."""
+    found = []
+    for place, limit, used in groups:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+            given = int((place / limit).read_text())
+            if given < 1 << 62:
+                found.append(given - int((place / used).read_text()) + _reclaimable_bytes(place / "memory.stat"))
     return found
 
 

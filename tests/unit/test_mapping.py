@@ -12,7 +12,7 @@ import torch
 
 from moetion_lightning.engine.restore import RestorePoint, map_file
 from moetion_lightning.errors import StoreError
-from moetion_lightning.store.buffers import _control_group_bytes
+from moetion_lightning.store.buffers import _control_group_bytes, _control_groups
 from moetion_lightning.store.host_memory import HostMemoryTier
 from tests.store_windows import commit_window
 
@@ -124,12 +124,12 @@ def test_control_groups_are_asked_from_the_own_one_upwards(tmp_path):
     group("root/slurm/job_7/step_0", "max", 10, 0)
     group("root/slurm/job_7", "1000", 400, 50)
     group("root", "5000", 1000, 0)
-    assert _control_group_bytes(membership, tmp_path / "root") == [650, 4000]
+    assert _control_group_bytes(_control_groups.__wrapped__(membership, tmp_path / "root")) == [650, 4000]
     v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
     membership.write_text("5:cpu:/a\n4:cpu,memory:/a/b\n0::/\n")
     group("old/memory/a", "700", 100, 0, v1)
-    assert _control_group_bytes(membership, tmp_path / "old") == [600]
+    assert _control_group_bytes(_control_groups.__wrapped__(membership, tmp_path / "old")) == [600]
     membership.write_text("4:memory:/docker/of-the-host\n")  # the container sees its own group as the root
     group("box/memory", "300", 100, 0, v1)
-    assert _control_group_bytes(membership, tmp_path / "box") == [200]
-    assert _control_group_bytes(tmp_path / "none", tmp_path) == []
+    assert _control_group_bytes(_control_groups.__wrapped__(membership, tmp_path / "box")) == [200]
+    assert _control_group_bytes(_control_groups.__wrapped__(tmp_path / "none", tmp_path)) == []
