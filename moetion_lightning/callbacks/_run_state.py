@@ -14,9 +14,9 @@ from moetion_lightning.callbacks._data_seam import DataSeam
 from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, ddp_of
 from moetion_lightning.callbacks._transfer_hooks import TransferHooks
+from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.local import local
 from moetion_lightning.core.run_state import write_buffers
-from moetion_lightning.data_position import loader_parts
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
 from moetion_lightning.engine import LivePoint, PlainAttributes, RestorePoint, build_values
 from moetion_lightning.engine.users_classes import is_framework
@@ -49,6 +49,7 @@ class LightningRunState:
         self._data = data
         self._attributes = PlainAttributes(self._users_objects, say_once)
         self._transfers = TransferHooks(trainer, module, self._attributes, loops.patches)
+        self._generators = Generators(self._roots)
 
     def begin(self) -> None:
         """Hooks of the beginning of training come next: attributes that change from now on are state."""
@@ -100,6 +101,7 @@ class LightningRunState:
         for name, module in _with_extra_state(self._module):
             if name in state["extra_states"]:
                 module.set_extra_state(state["extra_states"][name])
+        self._data.settle(state["data"])
         self._attributes.restore(state["attributes"], self._tensors())
         self._attributes.begin()
 
@@ -131,21 +133,17 @@ class LightningRunState:
                 roots[f"{name} {count}"] = callback
         return roots
 
-    def generators(self) -> Mapping[str, object]:
-        """User objects that may hold random number generators."""
+    def generators(self) -> Generators:
+        """Random number generators of user objects."""
+        return self._generators
+
+    def _roots(self) -> dict[str, object]:
         roots: dict[str, object] = {"module": self._module}
         if getattr(self._trainer, "datamodule", None) is not None:
             roots["datamodule"] = self._trainer.datamodule  # type: ignore[attr-defined]
         for index, callback in enumerate(self._trainer.callbacks):  # type: ignore[attr-defined]
             roots[f"callback{index}"] = callback
-        loaders = self._data.loaders()
-        val_loop = self._trainer.fit_loop.epoch_loop.val_loop
-        if val_loop._combined_loader is not None:
-            loaders |= {f"val{i}": loader for i, loader in enumerate(val_loop._combined_loader.flattened)}
-        for name, loader in loaders.items():
-            for role, part in loader_parts(loader).items():
-                roots[f"{name}.{role}"] = part
-        return roots
+        return {**roots, **self._data.loaders()}
 
 
 @torch.no_grad()

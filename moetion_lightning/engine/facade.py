@@ -26,7 +26,6 @@ from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy, Policy, SparsePolicy, WindowPlan
 from moetion_lightning.core.reconstruct import Reconstruction
-from moetion_lightning.core.run_state import find_generators
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.density import why_dense
 from moetion_lightning.engine.journal import LivePoint
@@ -653,7 +652,7 @@ class Engine:
     def _tree(self, run_state: RunState, *, weights: bool) -> tuple[dict[str, Any], Callable[[object], Any]]:
         live = self._need().live
         adapter = run_state.capture(weights=weights)
-        tree, leaf = capture_run_state(live, adapter, find_generators(run_state.generators()))
+        tree, leaf = capture_run_state(live, adapter, run_state.generators())
         tree["popularity"] = self._need().routing.popularity_state()
         return tree, leaf
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moetion_lightning.core.capture import CaptureThread
+from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.planner import WindowPlanner
 from moetion_lightning.engine.shares import Shares
@@ -29,8 +29,8 @@ class RunState(Protocol):
         """
         ...
 
-    def generators(self) -> Mapping[str, object]:
-        """Objects whose attributes may be random number generators, by name."""
+    def generators(self) -> Generators:
+        """Random number generators of user objects: the same object each time."""
         ...
 
 

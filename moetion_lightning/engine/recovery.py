@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from moetion_lightning.core.capture import DeviceFence
+from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.reconstruct import Reconstruction, SavedSlot
-from moetion_lightning.core.run_state import find_generators
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.replay_check import (
     Comparison,
@@ -84,7 +84,7 @@ class Recovery:
         """Whether the state is dense."""
         return self._reconstruction.done
 
-    def begin(self, live: LiveState, roots: Mapping[str, object]) -> None:
+    def begin(self, live: LiveState, generators: Generators) -> None:
         """Put the window's first iteration in place."""
         progress = None
         if self._bus.fine_grained:
@@ -95,8 +95,7 @@ class Recovery:
         self._state.apply_structure(live)
         self._point.apply_static(live)
         self._reconstruction.begin(progress)
-        self._state.apply(live, roots)
-        self._lost_generators = sorted(set(self._state.tree["rng"].get("generators", {})) - set(find_generators(roots)))
+        self._lost_generators = self._state.apply(live, generators)
         self._bus.emit(
             RestoreApplied(
                 iteration=self._point.manifest.first_iteration,

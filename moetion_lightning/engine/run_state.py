@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.kept_values import ClassFinder, MissingClassError, Reviver
 from moetion_lightning.core.local import is_wrapper, local
 from moetion_lightning.core.optimizer_parts import read_attributes, write_attributes
-from moetion_lightning.core.run_state import find_generators, get_rng, read_buffers, set_rng, write_buffers
+from moetion_lightning.core.run_state import Rng, read_buffers, set_rng, write_buffers
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.restore import PARAMETER_REFERENCE, RestorePoint
@@ -22,9 +24,11 @@ from moetion_lightning.errors import ForeignWindowError
 
 __all__ = ["EngineState", "build_values", "capture_run_state"]
 
+_log = logging.getLogger(__name__)
+
 
 def capture_run_state(
-    live: LiveState, adapter: Any, generators: Mapping[str, object]
+    live: LiveState, adapter: Any, generators: Generators
 ) -> tuple[dict[str, Any], Callable[[object], Any]]:
     """The tree to store, and the function that replaces its leaves that are parameters by references.
 
@@ -46,7 +50,7 @@ def capture_run_state(
 
     tree = {
         "adapter": adapter,
-        "rng": get_rng(generators),
+        "rng": Rng().packed(generators.states()),
         "buffers": read_buffers(live.module),
         "metrics": _read_metrics(live.module),
         "optimizers": [type(optimizer).__name__ for optimizer in live.optimizers],
@@ -180,8 +184,12 @@ class EngineState:
                 optimizer.load_state_dict({**optimizer.state_dict(), **keys})
         live.refresh()
 
-    def apply(self, live: LiveState, roots: Mapping[str, object]) -> None:
-        """Put everything but the adapter's part back; the random generators last."""
+    def apply(self, live: LiveState, generators: Generators) -> list[str]:
+        """Put everything but the adapter's part back; the random generators last.
+
+        Returns:
+            Names of generators that are not there.
+        """
         write_buffers(live.module, self.tree["buffers"])
         _write_metrics(live.module, self.tree["metrics"])
         for optimizer, groups, extra in zip(live.optimizers, self.tree["groups"], self.tree["optimizer_extra"]):
@@ -202,7 +210,14 @@ class EngineState:
             elif saved_gradient is not None:
                 parameter.grad = torch.zeros_like(parameter)
                 local(parameter.grad).copy_(saved_gradient)
-        set_rng(self.tree["rng"], find_generators(roots))
+        missing = set_rng(self.tree["rng"], generators)
+        if missing:
+            _log.warning(
+                "the window holds the state of random number generators that are not there now: %s. Each gets it as "
+                "soon as it is found; numbers that it gives before that differ. Make it where its owner is made.",
+                ", ".join(missing),
+            )
+        return missing
 
     def apply_order(self, live: LiveState) -> None:
         """The state is dense: put the optimizers' entries into the order in which they were made."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.policy import Policy
 from moetion_lightning.core.reconstruct import Reconstruction
 from moetion_lightning.engine.journal import LivePoint
@@ -80,7 +81,7 @@ class Stages:
             link.free(tier.read_manifest(newest).first_iteration + 1)
 
     def replay(
-        self, point: LivePoint, attached: Attached, roots: Mapping[str, object], *, skip: bool
+        self, point: LivePoint, attached: Attached, generators: Generators, *, skip: bool
     ) -> StageReplayError | None:
         """Lost stages restore and replay; the others serve. Afterwards all ranks hold the model state of one iteration.
 
@@ -89,7 +90,7 @@ class Stages:
         Args:
             point: Who replays.
             attached: The engine's parts; no optimizer hook works meanwhile.
-            roots: Objects that may hold random generators.
+            generators: Random number generators of user objects.
             skip: Whether frozen operators' weight gradients may be skipped.
 
         Returns:
@@ -107,7 +108,7 @@ class Stages:
         else:
             first, _ = plan.replaying[self._ranks.control.rank]
             self._bus.emit(StageReplayStarted(stage=link.stage, first_iteration=first, last_iteration=target))
-            problems = _replay_mine(point.window, plan, link, attached, roots, target, skip=skip)
+            problems = _replay_mine(point.window, plan, link, attached, generators, target, skip=skip)
         answers = self._ranks.agree("stage replay", problems[:_SHOWN])
         found = [f"rank {rank}: {problem}" for rank, answer in enumerate(answers) for problem in answer]
         self.failed = bool(found)
@@ -134,7 +135,7 @@ def _replay_mine(
     plan: StageReplay,
     link: StageLink,
     attached: Attached,
-    roots: Mapping[str, object],
+    generators: Generators,
     target: int,
     *,
     skip: bool,
@@ -149,7 +150,7 @@ def _replay_mine(
             state.apply_structure(live)
             window.apply_static(live)
             reconstruction.begin()
-            state.apply(live, roots)
+            state.apply(live, generators)
             link.iteration_begins(work.iteration + 1)
             problems = link.replay(plan, work)
         finally:

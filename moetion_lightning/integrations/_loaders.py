@@ -7,14 +7,25 @@ Accelerate's wrapper draws ahead, so every draw is noted with the generators tha
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from moetion_lightning.core.run_state import set_rng
-from moetion_lightning.data_position import LoaderPosition, loader_parts, make_resumable, release
+from moetion_lightning.data import (
+    LoaderPosition,
+    Mark,
+    Seen,
+    length_of,
+    loader_parts,
+    make_resumable,
+    release,
+    unfollowed,
+)
+from moetion_lightning.data.indices import digest_of
 from moetion_lightning.errors import ConfigurationError
 
 __all__ = ["Followed", "follow"]
@@ -59,6 +70,14 @@ class Followed(Protocol):
         """Objects that may hold generators."""
         ...
 
+    def length(self) -> int | None:
+        """Batches of a pass; None of a stream."""
+        ...
+
+    def indices_digest(self) -> str | None:
+        """Digest of the indices that the sampler gave for the batch that the loop has; None if they are not seen."""
+        ...
+
     def release(self) -> None:
         """Leave the loader as it was."""
         ...
@@ -94,25 +113,38 @@ class _Direct:
 
     def __init__(self, loader: Any) -> None:
         self.source = self._loader = loader
-        self._position = LoaderPosition(loader)
+        release(loader)  # of an earlier loop that was not closed
+        if isinstance(loader, DataLoader):
+            _, self._position = make_resumable(loader)
+        else:
+            self._position = LoaderPosition(loader)
+        self._make = functools.partial(unfollowed, loader)
+        self._position.expected = False  # the script may iterate it elsewhere, too
         self._iterating = False
 
     def iterate(self) -> Iterator[Any]:
         self._iterating = True
-        return self._position.iterate(lambda: iter(self._loader))
+        self._position.expected = True
+        try:
+            return self._position.iterate(self._make)
+        finally:
+            self._position.expected = False
 
     def finish(self) -> None:
         self._iterating = False
 
     def snapshot(self) -> dict[str, Any]:
-        return {"iterating": self._iterating, "position": self._position.snapshot()}
+        position = self._position
+        return {
+            "iterating": self._iterating,
+            "position": position.snapshot() if self._iterating else position.snapshot_between(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         if state["iterating"]:
             self._position.restore(state["position"])
-        elif self._position.keeps_workers:
-            self._position.restore(state["position"])
-            _exhaust(self._position.iterate(lambda: iter(self._loader)))
+        else:
+            self._position.restore_between(state["position"], self._make)
 
     def begin_epoch(self, epoch: int) -> None:
         for part in loader_parts(self._loader).values():
@@ -123,10 +155,16 @@ class _Direct:
         """The loop tells the sampler, or the user does."""
 
     def parts(self) -> dict[str, object]:
-        return loader_parts(self._loader)
+        return {"loader": self._loader}
+
+    def length(self) -> int | None:
+        return self._position.length()
+
+    def indices_digest(self) -> str | None:
+        return self._position.indices_digest()
 
     def release(self) -> None:
-        """Nothing was changed."""
+        release(self._loader)
 
 
 class _Draws(LoaderPosition):
@@ -136,8 +174,8 @@ class _Draws(LoaderPosition):
         loader: The loader.
     """
 
-    def __init__(self, loader: object) -> None:
-        super().__init__(loader)
+    def __init__(self, loader: object, seen: Seen | None = None) -> None:
+        super().__init__(loader, seen)
         self._loader = loader
         # A wrapper makes a StatefulDataLoader of samplers that save nothing: when it loads its state, it asks them for
         # their order several times, and each time they draw another one.
@@ -146,10 +184,10 @@ class _Draws(LoaderPosition):
         )
         if self._draws_again:
             self._stateful = None
-        #: Whether the next pass is the loop's; it begins when the wrapper draws for the first time.
-        self.expected = False
+        self.expected = False  # the next pass is the loop's; it begins when the wrapper draws for the first time
         self._generators_to_come: list[Mapping[str, Any]] = []
-        self.records: deque[dict[str, Any]] = deque(maxlen=2)
+        self.records: deque[Mark] = deque(maxlen=2)
+        self.indices_of_batches: deque[Any] = deque(maxlen=2)
 
     def expect(self, generators: list[Mapping[str, Any]]) -> None:
         """The next pass is the loop's (others, of whoever else iterates the loader, are not followed).
@@ -160,27 +198,29 @@ class _Draws(LoaderPosition):
         self.expected = True
         self._generators_to_come = generators
         self.records.clear()
+        self.indices_of_batches.clear()
 
     def iterate(self, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """See :class:`LoaderPosition`."""
-        if not self.expected:
-            return make()
-        self.expected = False
-        return super().iterate(make)
+        try:
+            return super().iterate(make)
+        finally:
+            self.expected = False
 
-    def _skip(self, iterator: Iterator[Any], count: int) -> None:
-        if not self._draws_again:
-            super()._skip(iterator, count)
-            return
-        for _ in range(count):  # it counts what it gives, for its own state
-            next(iterator)
+    def _asks_sampler(self) -> bool:
+        return not self._draws_again  # it counts what it gives, for its own state
 
     def drawing(self) -> None:
         """A batch is about to be drawn."""
         if self._generators_to_come:
             set_rng(self._generators_to_come.pop(0), self.generators())
-        self.records.append(self.snapshot())
+        self.records.append(self.mark())
         super().drawing()
+
+    def drew(self) -> None:
+        """A batch was drawn."""
+        super().drew()
+        self.indices_of_batches.append(self.drawn_indices())
 
 
 class _Wrapped:
@@ -204,7 +244,9 @@ class _Wrapped:
         self.source = self._loader = loader
         self._inner, self._position = inner, position
         position.records = deque(maxlen=2 * per_batch + 2)
+        position.indices_of_batches = deque(maxlen=2 * per_batch)
         self._epoch, self._per_batch, self._ahead = epoch, per_batch, ahead
+        self._make = functools.partial(unfollowed, inner)
         self._taken = 0
         self._epoch_number = getattr(loader, epoch)
         self._iterating = False
@@ -220,10 +262,8 @@ class _Wrapped:
         self._iterating = True
         self._position.expect([] if pending is None else list(pending["draws"]))
         if pending is not None and pending["at_end"]:  # the wrapper would not know that the pass had batches
-            if self._position.keeps_workers:
-                _exhaust(iter(self._inner))
-            else:
-                self._position.restore({"passes": []})
+            self._position.expected = False
+            self._position.restore_between(pending["between"], self._make)
             set_rng(pending["now"], self._position.generators())
             setattr(self._loader, self._epoch, self._epoch_number + 1)
             return iter(())
@@ -238,20 +278,23 @@ class _Wrapped:
         self._iterating = False
 
     def snapshot(self) -> dict[str, Any]:
-        position = self._position.snapshot()
-        records: list[dict[str, Any]] = []
+        at_end = self._iterating and self._ahead and bool(self._taken and self._loader.end_of_dataloader)
+        between = at_end or not self._iterating or self._position.expected
+        position = self._position.snapshot_between() if between else self._position.snapshot()
+        records: list[Mark] = []
         if self._iterating and self._ahead:
-            records = [r for r in self._position.records if _drawn(r) >= self._taken * self._per_batch]
+            records = [r for r in self._position.records if r.drawn >= self._taken * self._per_batch]
         return {
             "iterating": self._iterating,
             "begun": not self._position.expected,
             "epoch": self._epoch_number if self._iterating else getattr(self._loader, self._epoch),
             "taken": self._taken,
-            "at_end": self._iterating and self._ahead and bool(self._taken and self._loader.end_of_dataloader),
-            "position": records[0] if records else position,
+            "at_end": at_end,
+            "position": self._position.describe(records[0]) if records else position,
+            "between": position if between else None,
             "now": position["now"],
             # What the wrapper draws again, and then draws next.
-            "draws": [*(r["now"] for r in records), position["now"]] if records else [],
+            "draws": [*(r.rng.packed(r.generators) for r in records), position["now"]] if records else [],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -261,11 +304,7 @@ class _Wrapped:
             self._pending = state
         if state["iterating"] and state["begun"]:
             return  # else the last pass is over
-        if self._position.keeps_workers:
-            self._position.expect([])
-            _exhaust(iter(self._inner))
-        else:
-            self._position.restore({"passes": []})
+        self._position.restore_between(state["between"], self._make)
 
     def begin_epoch(self, epoch: int) -> None:
         """The wrapper does that."""
@@ -274,17 +313,18 @@ class _Wrapped:
         setattr(self._loader, self._epoch, epoch)
 
     def parts(self) -> dict[str, object]:
-        return loader_parts(self._inner)
+        return {"loader": self._inner}
+
+    def length(self) -> int | None:
+        return length_of(self._loader)
+
+    def indices_digest(self) -> str | None:
+        drawn = list(self._position.indices_of_batches)
+        ahead = max(self._position.drawn - self._taken * self._per_batch, 0)
+        given = drawn[len(drawn) - ahead - self._per_batch : len(drawn) - ahead]
+        if not given or any(indices is None for indices in given):
+            return None
+        return digest_of(given[0] if len(given) == 1 else given)
 
     def release(self) -> None:
         release(self._inner)
-
-
-def _drawn(record: Mapping[str, Any]) -> int:
-    passes = record["passes"]
-    return int(passes[-1]["drawn"]) if passes else 0
-
-
-def _exhaust(iterator: Iterator[Any]) -> None:
-    for _ in iterator:
-        pass

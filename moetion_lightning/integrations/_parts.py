@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from moetion_lightning.core.run_state import find_generators
+from moetion_lightning.core.generators import find_generators, is_generator
 from moetion_lightning.errors import ConfigurationError
 
 __all__ = ["Parts", "is_stateful", "unwrap_optimizer"]
@@ -113,10 +113,10 @@ class Parts:
         """Something with state of its own, or a random number generator."""
         if name in self.stateful or name in self.generators:
             raise ConfigurationError(f"{where}: {name!r} is registered already; choose another name")
-        if find_generators({name: _Holder(thing)}):
-            self.generators[name] = thing
-        elif is_stateful(thing):
+        if is_stateful(thing):
             self.stateful[name] = thing
+        elif is_generator(thing) or find_generators({name: thing}):
+            self.generators[name] = thing
         else:
             raise ConfigurationError(
                 f"{where}: {name}={type(thing).__name__}; expected an object with state_dict() and load_state_dict(), "
@@ -147,8 +147,3 @@ def unwrap_optimizer(optimizer: Any) -> Any:
             break
         optimizer = inner
     return optimizer
-
-
-class _Holder:
-    def __init__(self, held: object) -> None:
-        self.held = held

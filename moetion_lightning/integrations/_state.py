@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from moetion_lightning.core.generators import Generators
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
 from moetion_lightning.engine import PlainAttributes
 from moetion_lightning.engine.users_classes import is_framework
@@ -52,6 +53,7 @@ class LoopState:
         self._attributes = PlainAttributes(self._users_objects, say_once)
         self._attributes.begin()
         self._gradients = LastingGradients(parts.parameters(), parts.optimizers)
+        self._generators = Generators(self._roots)
 
     def capture(self, *, weights: bool) -> dict[str, Any]:
         """The state between two batches, as nested plain values and live tensors.
@@ -103,10 +105,13 @@ class LoopState:
         self._attributes.restore(state["attributes"], tensors)
         self._attributes.begin()
 
-    def generators(self) -> Mapping[str, object]:
-        """Objects whose attributes may be random number generators."""
+    def generators(self) -> Generators:
+        """Random number generators of user objects."""
+        return self._generators
+
+    def _roots(self) -> dict[str, object]:
         parts = self._parts
-        return {"module": parts.module, "run": parts, **parts.stateful, **self._position.parts()}
+        return {"module": parts.module, **parts.generators, **parts.stateful, **self._position.parts()}
 
     def users_objects(self) -> list[object]:
         """Objects that reach the classes of what was captured."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from moetion_lightning.core.instance_patches import InstancePatches
-from moetion_lightning.core.run_state import find_generators, get_rng, set_rng
-from moetion_lightning.data_position import loader_parts
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.integrations._other_loaders import OtherLoader
 from moetion_lightning.integrations._parts import Parts, unwrap_optimizer
-from moetion_lightning.integrations.loop import GuidedLoop, Position, beginning_of
+from moetion_lightning.integrations.loop import GuidedLoop, beginning_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,8 +42,8 @@ def attach(accelerator: Accelerator, **settings: Any) -> AcceleratedLoop:
     themselves. Only a loop over ``run.steps(loader)`` can be taken to where it was, so only there state is captured and
     put back; a script without it trains, saves and loads as if nothing were attached.
 
-    Other prepared loaders (evaluation) give after a failure what they would have given. A warning names those of which
-    that cannot be said.
+    Other prepared loaders (evaluation) give after a failure what they would have given, too. A warning names those of
+    which that cannot be said.
 
     ``accelerator.load_state(folder)`` before the loop wins over a window that was found: the script has chosen that
     state, and says where it stands: ``run.start_at(step, loader)``. ``if not run.resuming:`` before both takes the
@@ -108,12 +108,15 @@ class AcceleratedLoop(GuidedLoop):
         parts = self._parts_so_far()
         parts.add_all("scaler", accelerator.scaler, where)
         parts.add_all("custom", accelerator._custom_objects, where)
-        parts.add("accelerator", _Counters(accelerator, self._position), where)
+        parts.add("accelerator", _Counters(accelerator), where)
         parts.scales = accelerator.scaler is not None and accelerator.scaler.is_enabled()
         return parts
 
     def _autocast(self) -> bool:
         return bool(self._accelerator.native_amp)
+
+    def _find_others(self, followed: Sequence[Any]) -> Callable[[], Mapping[str, OtherLoader]]:
+        return functools.partial(_prepared_loaders, self._accelerator, followed)
 
     def _patch(self) -> None:
         accelerator = self._accelerator
@@ -204,13 +207,10 @@ class _Counters:
 
     Args:
         accelerator: The accelerator.
-        position: Where the loop stands.
     """
 
-    def __init__(self, accelerator: Any, position: Position) -> None:
+    def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
-        self._loaders = _OtherLoaders(accelerator, position)
-        self._generators = self._loaders.generators()  # found here, and captured
 
     def state_dict(self) -> dict[str, Any]:
         accelerator = self._accelerator
@@ -219,7 +219,6 @@ class _Counters:
             "sync_gradients": accelerator.sync_gradients,
             "saved": accelerator.project_configuration.iteration,
             "skipped": [bool(optimizer.step_was_skipped) for optimizer in accelerator._optimizers],
-            "loaders": self._loaders.snapshot(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -229,99 +228,22 @@ class _Counters:
         accelerator.project_configuration.iteration = state["saved"]
         for optimizer, skipped in zip(accelerator._optimizers, state["skipped"]):
             optimizer._is_overflow = skipped
-        self._loaders.restore(state["loaders"])
 
 
-class _OtherLoaders:
-    """Prepared loaders that are not followed (evaluation): a pass over them depends on those before it.
-
-    Accelerate orders a pass by its number. A stateful loader and persistent workers draw a seed from the global
-    generator in every pass but their first one, or in that one alone.
-
-    Args:
-        accelerator: The accelerator.
-        position: Where the loop stands; its loaders are followed.
-    """
-
-    def __init__(self, accelerator: Any, position: Position) -> None:
-        self._accelerator = accelerator
-        self._position = position
-        self._known_open = self._open()  # left by what came before the loop
-
-    def generators(self) -> dict[str, object]:
-        """Generators that they hold, by name."""
-        roots = {
-            f"loader{index}.{role}": part
-            for index, loader in self._others().items()
-            for role, part in loader_parts(loader.base_dataloader).items()
-        }
-        return find_generators(roots)
-
-    def snapshot(self) -> list[dict[str, Any]]:
-        others = self._others()
-        if under_way := sorted(self._open() - self._known_open):
-            self._known_open.update(under_way)
-            _log.warning(
-                "attach(accelerator): a pass over %s was begun and is not at its end where state is captured. After a "
-                "restart such a pass begins anew. Give the loader to run.steps() too, or go through it to its end.",
-                _names(under_way, others),
+def _prepared_loaders(accelerator: Any, followed: Sequence[Any]) -> dict[str, OtherLoader]:
+    """Prepared loaders but for those that are followed, by their place: Accelerate orders a pass by its number."""
+    found = {}
+    for index, loader in enumerate(accelerator._dataloaders):
+        if hasattr(loader, "base_dataloader") and not any(loader is known for known in followed):
+            found[f"prepared loader {index} ({type(loader).__name__})"] = OtherLoader(
+                loader,
+                loader.base_dataloader,
+                counter="iteration",
+                under_way=functools.partial(_is_under_way, accelerator, loader),
             )
-        return [
-            {"index": index, "iteration": loader.iteration, "iterated": _iterated(loader.base_dataloader)}
-            for index, loader in others.items()
-        ]
-
-    def restore(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        others = self._others()
-        missing = [entry["index"] for entry in saved if entry["index"] >= len(self._accelerator._dataloaders)]
-        if missing:
-            _warn_inexact(_names(missing, others), "is not prepared yet", "Prepare all loaders before the loop begins")
-        for entry in saved:
-            if entry["index"] in others:
-                self._restore(others[entry["index"]], entry, _names([entry["index"]], others))
-
-    def _restore(self, loader: Any, entry: Mapping[str, Any], name: str) -> None:
-        inner = loader.base_dataloader
-        loader.iteration = entry["iteration"]
-        if _iterated(inner) and not entry["iterated"]:
-            _warn_inexact(name, "was iterated before the loop, but not so before the failure", "Iterate it in the loop")
-        if not entry["iterated"]:
-            return
-        if not _iterated(inner):
-            generators = find_generators(loader_parts(inner))
-            rng = get_rng(generators)
-            iter(inner)
-            set_rng(rng, generators)
-        if inner.persistent_workers:
-            _warn_inexact(
-                name, "has persistent workers, which begin with new random numbers",
-                "Draw none in its dataset, or give it persistent_workers=False",
-            )  # fmt: skip
-
-    def _others(self) -> dict[int, Any]:
-        """By their place among the prepared loaders."""
-        followed = [loader.source for loader in self._position.loaders]
-        return {
-            index: loader
-            for index, loader in enumerate(self._accelerator._dataloaders)
-            if hasattr(loader, "base_dataloader") and not any(loader is known for known in followed)
-        }
-
-    def _open(self) -> set[int]:
-        """Those over which a pass is under way, or was left."""
-        references = self._accelerator.gradient_state.dataloader_references
-        return {index for index, loader in self._others().items() if any(loader is known for known in references)}
+    return found
 
 
-def _iterated(inner: Any) -> bool:
-    """Whether a loader that keeps its iterator was iterated; Accelerate makes that of a stateful one itself."""
-    return inner._iterator is not None and not getattr(inner, "_initial_iter_for_state_dict", False)
-
-
-def _names(indices: Sequence[int], loaders: Mapping[int, Any]) -> str:
-    kinds = {index: type(loader).__name__ for index, loader in loaders.items()}
-    return ", ".join(f"prepared loader {index} ({kinds.get(index, 'not there')})" for index in indices)
-
-
-def _warn_inexact(loader: str, why: str, remedy: str) -> None:
-    _log.warning("attach(accelerator): passes over %s may differ after this restart: it %s. %s.", loader, why, remedy)
+def _is_under_way(accelerator: Any, loader: Any) -> bool:
+    """Whether a pass over a prepared loader was begun, and has not come to its end."""
+    return any(loader is known for known in accelerator.gradient_state.dataloader_references)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moetion_lightning.core.run_state import get_rng, set_rng
+from moetion_lightning.data.indices import digest_of
+from moetion_lightning.data.parts import length_of
 from moetion_lightning.errors import ConfigurationError, ForeignWindowError
 from moetion_lightning.integrations._loaders import Followed, follow
+from moetion_lightning.integrations._other_loaders import OtherLoader, OtherLoaders, find_loaders, script_variables
 from moetion_lightning.integrations._parts import Parts
 from moetion_lightning.integrations._run import Run
 from moetion_lightning.session import SessionSettings
@@ -35,6 +39,8 @@ class Position:
         epoch: Epochs that are done.
         skipped: Batches to pass over when the first epoch begins.
         loaders: The loaders of the present epoch.
+        others: Loaders that the script goes through beside them.
+        script: The script's variables that lead to generators.
     """
 
     def __init__(self) -> None:
@@ -42,14 +48,27 @@ class Position:
         self.epoch = 0
         self.skipped = 0
         self.loaders: list[Followed] = []
+        self.others: OtherLoaders | None = None
+        self.script: dict[str, object] = {}
 
     def snapshot(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "epoch": self.epoch,
-            "lengths": [_length(loader.source) for loader in self.loaders],
             "loaders": [loader.snapshot() for loader in self.loaders],
+            "others": self.others.snapshot() if self.others is not None else {},
         }
+
+    def lengths(self) -> list[int | None]:
+        """Batches of a pass over each loader; None of a stream."""
+        return [loader.length() for loader in self.loaders]
+
+    def indices_digest(self) -> str | None:
+        """Digest of the indices that samplers gave for the batch that the loop has; None if none are seen."""
+        digests = [loader.indices_digest() for loader in self.loaders]
+        if all(digest is None for digest in digests):
+            return None
+        return digests[0] if len(digests) == 1 else digest_of(digests)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The counters alone."""
@@ -62,32 +81,29 @@ class Position:
                 f"the window was captured in a loop over {len(state['loaders'])} loaders, this one has "
                 f"{len(self.loaders)}. Undo the change, or start afresh with resume='never' or another job_id."
             )
-        lengths = [_length(loader.source) for loader in self.loaders]
-        if lengths != state["lengths"]:
-            raise ForeignWindowError(
-                f"the window was captured in a loop over {state['lengths']} batches an epoch, this one has {lengths}. "
-                "Give steps() the same loader as before (with start_at() in place of a loader that skips batches), or "
-                "start afresh with resume='never' or another job_id."
-            )
         for loader, saved in zip(self.loaders, state["loaders"]):
             loader.restore(saved)
+        if self.others is not None:
+            self.others.restore(state["others"])
 
     def sources(self) -> list[Any]:
         return [loader.source for loader in self.loaders]
 
     def parts(self) -> dict[str, object]:
-        return {
+        roots = {
             f"loader{index}.{role}": part
             for index, loader in enumerate(self.loaders)
             for role, part in loader.parts().items()
         }
+        return {**roots, **self.script, **(self.others.roots() if self.others is not None else {})}
 
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:  # a stream
-        return None
+    def release(self) -> None:
+        """Leave all loaders as they were."""
+        for loader in self.loaders:
+            loader.release()
+        if self.others is not None:
+            self.others.release()
+            self.others = None
 
 
 class GuidedLoop:
@@ -142,6 +158,11 @@ class GuidedLoop:
     def _autocast(self) -> bool:
         """Whether the forward may cast parameters to 16 bits."""
         return True
+
+    def _find_others(self, followed: Sequence[Any]) -> Callable[[], Mapping[str, OtherLoader]]:
+        """What gives the script's loaders beside those that :meth:`steps` was given."""
+        found = find_loaders(self._position.script)
+        return lambda: found
 
     # --- what a script asks --------------------------------------------------------------------------------------
 
@@ -204,7 +225,7 @@ class GuidedLoop:
         Raises:
             ConfigurationError: Training has begun, or the loader has no length.
         """
-        length = _length(loader)
+        length = length_of(loader)
         if self._run.begun or not length or step < 0:
             raise ConfigurationError(
                 f"start_at({step!r}, {type(loader).__name__}): expected a step >= 0 and a loader with batches and a "
@@ -259,6 +280,8 @@ class GuidedLoop:
         if self._in_epochs and epochs != 1:
             raise ConfigurationError(f"steps(epochs={epochs!r}) inside of epochs(): give the number to epochs() alone")
         self._iterated = True
+        if not self._run.begun:
+            self._position.script = script_variables(inspect.currentframe().f_back)  # type: ignore[union-attr]
         return self._steps(loaders, epochs)
 
     def record_loss(self, loss: Tensor) -> None:
@@ -275,8 +298,7 @@ class GuidedLoop:
         Args:
             completed: False keeps them: the same command then continues.
         """
-        for loader in self._position.loaders:
-            loader.release()
+        self._position.release()
         if self._opened is not None:
             self._opened.close(completed=completed)
 
@@ -293,6 +315,7 @@ class GuidedLoop:
     def _steps(self, loaders: Sequence[Any], epochs: int) -> Iterator[tuple[int, Any]]:
         self._follow(loaders)
         if not self._run.begun:
+            self._position.others = OtherLoaders(self._where, self._find_others(loaders))
             self._run.begin(self._position, autocast=self._autocast(), step=self._position.step)
         if self._in_epochs:
             yield from self._one_epoch()

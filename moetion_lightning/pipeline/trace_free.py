@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetion_lightning.core.generators import find_generators
 from moetion_lightning.core.routing import repeated_forward
-from moetion_lightning.core.run_state import find_generators, get_rng, set_rng
+from moetion_lightning.core.run_state import get_rng, set_rng
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.specs import same_bits
 

@@ -20,8 +20,8 @@ from moetion_lightning.core.policy import DensePolicy
 from moetion_lightning.errors import ConfigurationError, ForeignWindowError
 from moetion_lightning.integrations import FabricCheckpointing, SparseCheckpointing, attach
 from moetion_lightning.integrations._gradients import LastingGradients
-from moetion_lightning.integrations.accelerate import _Counters
-from moetion_lightning.integrations.loop import Position
+from moetion_lightning.integrations._other_loaders import OtherLoaders
+from moetion_lightning.integrations.accelerate import _prepared_loaders
 from moetion_lightning.testing.compare import compare_states
 from tests.runs.drill import ROOT, Drill, differences, read_events, read_steps
 
@@ -235,7 +235,7 @@ def test_loader_of_another_length_is_refused(bench: Bench) -> None:
     run = bench.make()
     bench.train(run, 6)
     run.close(completed=False)
-    with pytest.raises(ForeignWindowError, match=r"over \[8\] batches an epoch, this one has \[5\]"):
+    with pytest.raises(ForeignWindowError, match=r"over 8 batches of 1 an epoch, this range has 5 batches"):
         next(bench.make().steps(range(5)))
 
 
@@ -273,7 +273,7 @@ class _Prepared:
         self.accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**settings))
         made = [DataLoader(torch.arange(6), batch_size=2) for _ in range(num_loaders)]
         self.loaders = [self.accelerator.prepare(loader) for loader in made]
-        self.counters = _Counters(self.accelerator, Position())
+        self.others = OtherLoaders("attach(accelerator)", lambda: _prepared_loaders(self.accelerator, []))
 
     def passes(self) -> None:
         for loader in self.loaders:
@@ -285,7 +285,7 @@ def test_passes_over_other_loaders_are_restored_without_drawing() -> None:
     before.passes()
     after = _Prepared(2, use_stateful_dataloader=True)
     generators = torch.get_rng_state()
-    after.counters.load_state_dict(before.counters.state_dict())
+    after.others.restore(before.others.snapshot())
     assert torch.equal(torch.get_rng_state(), generators)
     assert [loader.iteration for loader in after.loaders] == [1, 1]
     drawn = []
@@ -300,16 +300,16 @@ def test_passes_over_other_loaders_that_cannot_be_restored_are_named(caplog: pyt
     before = _Prepared(2, use_stateful_dataloader=True)
     left = iter(before.loaders[1])
     next(left)
-    before.counters.state_dict()
-    before.counters.state_dict()
+    before.others.snapshot()
+    before.others.snapshot()
     assert caplog.text.count("a pass over prepared loader 1 (DataLoaderShard) was begun and is not at its end") == 1
     list(left)
     fresh = _Prepared(1, use_stateful_dataloader=True)
-    fresh.counters.load_state_dict(before.counters.state_dict())
-    assert "prepared loader 1 (not there) may differ after this restart: it is not prepared yet" in caplog.text
+    fresh.others.restore(before.others.snapshot())
+    assert "prepared loader 1 (DataLoaderShard) may differ after this restart: it is not there yet" in caplog.text
     iterated = _Prepared(1, use_stateful_dataloader=True)
     iterated.passes()
-    iterated.counters.load_state_dict(_Prepared(1, use_stateful_dataloader=True).counters.state_dict())
+    iterated.others.restore(_Prepared(1, use_stateful_dataloader=True).others.snapshot())
     assert "prepared loader 0 (DataLoaderShard) may differ after this restart: it was iterated before" in caplog.text
 
 

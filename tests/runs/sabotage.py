@@ -56,18 +56,18 @@ def _one_optimizer() -> None:
 
 
 def _rng() -> None:
-    from moetion_lightning import data_position
     from moetion_lightning.callbacks import _data_seam
+    from moetion_lightning.data import position
     from moetion_lightning.engine import run_state
 
-    for module in (run_state, _data_seam, data_position):  # fetching puts generators back, too
-        module.set_rng = lambda *args, **kwargs: None
+    for module in (run_state, _data_seam, position):  # fetching puts generators back, too
+        module.set_rng = lambda *args, **kwargs: []
 
 
 def _data_position() -> None:
     from moetion_lightning.callbacks import _data_seam
 
-    _data_seam.DataSeam.restore = lambda self, state: None
+    _data_seam.DataSeam.restore = _data_seam.DataSeam.settle = lambda self, state: None
 
 
 def _buffers() -> None:

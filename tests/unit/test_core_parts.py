@@ -13,10 +13,11 @@ from torch import nn
 from moetion_lightning.core.capture import CaptureThread, DeviceFence, copy_items, measure_bandwidth
 from moetion_lightning.core.compute_dtype import ComputeDtypeObserver
 from moetion_lightning.core.digests import rng_digests
+from moetion_lightning.core.generators import find_generators
 from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.lost_tokens import LostTokens
 from moetion_lightning.core.pace import Pace
-from moetion_lightning.core.run_state import find_generators, get_rng, set_rng
+from moetion_lightning.core.run_state import get_rng, set_rng
 from moetion_lightning.core.state import CopyItem
 
 # --- compute dtype ---------------------------------------------------------------------------------------------------

@@ -19,8 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from moetion_lightning.data_position import make_resumable
-from moetion_lightning.data_sampler import ExactDistributedSampler
+from moetion_lightning.data import make_resumable
 
 LENGTH = 26  # 13 samples a rank: 4 batches an epoch, the last one incomplete
 BATCHES = 4
@@ -49,10 +48,6 @@ def weighted_generator(rank: int, workers: int) -> Any:
     return injected(DataLoader(Augmented(), 4, sampler=weights(4), num_workers=workers), rank)
 
 
-def exact(rank: int, workers: int) -> Any:
-    return DataLoader(Augmented(), 4, sampler=own_sampler(rank), num_workers=workers)
-
-
 def stateful(rank: int, workers: int) -> Any:
     return injected(stateful_loader(shuffle=True, num_workers=workers), rank)
 
@@ -65,17 +60,9 @@ def stateful_weighted(rank: int, workers: int) -> Any:
     return injected(stateful_loader(sampler=weights(4), num_workers=workers), rank)
 
 
-def stateful_exact(rank: int, workers: int) -> Any:
-    return stateful_loader(sampler=own_sampler(rank), num_workers=workers)
-
-
 def weights(seed: int | None) -> WeightedRandomSampler:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return WeightedRandomSampler(torch.arange(1.0, LENGTH + 1), LENGTH, generator=generator)  # type: ignore[arg-type]
-
-
-def own_sampler(rank: int) -> ExactDistributedSampler:
-    return ExactDistributedSampler(LENGTH, num_replicas=2, rank=rank, seed=3)
 
 
 def stateful_loader(**settings: Any) -> Any:
@@ -131,7 +118,7 @@ def check(
         assert shown(resumed) == shown(reference[step:]), f"at step {step}"
 
 
-KINDS = [plain, weighted, weighted_generator, exact, stateful, stateful_in_order, stateful_weighted, stateful_exact]
+KINDS = [plain, weighted, weighted_generator, stateful, stateful_in_order, stateful_weighted]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -140,12 +127,12 @@ def test_same_batches_follow(make: Callable[[int, int], Any], rank: int) -> None
     check(make, rank, 0, [0, 2, 4, 5, 7, 10])
 
 
-@pytest.mark.parametrize("make", [plain, exact, weighted_generator, stateful, stateful_weighted])
+@pytest.mark.parametrize("make", [plain, weighted_generator, stateful, stateful_weighted])
 def test_same_batches_follow_with_workers(make: Callable[[int, int], Any]) -> None:
     check(make, 1, 2, [2, 5])
 
 
-@pytest.mark.parametrize("make", [stateful_in_order, stateful_exact])
+@pytest.mark.parametrize("make", [stateful_in_order])
 def test_same_samples_follow_with_workers_of_a_loader_that_saves_its_state(make: Callable[[int, int], Any]) -> None:
     """Not what its workers drew at random: they are made anew, and their generators begin anew."""
     check(make, 1, 2, [2, 5], augmented=False)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore
 
 from moetion_lightning.config import EngineConfig
+from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy, Policy, SparsePolicy
 from moetion_lightning.distributed.control import StoreControl
 from moetion_lightning.engine import (
@@ -74,8 +75,8 @@ class Counters:
     def capture(self, *, weights: bool) -> dict[str, Any]:
         return {"batches": self.batches}
 
-    def generators(self) -> dict[str, object]:
-        return {}
+    def generators(self) -> Generators:
+        return Generators(dict)
 
 
 class Rank:
