@@ -250,7 +250,10 @@ class DataSeam:
                 loader._iterator = None  # type: ignore[attr-defined]
 
     def loaders(self) -> dict[str, object]:
-        """The training and validation loaders, by name."""
+        """The training loaders, by name."""
         combined = self._trainer.fit_loop._combined_loader
-        train = {} if combined is None else {f"train{i}": loader for i, loader in enumerate(combined.flattened)}
-        return {**train, **self._evaluation.loaders()}
+        return {} if combined is None else {f"train{i}": loader for i, loader in enumerate(combined.flattened)}
+
+    def all_loaders(self) -> dict[str, object]:
+        """The training and validation loaders, by name."""
+        return {**self.loaders(), **self._evaluation.loaders()}

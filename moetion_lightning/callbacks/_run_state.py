@@ -143,7 +143,7 @@ class LightningRunState:
             roots["datamodule"] = self._trainer.datamodule  # type: ignore[attr-defined]
         for index, callback in enumerate(self._trainer.callbacks):  # type: ignore[attr-defined]
             roots[f"callback{index}"] = callback
-        return {**roots, **self._data.loaders()}
+        return {**roots, **self._data.all_loaders()}
 
 
 @torch.no_grad()
