@@ -145,7 +145,8 @@ class Tiers:
         if first and not is_fresh:
             self._prepare_together()
         restore = GroupRestore(
-            self._ranks, self.peers, self.host, self._usable_disk(), accept=self._accept,
+            self._ranks, self.peers, self.host, self._usable_disk(),
+            accept=self._accept if first else None,  # what this process has captured since is its own
             iteration=self._wanted_iteration() if first and not is_fresh else None,
         )  # fmt: skip
         if is_fresh:
