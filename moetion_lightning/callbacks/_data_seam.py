@@ -15,7 +15,6 @@ from moetion_lightning.callbacks._loader_source import LoaderSource
 from moetion_lightning.core.instance_patches import InstancePatches
 from moetion_lightning.core.run_state import Rng, set_rng
 from moetion_lightning.data import LoaderPosition, Seen, make_resumable, release
-from moetion_lightning.data.indices import digest_of
 from moetion_lightning.engine.replay_record import BatchDigest, describe_batch
 from moetion_lightning.errors import ForeignWindowError
 
@@ -143,14 +142,12 @@ class DataSeam:
         """``next(combined)``."""
         if self._pending_rng:
             set_rng(self._pending_rng.pop(0))
-        record = self._record(combined)
-        self._history.append(record)
+        self._history.append(self._record(combined))
         self._expect(True)  # a shorter loader begins again
         try:
             batch = draw()
         finally:
             self._expect(False)
-        record["indices"] = [position.drawn_indices() for position in self._positions]
         self._fetched += 1
         # On the host still, as the loader gave it: the batch, its number and that of the loader.
         digest = describe_batch(batch[0], self._positions)
@@ -213,18 +210,6 @@ class DataSeam:
             "made": self._source.snapshot(),
             "evaluation": self._evaluation.snapshot(),
         }
-
-    def indices_digest(self) -> str | None:
-        """Digest of the indices that the samplers gave for the batch that the training loop is about to use, or uses.
-
-        None if no loader shows them (streams, loaders that are no ``DataLoader``). A few microseconds.
-        """
-        records = self._records()
-        indices = records[0].get("indices", []) if records else []
-        digests = [digest_of(each) for each in indices]
-        if all(digest is None for digest in digests):
-            return None
-        return digests[0] if len(digests) == 1 else digest_of(digests)
 
     def lengths(self) -> list[int | None]:
         """Batches of a pass over each training loader; None of a stream."""

@@ -196,7 +196,7 @@ class _Walk:
         elif values.device.type == "cuda":
             self.samples.append(values)
 
-    def _add_array(self, array: np.ndarray) -> None:
+    def _add_array(self, array: np.ndarray[Any, Any]) -> None:
         self._note(f"{array.dtype}{array.shape}")
         if array.dtype.hasobject:
             self._add_sequence(array.reshape(-1)[:_MAX_ITEMS].tolist(), 0)

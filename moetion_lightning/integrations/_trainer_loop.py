@@ -104,9 +104,9 @@ class TrainerLoop:
         def noting_get_batch_samples(*args: Any, **kwargs: Any) -> Any:
             assert self._followed is not None
             self._before_update = {"epoch": self._epoch, "batches": self._drawn, "data": self._followed.snapshot()}
+            self.drawn = []
             batches, *rest = draw(*args, **kwargs)
             self._drawn += len(batches)
-            self.drawn = [describe_batch(batch, [self._followed] if len(batches) == 1 else []) for batch in batches]
             return (batches, *rest)
 
         def recording_training_step(*args: Any, **kwargs: Any) -> Any:
@@ -124,6 +124,9 @@ class TrainerLoop:
         self._patch("get_batch_samples", noting_get_batch_samples)
         self._patch("training_step", recording_training_step)
         self._patch("_save_checkpoint", whole_save_checkpoint)
+
+    def _drew(self, batch: object) -> None:
+        self.drawn.append(describe_batch(batch, [self._followed]))
 
     def _run_epoch(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         loader = kwargs["train_dataloader"]
@@ -153,7 +156,7 @@ class TrainerLoop:
             kwargs = {**kwargs, "resume_from_checkpoint": "", "steps_trained_in_current_epoch": self._drawn}
             undo = self._skip_nothing()
         try:
-            following = _FollowedLoader(loader, self._followed, undo, skipped)
+            following = _FollowedLoader(loader, self._followed, undo, skipped, self._drew)
             return original(**{**kwargs, "train_dataloader": following})
         finally:
             undo()
@@ -306,13 +309,21 @@ class _FollowedLoader:
         followed: Its position.
         begun: Called when it is iterated.
         skipped: Batches to pass over, which a checkpoint has behind it.
+        drew: Called with each batch.
     """
 
-    def __init__(self, loader: Any, followed: Followed, begun: Callable[[], None], skipped: int) -> None:
-        self._moetion = (loader, followed, begun, skipped)
+    def __init__(
+        self,
+        loader: Any,
+        followed: Followed,
+        begun: Callable[[], None],
+        skipped: int,
+        drew: Callable[[object], None],
+    ) -> None:
+        self._moetion = (loader, followed, begun, skipped, drew)
 
     def __iter__(self) -> Iterator[Any]:
-        _, followed, begun, skipped = self._moetion
+        _, followed, begun, skipped, drew = self._moetion
         begun()
         batches = followed.iterate()
         generators = get_rng()
@@ -320,7 +331,13 @@ class _FollowedLoader:
             pass
         if skipped:
             set_rng(generators)
-        return batches
+        return self._tell(batches, drew)
+
+    @staticmethod
+    def _tell(batches: Iterator[Any], drew: Callable[[object], None]) -> Iterator[Any]:
+        for batch in batches:
+            drew(batch)
+            yield batch
 
     def __len__(self) -> int:
         return len(self._moetion[0])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moetion_lightning.core.run_state import get_rng, set_rng
-from moetion_lightning.data.indices import digest_of
 from moetion_lightning.data.parts import length_of
 from moetion_lightning.errors import ConfigurationError, ForeignWindowError
 from moetion_lightning.integrations._loaders import Followed, follow
@@ -62,13 +61,6 @@ class Position:
     def lengths(self) -> list[int | None]:
         """Batches of a pass over each loader; None of a stream."""
         return [loader.length() for loader in self.loaders]
-
-    def indices_digest(self) -> str | None:
-        """Digest of the indices that samplers gave for the batch that the loop has; None if none are seen."""
-        digests = [loader.indices_digest() for loader in self.loaders]
-        if all(digest is None for digest in digests):
-            return None
-        return digests[0] if len(digests) == 1 else digest_of(digests)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The counters alone."""
