@@ -80,9 +80,16 @@ class RunFiles:
                 if callback.dirpath is None and before["dirpath"] is not None:
                     callback.dirpath = before["dirpath"]
                     self._moved.append(callback)
-        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
-            if any(kind.__name__ == "SaveConfigCallback" for kind in type(callback).__mro__):
+        for callback in self._config_savers():
+            if not self._has_same_config(callback):
                 self._keep_config(callback)
+            self._patches.put(callback, "overwrite", True)
+
+    def start_again(self) -> None:
+        """An earlier process of this job left no window: the same command line is no error."""
+        for callback in self._config_savers():
+            if self._has_same_config(callback):
+                self._patches.put(callback, "overwrite", True)
 
     def begin_anew(self) -> None:
         """The run is not continued after all."""
@@ -116,24 +123,39 @@ class RunFiles:
                 found.append((callback, of_kind[0]))
         return found
 
-    def _keep_config(self, callback: Any) -> None:
-        """LightningCLI refuses to write where a configuration is: here it is that of the same run."""
-        trainer = self._trainer
-        log_dir = trainer.log_dir if callback.save_to_log_dir else None
-        if callback.already_saved or callback.overwrite or log_dir is None:
-            return
-        self._patches.put(callback, "overwrite", True)
-        path = os.path.join(log_dir, callback.config_filename)
-        filesystem = get_filesystem(log_dir)
-        if not (trainer.is_global_zero and filesystem.isfile(path)):
-            return
+    def _config_savers(self) -> list[Any]:
+        """LightningCLI's callbacks that refuse to write where a configuration is."""
+        return [
+            callback
+            for callback in self._trainer.callbacks  # type: ignore[attr-defined]
+            if any(kind.__name__ == "SaveConfigCallback" for kind in type(callback).__mro__)
+            and not (callback.already_saved or callback.overwrite)
+            and callback.save_to_log_dir
+            and self._trainer.log_dir is not None
+        ]
+
+    def _config(self, callback: Any) -> tuple[str, str | None]:
+        """Where it is written, and what is there."""
+        path = os.path.join(self._trainer.log_dir or "", callback.config_filename)
+        filesystem = get_filesystem(path)
+        if not (self._trainer.is_global_zero and filesystem.isfile(path)):
+            return path, None
         with filesystem.open(path, "r") as file:
-            before = file.read()
-        if yaml.safe_load(before) != yaml.safe_load(callback.parser.dump(callback.config, skip_none=False)):
+            return path, file.read()
+
+    def _has_same_config(self, callback: Any) -> bool:
+        _, there = self._config(callback)
+        here = callback.parser.dump(callback.config, skip_none=False)
+        same = there is None or yaml.safe_load(there) == yaml.safe_load(here)
+        return bool(self._trainer.strategy.reduce_boolean_decision(same))
+
+    def _keep_config(self, callback: Any) -> None:
+        path, there = self._config(callback)
+        if there is not None:
             stem, extension = os.path.splitext(path)
             kept = f"{stem}-before{extension}"
-            with filesystem.open(kept, "w") as file:
-                file.write(before)
+            with get_filesystem(path).open(kept, "w") as file:
+                file.write(there)
             _log.info("the configuration has changed since the run began: %s keeps the older one", kept)
 
     # --- ordinary checkpoints ------------------------------------------------------------------------------------

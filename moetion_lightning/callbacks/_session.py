@@ -75,6 +75,8 @@ class LightningSession:
         loops.files.guard(lambda: session.replaying)
         if session.point is not None:
             loops.files.continue_from(self._run_state.build(session.point)["files"])
+        elif session.restarted:
+            loops.files.start_again()
 
     @property
     def engine(self) -> Engine:

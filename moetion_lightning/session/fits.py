@@ -96,6 +96,8 @@ class Fit:
         self._base = base_job(config.job_id, root_dir)
         self._is_named = config.job_id is not None
         self._ordinal = _fits[self._base] = _fits.get(self._base, 0) + 1
+        #: Whether another process of this job was started before, and has left something.
+        self.restarted = False
         self._here: Beginning = {}
         self._decision = Decision()
         self._lineage: dict[str, Any] = {}
@@ -123,6 +125,7 @@ class Fit:
             ForeignWindowError: The only course that could be meant is of another model.
         """
         self._here = beginning
+        self.restarted = self._ordinal == 1 and bool(self._jobs())
         if self._ranks.replaced:
             return  # the job that this process joins knows
         self._wait_for_the_dying()

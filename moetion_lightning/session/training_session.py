@@ -128,6 +128,11 @@ class TrainingSession:
         return self._point
 
     @property
+    def restarted(self) -> bool:
+        """Whether another process of this job was started before, be it that it left no window."""
+        return self._fit.restarted
+
+    @property
     def trained(self) -> bool:
         """Whether this process has trained in this run."""
         return self._trained

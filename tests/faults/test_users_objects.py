@@ -140,10 +140,16 @@ def test_requeue_in_a_replay_waits_for_the_whole_state(drill: Drill) -> None:
     assert differences(drill.reference(spec), out) == []
 
 
-@pytest.mark.parametrize("kind", ["fixed", "none"])
-def test_users_own_command_line_is_started_again(drill: Drill, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "step"), [("fixed", 9), ("none", 9), ("fixed", 2)])
+def test_users_own_command_line_is_started_again(drill: Drill, kind: str, step: int) -> None:
     spec = {**RUNNER, "cli": kind}
-    killed = drill.killed(spec, KILLS[:1])
+    killed = drill.killed(spec, [{"hook": "backward", "step": step}])
     assert differences(drill.reference(spec), killed) == []
-    assert len(read_events(killed, "ReplayFinished")) == 1
+    assert len(read_events(killed, "ReplayFinished")) == (1 if step == 9 else 0)
     assert len(list(killed.rglob("config*.yaml"))) == 1
+
+
+def test_changed_configuration_is_written_beside_the_older_one(drill: Drill) -> None:
+    out = drill.killed({**RUNNER, "cli": "fixed"}, KILLS[:1], rate=0.01)
+    assert sorted(path.name for path in (out / "x/version_0").glob("config*")) == ["config-before.yaml", "config.yaml"]
+    assert "the configuration has changed since the run began" in read_logs(out)
