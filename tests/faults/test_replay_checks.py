@@ -28,6 +28,8 @@ def kills(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 DATA, RNG, RATES = "the data differ", "the global random generators stand elsewhere", "a learning-rate scheduler"
+DECLARED = "elementwise_optimizers= declares tests.runs.variants.NormedMomentum"
+WRONGLY_DECLARED = {"engine_args": {"elementwise_optimizers": ["tests.runs.variants.NormedMomentum"]}}
 FORWARD, OPTIMIZER = "the forward differs although the batches are the same", "the optimizer keeps state outside"
 
 #: What is left out, in which run, what must differ first, and which cause comes first.
@@ -50,7 +52,10 @@ LEFT_OUT: dict[str, tuple[str, dict[str, Any], set[str], str]] = {
     "buffers-manual-backward": ("buffers", {**MANUAL, "module": "silent_manual_backward"}, {"losses"}, FORWARD),
     "optimizer-state": ("adam_step", LIST, {"weights"}, OPTIMIZER),
     "hidden-optimizer-state": ("", {**LIST, "module": "hidden_optimizer"}, {"weights"}, OPTIMIZER),
-}
+    "declared-elementwise": (
+        "", {**LIST, "block": "fused", "module": "coupled_optimizer", **WRONGLY_DECLARED}, {"weights"}, DECLARED,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

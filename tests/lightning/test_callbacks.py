@@ -167,7 +167,7 @@ def test_too_little_memory_is_refused_with_numbers(
 ) -> None:
     monkeypatch.setattr(HostMemoryTier, "free_bytes", lambda self: 1000)
     capture = SparseExpertCheckpoint(window=4, memory_dir=str(memory_dir))
-    with pytest.raises(HostMemoryError, match=r"0\.00 GB for this job; 2 windows of .* Use a smaller window"):
+    with pytest.raises(HostMemoryError, match=r"1\.0 kB for this job; 2 windows of .* Use a smaller window"):
         trainer(tmp_path, capture, StopAt(0, AssertionError("trained"))).fit(module(), loader())
 
 

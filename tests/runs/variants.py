@@ -347,6 +347,23 @@ class HiddenMomentum(torch.optim.SGD):
         return loss
 
 
+class NormedMomentum(torch.optim.SGD):
+    """Divides its momentum by the norm of the whole parameter's: rows depend on each other."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        with torch.no_grad():
+            for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                moment = self.state[parameter].setdefault("moment", torch.zeros_like(parameter))
+                parameter.sub_(moment.mul_(0.9).add_(parameter.grad) / (moment.norm() + 1), alpha=0.1)
+        return loss
+
+
+class CoupledOptimizer(Automatic):
+    def configure_optimizers(self) -> Any:
+        return NormedMomentum(self.parameters(), lr=0.1)
+
+
 class HiddenOptimizer(Automatic):
     def configure_optimizers(self) -> Any:
         return HiddenMomentum(self.parameters(), lr=0.05)
@@ -401,4 +418,5 @@ MODULES: dict[str, type[Automatic]] = {
     "silent_manual": SilentManual,
     "silent_manual_backward": SilentManualBackward,
     "hidden_optimizer": HiddenOptimizer,
+    "coupled_optimizer": CoupledOptimizer,
 }
