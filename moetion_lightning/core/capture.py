@@ -7,6 +7,7 @@ may change the source, waits for the job's copies (:meth:`CaptureThread.wait_cop
 from __future__ import annotations
 
 import ctypes
+import logging
 import queue
 import threading
 import time
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from moetion_lightning.core.digests import sample_positions
 from moetion_lightning.core.state import CopyItem
+from moetion_lightning.errors import UnsupportedStateError
 
 __all__ = ["CaptureThread", "DeviceFence", "copy_items", "measure_bandwidth"]
 
+_log = logging.getLogger(__name__)
 # ATen runs an elementwise kernel on the calling thread alone up to this many elements. Staying below it keeps the
 # capture thread from opening a thread team of its own, which would compete with the training step for the same cores.
 _SERIAL_ELEMENTS = 32_767
@@ -105,6 +108,11 @@ class DeviceFence:
         for event in self._done.values():
             event.synchronize()
 
+    def settle(self) -> None:
+        """Capture thread: block until nothing is being copied any more, whatever was queued."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
 
 @torch.no_grad()
 def copy_items(
@@ -120,13 +128,22 @@ def copy_items(
         targets: Host tensors by item name, of the item's shape and stored dtype.
         fence: Orders the copies against the training stream.
         progress: Called with the number of items done after each item.
+
+    Raises:
+        UnsupportedStateError: An item has no memory that can be copied.
     """
     for index, item in enumerate(items):
         target = targets[item.name]
-        if item.source.device.type == "cuda":
+        kind = item.source.device.type
+        if kind == "cuda":
             fence.copy(target, item.source)
-        else:
+        elif kind == "cpu" and type(item.source) is Tensor and (item.source.data_ptr() or not item.source.numel()):
             _copy_on_host(target, item.source)
+        else:
+            raise UnsupportedStateError(
+                f"{item.name!r} is a {type(item.source).__name__} on {kind} without memory of its own: only plain tensors "
+                "on the CPU and on CUDA can be captured"
+            )
         if progress is not None:
             progress(index + 1)
 
@@ -170,13 +187,16 @@ def measure_bandwidth(target: Tensor, device: torch.device) -> float:
 
 
 class _Job:
-    def __init__(self, copy: Callable[[], None], finish: Callable[[], None]) -> None:
+    def __init__(
+        self, copy: Callable[[], None], finish: Callable[[], None], failed: Callable[[Exception], None]
+    ) -> None:
         self.copy = copy
         self.finish = finish
+        self.failed = failed
 
 
 class CaptureThread:
-    """Runs capture jobs one after the other. Errors are kept and raised in the training thread.
+    """Runs capture jobs one after the other. What goes wrong is the job's own affair, never the training thread's.
 
     Args:
         fence: Orders copies on an accelerator.
@@ -187,50 +207,41 @@ class CaptureThread:
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._copied = threading.Event()
         self._copied.set()
-        self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def submit(self, copy: Callable[[], None], finish: Callable[[], None]) -> None:
+    def submit(
+        self, copy: Callable[[], None], finish: Callable[[], None], failed: Callable[[Exception], None]
+    ) -> None:
         """Training thread: queue a job.
 
         Args:
             copy: Copies the job's bytes (on CUDA: queues the copies). Its sources must not change before it is done.
             finish: Seals and commits; may take longer.
+            failed: Called on the capture thread with an error of either, or of the device; no copy runs any more then.
         """
-        self.raise_error()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="moetion-capture", daemon=True)
             self._thread.start()
         self.fence.mark_ready()
         self._copied.clear()
-        self._jobs.put(_Job(copy, finish))
+        self._jobs.put(_Job(copy, finish, failed))
 
     def wait_copied(self) -> float:
         """Training thread: wait until the last job's copies are done. Returns the seconds waited (the stall)."""
         if self._copied.is_set() and not self.fence.enabled:
-            self.raise_error()
             return 0.0
         started = time.perf_counter()
         self._copied.wait()
         self.fence.hold_training()
-        stall = time.perf_counter() - started
-        self.raise_error()
-        return stall
+        return time.perf_counter() - started
 
     def drain(self) -> None:
         """Training thread: wait until every job is finished."""
         if self._thread is not None:
             self._jobs.join()
-        self.raise_error()
-
-    def raise_error(self) -> None:
-        """Raise what went wrong in the background, once."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
 
     def close(self) -> None:
-        """Finish the queued jobs and end the thread. Errors of the last jobs are raised by :meth:`drain` before."""
+        """Finish the queued jobs and end the thread."""
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join()
@@ -242,14 +253,24 @@ class CaptureThread:
             try:
                 if job is None:
                     return
-                try:
-                    job.copy()
-                    self.fence.mark_done()
-                finally:
-                    self._copied.set()
-                self.fence.synchronize()
-                job.finish()
-            except BaseException as error:  # kept for the training thread
-                self._error = self._error or error
+                self._work(job)
+            except Exception:
+                _log.exception("a capture could not be cleaned up; training goes on")
             finally:
+                self._copied.set()
                 self._jobs.task_done()
+
+    def _work(self, job: _Job) -> None:
+        try:
+            try:
+                job.copy()
+                self.fence.mark_done()
+            finally:
+                self._copied.set()
+            self.fence.synchronize()
+            job.finish()
+        except Exception as error:
+            try:
+                self.fence.settle()  # what was queued still writes into the job's memory
+            finally:
+                job.failed(error)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping, 
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from moetion_lightning.core.layouts import MoELayer
 from moetion_lightning.core.local import local, to_local_rows
@@ -104,9 +105,11 @@ def build_operators(
         OperatorError: A name in ``trainable`` is no parameter, or the result is no partition (a layer description
             that does not fit the module).
     """
-    parameters = dict(module.named_parameters())
+    parameters = {name: parameter for name, parameter in module.named_parameters() if not is_lazy(parameter)}
     canonical = {id(parameter): name for name, parameter in parameters.items()}
-    aliases = {name: canonical[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+    aliases = {
+        name: canonical[id(p)] for name, p in module.named_parameters(remove_duplicate=False) if id(p) in canonical
+    }
     unknown = sorted(name for name in trainable if name not in aliases)
     if unknown:
         raise OperatorError(

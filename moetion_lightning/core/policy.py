@@ -6,6 +6,7 @@ exact, W = 1) and partial experts (MoC-System: lossy, all non-expert state and K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -29,6 +30,7 @@ from moetion_lightning.errors import ConfigurationError
 
 __all__ = [
     "DensePolicy",
+    "PacedDensePolicy",
     "PartialExpertsPolicy",
     "Policy",
     "PolicyContext",
@@ -272,15 +274,14 @@ class SparsePolicy:
             ordered = split_operators(
                 ordered, full_bytes=sizes.full, rows=sizes.rows, sliceable=sizes.sliceable, max_bytes=cap
             )
-        anything = any(context.agree("operators", len(ordered)))
-        if ordered or not anything:
+        if ordered:
             schedule = make_schedule(
                 ordered,
                 window,
                 full_bytes=sizes.operator_bytes(ordered, sizes.full),
                 compute_bytes=sizes.operator_bytes(ordered, sizes.compute),
             )
-        else:  # other ranks capture all that this one holds
+        else:  # other ranks capture all that this one holds, or nothing trains now
             schedule = Schedule(slots=((),), slot_bytes=(0,), dense_bytes=0)
         self._schedule = schedule.padded(max(context.agree("slots", schedule.window)))
 
@@ -307,6 +308,36 @@ class DensePolicy:
     def plan(self, context: PolicyContext) -> WindowPlan:
         """A snapshot of everything."""
         return WindowPlan(slots=(SlotPlan(active=context.operators),))
+
+
+class PacedDensePolicy(DensePolicy):
+    """Everything in full, as often as the copies are hidden behind training: where no sparse window would be exact.
+
+    Args:
+        overlap_target: Share of the time that the copies may take.
+    """
+
+    def __init__(self, overlap_target: float) -> None:
+        super().__init__()
+        self._overlap_target = overlap_target
+        self._next = 0
+        self._nbytes = 0
+
+    def begins(self, iteration: int) -> bool:
+        """When the last snapshot is paid for."""
+        return iteration >= self._next
+
+    def plan(self, context: PolicyContext) -> WindowPlan:
+        """A snapshot of everything; the next one follows after as many iterations as this one costs."""
+        nbytes = sum(context.sizes.operator_bytes(context.operators, context.sizes.full).values())
+        nbytes = int(max(context.agree("dense", nbytes)))
+        seconds = context.iteration_seconds * self._overlap_target
+        hidden = seconds * context.bytes_per_second
+        self.every_n_steps = max(1, math.ceil(nbytes / hidden)) if hidden > 0 else 1
+        self._next = context.iteration + self.every_n_steps
+        grown, self._nbytes = nbytes > 1.1 * self._nbytes, max(nbytes, self._nbytes)
+        reason = "the dense state grew" if grown else ""
+        return WindowPlan(slots=(SlotPlan(active=context.operators),), changed=reason)
 
 
 class PartialExpertsPolicy:

@@ -111,6 +111,10 @@ class LiveState:
         if self.problem:
             raise (OperatorError if self._foreign else UnsupportedStateError)(self.problem)
 
+    def names(self) -> set[str]:
+        """Names of all parameters that this process holds, those of lazy modules too."""
+        return {name for name, _ in self.module.named_parameters() if self._held is None or name in self._held}
+
     def refresh(self) -> None:
         """Look again at what there is: parameters and groups may come and go while training.
 

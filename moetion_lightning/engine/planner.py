@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from moetion_lightning.core.capture import measure_bandwidth
 from moetion_lightning.core.pace import Pace
+from moetion_lightning.core.layouts import MoELayer
 from moetion_lightning.core.partition import OperatorSet, build_operators
 from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, Sizes, SparsePolicy, WindowPlan
-from moetion_lightning.core.state import LiveState
+from moetion_lightning.core.state import LiveState, read_slot
 from moetion_lightning.engine.ranks import Agreed, RankLayout, Ranks
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
 from moetion_lightning.engine.shares import Shares
-from moetion_lightning.engine.static_state import read_static, static_digest
+from moetion_lightning.engine.static_state import read_static, static_bytes, static_digest
 from moetion_lightning.engine.tiers import Tiers
 from moetion_lightning.engine.token_counts import TokenCounts
-from moetion_lightning.engine.writer import WindowHeader
+from moetion_lightning.engine.writer import StaticPart, WindowHeader
+from moetion_lightning.errors import OperatorError
 from moetion_lightning.events import EventBus, OperatorsFound, ScheduleMade, TokensCounted
 from moetion_lightning.store.format import Manifest
-from moetion_lightning.store.tree import FlatTree, flatten_tree
+from moetion_lightning.store.tree import flatten_tree
 
 __all__ = ["WindowPlanner"]
 
@@ -52,7 +55,7 @@ class WindowPlanner:
         pace: Pace,
         compute_dtype: dict[str, torch.dtype],
         bus: EventBus,
-        say_once: Callable[[str], None],
+        say_once: Callable[..., None],
         ranks: Ranks,
         shares: Shares,
         layout: RankLayout,
@@ -71,9 +74,11 @@ class WindowPlanner:
         self._fingerprint = model_fingerprint(self._parameters)
         self._bandwidth = 0.0
         self._static_digest = ""
-        self._run_state_bytes = 0
+        self._run_state_bytes = self._static_bytes = 0
+        self._at_start = live.names()
         self._signature = live.signature()
         self._restored = False
+        self._routing_fits = True
         self._sizes = Sizes.of(live, compute_dtype)
         self.operators = self._find_operators()
 
@@ -87,7 +92,10 @@ class WindowPlanner:
 
         Raises:
             HostMemoryError: With the numbers and the remedy.
+            UnsupportedStateError: What the optimizers keep already, or a frozen parameter, cannot be captured.
         """
+        read_slot(self._live, self.operators.operators, (), {})
+        self._static_bytes = static_bytes(read_static(self._live, self.operators.static))
         self._run_state_bytes = run_state_bytes
         self._bandwidth = measure_bandwidth(torch.empty(_MEASURE_BYTES, dtype=torch.uint8), device)
         slots = policy.window if isinstance(policy, SparsePolicy) and isinstance(policy.window, int) else 1
@@ -111,9 +119,9 @@ class WindowPlanner:
             dense: Why this rank needs dense windows, else empty.
             behind: Whether this rank's last window is not safe yet.
         """
-        if signature != self._signature:
+        if signature != self._signature or self._live.outdated():
             self._signature = signature
-            self._live.refresh()
+            self._look_again()
         if self._routing.settle(self._ranks.agree) or self._restored or self._live.trainable() != self._trainable:
             self._restored = False
             self.operators = self._find_operators()
@@ -123,7 +131,7 @@ class WindowPlanner:
                 "iteration": iteration,
                 "iteration_seconds": self._pace.iteration_seconds,
                 "bytes_per_second": self._pace.bytes_per_second(self._bandwidth),
-                "capacity_bytes": self._tiers.window_capacity() - self._run_state_bytes,
+                "capacity_bytes": self._tiers.window_capacity(self._static_bytes) - self._run_state_bytes,
                 "committed": self._tiers.committed(newest),
                 "held": self._tiers.held(newest),
                 "behind": behind,
@@ -190,8 +198,10 @@ class WindowPlanner:
 
     def check_room(self, plan: WindowPlan) -> None:
         """Refuse a new schedule's windows if host memory cannot hold them. Raises ``HostMemoryError``."""
-        if plan.schedule is not None and plan.changed:
+        if plan.changed and plan.schedule is not None:
             self._check_memory(plan.schedule.total_bytes)
+        elif plan.changed:
+            self._check_memory(sum(self._sizes.operator_bytes(plan.slots[0].active, self._sizes.full).values()))
 
     def restored(self) -> None:
         """Another state was put in place, perhaps on other processes: nothing that was planned before counts."""
@@ -225,17 +235,21 @@ class WindowPlanner:
                 "serial": serial,
                 "shares": list(self._shares.ranks),
                 "holders": self._shares.holders(),
+                "joined": sorted(self._live.names() - self._at_start),
+                "left": sorted(self._at_start - self._live.names()),
             },
         )
 
-    def static_part(self) -> FlatTree | None:
-        """Parameters that do not train (copied), unless the window before holds them as they are."""
-        tree = read_static(self._live, self.operators.static)
+    def static_part(self) -> tuple[str, StaticPart | None]:
+        """Digest of the parameters that do not train; what to copy, unless the window before holds them as they are."""
+        live, names = self._live, self.operators.static
+        tree = read_static(live, names)
         digest = static_digest(tree)
         if digest == self._static_digest:
-            return None
-        self._static_digest = digest
-        return flatten_tree(tree, clone=True)
+            return digest, None
+        self._static_digest, self._static_bytes = digest, static_bytes(tree)
+        look = functools.partial(_digest_now, live, names)
+        return digest, StaticPart(tree=flatten_tree(tree), digest=digest, look=look)
 
     def forget_static(self) -> None:
         """The window that held the parameters that never train was given up."""
@@ -246,16 +260,33 @@ class WindowPlanner:
         static = set(self.operators.static)
         return tuple(n for n in self._live.parameters if n not in static)
 
+    def _look_again(self) -> None:
+        """Parameters came or went, or others train."""
+        live, before = self._live, set(self._parameters)
+        live.refresh()
+        self._parameters = parameter_table(live.parameters)
+        self._fingerprint = model_fingerprint(self._parameters)
+        self._routing_fits = True
+        for names, what, remedy in (
+            (set(self._parameters) - before - self._at_start, "joined", "adds them"),
+            (before - live.names(), "left the module", "removes them"),
+        ):
+            if names:
+                shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                self._say_once(
+                    f"parameters {what} while training ({shown}): windows follow, but a restart can take those windows "
+                    f"only if the script {remedy} before training begins. Until then it is refused, and says so.",
+                    warning=True,
+                )
+
     def _find_operators(self) -> OperatorSet:
-        live, layers = self._live, self._routing.layers
-        found = build_operators(
-            live.module,
-            layers,
-            trainable=live.trainable(),
-            sliceable=live.is_elementwise,
-            offsets=self._layout.offsets,
-            held=self._layout.parameters,
-        )
+        live, layers = self._live, self._routing.layers if self._routing_fits else ()
+        try:
+            found = self._cut(layers)
+        except OperatorError as error:  # experts grew, or were removed, since the layers were found
+            self._routing_fits, layers = False, ()
+            self._say_once(f"experts are captured as shared state from now on: {error}", warning=True)
+            found = self._cut(layers)
         self._bus.emit(
             OperatorsFound(
                 num_operators=len(found.operators),
@@ -276,5 +307,20 @@ class WindowPlanner:
             )
         return found
 
+    def _cut(self, layers: Sequence[MoELayer]) -> OperatorSet:
+        live = self._live
+        return build_operators(
+            live.module,
+            layers,
+            trainable=live.trainable(),
+            sliceable=live.is_elementwise,
+            offsets=self._layout.offsets,
+            held=self._layout.parameters,
+        )
+
     def _check_memory(self, window_bytes: int) -> None:
-        self._tiers.check_capacity(window_bytes + self._run_state_bytes)
+        self._tiers.check_capacity(window_bytes + self._run_state_bytes, self._static_bytes)
+
+
+def _digest_now(live: LiveState, names: Sequence[str]) -> str:
+    return static_digest(read_static(live, names))

@@ -423,21 +423,30 @@ class Tiers:
         if newest in self.host.windows():
             self._persister.persist(self.host.read_manifest(newest))
 
-    def window_capacity(self) -> int:
-        """Bytes that one window may take, with as many windows as exist at the same time."""
-        return self._room() // self._num_windows
+    def window_capacity(self, shared_bytes: int = 0) -> int:
+        """Bytes that one window may take, with as many windows as exist at the same time.
 
-    def check_capacity(self, window_bytes: int) -> None:
+        Args:
+            shared_bytes: Of what they have in common (parameters that do not train), stored once.
+        """
+        return (self._room() - shared_bytes) // self._num_windows
+
+    def check_capacity(self, window_bytes: int, shared_bytes: int = 0) -> None:
         """Whether host memory can hold the windows that exist at the same time.
+
+        Args:
+            window_bytes: Of each of them.
+            shared_bytes: As for :meth:`window_capacity`.
 
         Raises:
             HostMemoryError: With the numbers and the remedy.
         """
-        needed, room = self._num_windows * window_bytes, self._room()
+        needed, room = self._num_windows * window_bytes + shared_bytes, self._room()
         if needed > room:
+            frozen = f" and {bytes_text(shared_bytes)} of frozen parameters" if shared_bytes else ""
             raise HostMemoryError(
                 f"host memory at {self.host.base_dir} has {bytes_text(room)} for this job; "
-                f"{self._num_windows} windows of {bytes_text(window_bytes)} need {bytes_text(needed)}. "
+                f"{self._num_windows} windows of {bytes_text(window_bytes)}{frozen} need {bytes_text(needed)}. "
                 "Use a smaller window, a larger /dev/shm (docker: --shm-size), or another memory_dir=."
                 f"{self.host.who_holds_memory()}"
             )

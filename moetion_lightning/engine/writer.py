@@ -15,11 +15,11 @@ from moetion_lightning.core.capture import CaptureThread, copy_items
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import SlotPlan, WindowPlan
-from moetion_lightning.core.state import LiveState, read_slot
+from moetion_lightning.core.state import CopyItem, LiveState, SlotContents, read_slot
 from moetion_lightning.engine.finiteness import record_is_finite, weights_are_finite
 from moetion_lightning.engine.replay_record import BatchToCome
 from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole, piece_at
-from moetion_lightning.errors import MoEtionError
+from moetion_lightning.errors import StoreError
 from moetion_lightning.events import (
     CaptureFinished,
     CaptureProgress,
@@ -34,10 +34,10 @@ from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout,
 from moetion_lightning.store.host_memory import HostBuffer, HostMemoryTier
 from moetion_lightning.store.tree import FlatTree
 
-__all__ = ["TORN", "OpenWindow", "WindowHeader", "WindowWriter"]
+__all__ = ["TORN", "OpenWindow", "StaticPart", "WindowHeader", "WindowWriter"]
+
 
 _log = logging.getLogger(__name__)
-
 #: Why a window is given up when user code writes to weights behind the captures' back.
 TORN = "weights were changed between an iteration's end and the next optimizer step"
 
@@ -59,23 +59,53 @@ class WindowHeader:
     extra: dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StaticPart:
+    """Parameters that do not train: live tensors, copied with the window's first slot.
+
+    Args:
+        tree: What to store.
+        digest: Of what they were when the window began.
+        look: Gives the digest of what they are now.
+    """
+
+    tree: FlatTree
+    digest: str
+    look: Callable[[], str]
+
+
 @dataclass
 class OpenWindow:
     """A window that is being captured; without ``static``, that of the window before it still holds.
 
     It is committed when the batch behind it is known.
+
+    Args:
+        plan: Its slots.
+        first_iteration: The iteration after which it begins.
+        header: What its manifest says besides.
+        rest: The run state.
+        static: Parameters that do not train, if they are not as in the window before.
+        static_digest: Their digest.
+        signature: What trained when it began.
+        broken: Why it is given up, else empty.
+        error: The error that is the reason, if it is one.
+        done: Whether its last slot has left the capture thread: it is committed or broken for good.
     """
 
     plan: WindowPlan
     first_iteration: int
     header: WindowHeader
     rest: FlatTree | None
-    static: FlatTree | None
+    static: StaticPart | None
+    static_digest: str
     signature: tuple[int, ...]
     started: float = field(default_factory=time.perf_counter)
     captured_at: float = field(default_factory=time.time)
     next_slot: int = 0
     broken: str = ""
+    error: Exception | None = None
+    done: bool = False
     finite: bool = True
     records: list[FileRecord] = field(default_factory=list)
     slots: list[dict[str, Any]] = field(default_factory=list)
@@ -92,6 +122,11 @@ class OpenWindow:
     def complete(self) -> bool:
         """Whether every slot has been handed to the capture thread."""
         return self.next_slot == len(self.plan.slots)
+
+    def fail(self, error: Exception) -> None:
+        """An error has ended it."""
+        self.broken, self.error = f"{type(error).__name__}: {error}", error
+        error.__traceback__ = None  # its frames hold views of buffers, which could then have no other size
 
 
 class WindowWriter:
@@ -133,6 +168,7 @@ class WindowWriter:
         self._layouts: dict[int, tuple[tuple[TensorSpec, ...], SnapshotLayout]] = {}
         self._serial = 0
         self._newest: Manifest | None = None
+        self._static_digest = ""  # of what the newest window holds; unknown for a predecessor's
         self._said_not_finite = False
 
     @property
@@ -146,7 +182,7 @@ class WindowWriter:
 
     def adopt(self, manifest: Manifest) -> None:
         """A predecessor's window on this tier is the newest one; it is dropped after the next commit."""
-        self._newest = manifest
+        self._newest, self._static_digest = manifest, ""
 
     def drop_later(self, iteration: int) -> bool:
         """Another rank gave up what came after this window, which all have: nothing later can ever be restored.
@@ -158,7 +194,7 @@ class WindowWriter:
             return False
         for later in [it for it in self._tier.windows() if it > iteration]:
             self._tier.drop(later)
-        self._newest = self._tier.read_manifest(iteration)
+        self._newest, self._static_digest = self._tier.read_manifest(iteration), ""
         return True
 
     def drop_older(self, iteration: int) -> None:
@@ -178,11 +214,12 @@ class WindowWriter:
         window.next_slot += 1
         plan = window.plan.slots[slot]
         job = _SlotJob(self, window, slot, plan, iteration, record)
-        self._thread.submit(job.run_copy, job.run_finish)
+        self._thread.submit(job.copy, job.finish, job.failed)
 
     def abandon(self, window: OpenWindow) -> None:
         """Training thread: give up a window; its files are garbage."""
-        self._thread.drain()
+        if not window.done:
+            self._thread.drain()
         for record in [*window.records, window.rest_record, window.static_record]:
             if record is not None:
                 self._tier.discard(record)
@@ -211,16 +248,46 @@ class WindowWriter:
                 buffer.pinned(unpin)
         return buffer
 
-    def write_run_state(self, window: OpenWindow) -> None:
-        """Write what is no operator."""
+    def copy_static(self, window: OpenWindow) -> tuple[HostBuffer, SnapshotLayout] | None:
+        """Copy what does not train, if the window before does not hold it as it is."""
+        if window.static is None:
+            return None
+        tree = window.static.tree
+        layout = tree.layout
+        buffer = self._tier.acquire(self.uid(window.first_iteration, "static"), layout.nbytes)
+        try:
+            targets = tree.write_structure(buffer.tensor, layout)
+            items = [CopyItem(name=name, source=t, dtype=t.dtype) for name, t in tree.named_tensors().items()]
+            copy_items(items, targets, self._thread.fence)
+        except BaseException:
+            self._thread.fence.settle()
+            self._tier.release(buffer)
+            raise
+        if window.static.look() != window.static.digest:
+            window.broken = TORN
+        return buffer, layout
+
+    def static_of_newest(self, window: OpenWindow) -> FileRecord | None:
+        """The file in which the newest window has what does not train.
+
+        Raises:
+            StoreError: It has something else: the window between the two was given up after this one had begun.
+        """
+        if self._newest is None or window.static_digest != self._static_digest:
+            raise StoreError("the window that held the parameters that do not train was given up")
+        return None if self._newest.static is None else self._newest.file(self._newest.static)
+
+    def write_rest(self, window: OpenWindow) -> FileRecord:
+        """Write what is no operator, straight into its place."""
         assert window.rest is not None
-        uid = self.uid(window.first_iteration, "rest")
-        window.rest_record = self._tier.write(uid, window.rest.to_bytes())
-        if window.static is not None:
-            uid = self.uid(window.first_iteration, "static")
-            window.static_record = self._tier.write(uid, window.static.to_bytes())
-        elif self._newest is not None and self._newest.static is not None:
-            window.static_record = self._newest.file(self._newest.static)
+        layout = window.rest.layout
+        buffer = self._tier.acquire(self.uid(window.first_iteration, "rest"), layout.nbytes)
+        try:
+            window.rest.write_into(buffer.tensor, layout)
+            return self._tier.seal(buffer)
+        except BaseException:
+            self._tier.release(buffer)
+            raise
 
     def commit(self, window: OpenWindow, iteration: int, following: dict[str, Any]) -> None:
         """Write the manifest of a complete window, then drop the windows before it.
@@ -270,6 +337,7 @@ class WindowWriter:
             on_stage=lambda stage: self._bus.emit(ManifestWritten(iteration=iteration, committed=stage == "committed")),
         )
         before, self._newest = self._newest, manifest
+        self._static_digest = window.static_digest
         if not manifest.finite:
             self._say_not_finite(manifest)
         if not self._keeps_older:
@@ -347,7 +415,8 @@ class _SlotJob:
         self._buffer: HostBuffer | None = None
         self._layout: SnapshotLayout | None = None
         self._views: dict[str, Tensor] = {}
-        self._scalars: dict[str, Any] = {}
+        self._contents: SlotContents | None = None  # kept until the copies have arrived: they read from it
+        self._static: tuple[HostBuffer, SnapshotLayout] | None = None
         self._seconds = 0.0
         # Taken on the training thread, at the iteration's end: copies that began late see later changes, too.
         self._versions = writer._live.versions((*plan.active, *plan.frozen))
@@ -355,37 +424,20 @@ class _SlotJob:
         self._whole_versions = self._versions_of_whole()
         self._samples: OperatorSamples | None = None
 
-    def run_copy(self) -> None:
-        """:meth:`copy`; what fails in the store gives the window up, not the training."""
-        self._guarded(self.copy)
-
-    def run_finish(self) -> None:
-        """:meth:`finish`, likewise."""
-        self._guarded(self.finish)
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            if not self._window.broken:
-                work()
-        except (MoEtionError, OSError) as error:
-            self._window.broken = f"{type(error).__name__}: {error}"
-        if self._window.broken:
-            self._views = {}
-        if self._window.broken and self._buffer is not None:
-            self._writer._tier.release(self._buffer)
-            self._buffer = None
-
     def copy(self) -> None:
         """Capture thread: copy the slot's bytes into a buffer."""
         writer, window = self._writer, self._window
+        if window.broken:
+            return
         bus, num_slots = writer._bus, len(window.plan.slots)
         bus.emit(CaptureStarted(iteration=self._iteration, slot=self._slot, num_slots=num_slots))
         started = time.perf_counter()
-        contents = read_slot(writer._live, self._plan.active, self._plan.frozen, writer._compute_dtype)
-        self._scalars = contents.scalars
+        contents = self._contents = read_slot(
+            writer._live, self._plan.active, self._plan.frozen, writer._compute_dtype
+        )
         specs = tuple(TensorSpec(name=i.name, dtype=i.dtype, shape=tuple(i.source.shape)) for i in contents.items)
-        layout = writer.layout(self._slot, specs)
-        buffer = writer.acquire(self._iteration, self._slot, layout.nbytes)
+        layout = self._layout = writer.layout(self._slot, specs)
+        buffer = self._buffer = writer.acquire(self._iteration, self._slot, layout.nbytes)
         views: dict[str, Tensor] = layout.views(buffer.tensor)
         progress = None
         if bus.fine_grained:
@@ -402,8 +454,29 @@ class _SlotJob:
         elif self._whole_versions != self._versions_of_whole():
             self._samples = None  # user code has changed them since: they are not those of this iteration
         layout.write_header(buffer.tensor)
-        self._buffer, self._layout, self._views = buffer, layout, views
+        self._views = views
         self._seconds = time.perf_counter() - started
+        if self._slot == 0:
+            self._static = writer.copy_static(window)
+
+    def failed(self, error: Exception) -> None:
+        """Capture thread: something went wrong; that gives the window up, whatever it is, and never the training."""
+        window = self._window
+        if self._writer.newest_is(window):
+            _log.warning("what follows the commit of a window failed: %s: %s", type(error).__name__, error)
+        else:
+            window.fail(error)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Give the buffers back, and what they were filled from."""
+        static = None if self._static is None else self._static[0]
+        for buffer in (self._buffer, static):
+            if buffer is not None:
+                self._writer._tier.release(buffer)
+        self._buffer = self._static = self._contents = None
+        self._views = {}
+        self._window.done = self._slot == len(self._window.plan.slots) - 1
 
     def _versions_of_whole(self) -> list[int]:
         live = self._writer._live
@@ -414,9 +487,15 @@ class _SlotJob:
 
     def finish(self) -> None:
         """Capture thread: seal the slot; commit the window if it was the last one."""
-        writer, window = self._writer, self._window
+        if not self._window.broken:
+            self._seal()
+        self._let_go()
+
+    def _seal(self) -> None:
+        writer, window, contents = self._writer, self._window, self._contents
         assert self._buffer is not None
         assert self._layout is not None
+        assert contents is not None
         nbytes, num_slots = self._layout.nbytes, len(window.plan.slots)
         writer._pace.copied(nbytes, self._seconds)
         writer._bus.emit(
@@ -429,6 +508,7 @@ class _SlotJob:
         window.finite = window.finite and record_is_finite(replay_record) and weights_are_finite(views)
         del views  # memory that a tensor aliases cannot be given another size
         record = writer._tier.seal(self._buffer, self._layout)
+        self._buffer = None
         window.records.append(record)
         window.slots.append(
             {
@@ -436,12 +516,17 @@ class _SlotJob:
                 "file": record.name,
                 "active": [op.name for op in self._plan.active],
                 "frozen": [op.name for op in self._plan.frozen],
-                "scalars": self._scalars,
+                "scalars": contents.scalars,
                 "record": {**replay_record, "weights": self._weights()},
             }
         )
         if self._slot == 0:
-            writer.write_run_state(window)
+            window.rest_record = writer.write_rest(window)
+            if self._static is not None:
+                window.static_record = writer._tier.seal(*self._static)
+                self._static = None
+            else:
+                window.static_record = writer.static_of_newest(window)
         writer._bus.emit(SlotSealed(iteration=self._iteration, slot=self._slot, file=record.name))
         if self._slot == num_slots - 1:
             following = window.to_come.wait()

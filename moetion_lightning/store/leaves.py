@@ -103,9 +103,11 @@ class TensorCollector:
 
 
 def _stored(tensor: torch.Tensor, *, clone: bool) -> torch.Tensor:
+    if not clone:
+        return tensor.contiguous()
     if tensor.device.type != "cpu":
         return tensor.to("cpu").contiguous()
-    if not clone or not tensor.is_contiguous():
+    if not tensor.is_contiguous():
         return tensor.contiguous()
     return tensor_bytes(tensor).clone().view(tensor.dtype).view(tensor.shape)
 

@@ -62,12 +62,21 @@ class FlatTree:
             buffer: 1-D uint8 CPU tensor of ``layout.nbytes``, e.g. a host buffer's.
             layout: :attr:`layout`.
         """
+        targets = self.write_structure(buffer, layout)
+        for name, tensor in self.named_tensors().items():
+            # As bytes: copy_ is not implemented for every dtype.
+            tensor_bytes(targets[name]).copy_(tensor_bytes(tensor))
+
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by their names in the file."""
+        return {f"t{index}": tensor for index, tensor in enumerate(self.tensors)}
+
+    def write_structure(self, buffer: torch.Tensor, layout: SnapshotLayout) -> dict[str, torch.Tensor]:
+        """Write all but the tensors. Returns where those are to be written, by name; arguments as `write_into`."""
         views = layout.views(buffer)
         layout.write_header(buffer)
-        views[_STRUCTURE].copy_(torch.frombuffer(bytearray(self._structure_bytes()), dtype=torch.uint8))
-        for index, tensor in enumerate(self.tensors):
-            # As bytes: copy_ is not implemented for every dtype.
-            tensor_bytes(views[f"t{index}"]).copy_(tensor_bytes(tensor))
+        views.pop(_STRUCTURE).copy_(torch.frombuffer(bytearray(self._structure_bytes()), dtype=torch.uint8))
+        return views
 
     def to_bytes(self) -> bytes:
         """The whole safetensors file."""
