@@ -15,7 +15,7 @@ from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, ddp_of
 from moetion_lightning.callbacks._transfer_hooks import TransferHooks
 from moetion_lightning.core.generators import Generators
-from moetion_lightning.core.local import local
+from moetion_lightning.core.local import is_wrapper, local
 from moetion_lightning.core.run_state import write_buffers
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
 from moetion_lightning.engine import LivePoint, PlainAttributes, RestorePoint, build_values
@@ -154,8 +154,10 @@ def write_model(module: nn.Module, point: RestorePoint) -> None:
         module: The module.
         point: The window; what it has of other parameters in compute precision only is precise after the replay.
     """
+    point.materialize(module)
     for name, parameter in module.named_parameters():
-        parameter.copy_(point.parameter(name))
+        if not is_wrapper(parameter):  # those wait for the engine, which takes them apart
+            parameter.copy_(point.parameter(name))
     write_buffers(module, point.run_state()["buffers"])
 
 

@@ -257,7 +257,6 @@ class CaptureThread:
             except Exception:
                 _log.exception("a capture could not be cleaned up; training goes on")
             finally:
-                self._copied.set()
                 self._jobs.task_done()
 
     def _work(self, job: _Job) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from moetion_lightning.core.operators import Piece, clean_name
 
@@ -22,10 +23,11 @@ class ModuleIndex:
 
     def __init__(self, root: nn.Module) -> None:
         self.modules = dict(root.named_modules())
-        self.parameters = dict(root.named_parameters())
+        # Those of lazy modules have no shape yet: nothing is known of them.
+        self.parameters = {name: p for name, p in root.named_parameters() if not is_lazy(p)}
         first = {id(parameter): name for name, parameter in self.parameters.items()}
         #: Canonical name of every parameter, by each of its names.
-        self.canonical = {n: first[id(p)] for n, p in root.named_parameters(remove_duplicate=False)}
+        self.canonical = {n: first[id(p)] for n, p in root.named_parameters(remove_duplicate=False) if id(p) in first}
 
     @staticmethod
     def join(module: str, path: str) -> str:
@@ -57,7 +59,7 @@ class ModuleIndex:
     def parameters_of(self, name: str) -> list[str]:
         """Canonical names of the parameters of the module and its descendants."""
         names = (self.join(name, key) for key, _ in self.modules[name].named_parameters())
-        return list(dict.fromkeys(self.canonical[n] for n in names))
+        return list(dict.fromkeys(self.canonical[n] for n in names if n in self.canonical))
 
     def size(self, name: str) -> int:
         """Elements of all parameters of the module."""
@@ -115,7 +117,8 @@ def submodules(index: ModuleIndex, containers: Sequence[str]) -> Experts | None:
 
 
 def _signature(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((clean_name(name), tuple(parameter.shape)) for name, parameter in module.named_parameters())
+    parameters = module.named_parameters()
+    return tuple((clean_name(name), () if is_lazy(p) else tuple(p.shape)) for name, p in parameters)
 
 
 def fused(index: ModuleIndex, names: Sequence[str]) -> Experts | None:

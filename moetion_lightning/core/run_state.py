@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from moetion_lightning.core.generators import (
     Generators,
@@ -88,7 +89,7 @@ def set_rng(state: Mapping[str, Any], generators: Generators | Mapping[str, obje
 
 def read_buffers(module: nn.Module) -> dict[str, Tensor]:
     """All buffers (persistent or not) by name; live tensors, not copies."""
-    return dict(module.named_buffers())
+    return {name: buffer for name, buffer in module.named_buffers() if not is_lazy(buffer)}
 
 
 @torch.no_grad()

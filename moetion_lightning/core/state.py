@@ -26,7 +26,7 @@ from moetion_lightning.core.description import Described, Describer, Rebuilder
 from moetion_lightning.core.local import is_wrapper, local, local_rows
 from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.optimizer_parts import attribute_tensors, inner_optimizers, parameter_tables
-from moetion_lightning.errors import OperatorError, UnsupportedStateError
+from moetion_lightning.errors import ConfigurationError, OperatorError, UnsupportedStateError
 
 __all__ = [
     "CopyItem",
@@ -56,6 +56,9 @@ ELEMENTWISE_NAMES = frozenset({"lion_pytorch.lion_pytorch.Lion", "timm.optim.lio
 CLOSURE_FIRST_OPTIMIZERS: frozenset[type] = frozenset(
     getattr(torch.optim, name) for name in ("Adafactor", "LBFGS", "Muon") if hasattr(torch.optim, name)
 )
+
+#: Kinds of devices that hold state which can be captured.
+DEVICES = frozenset({"cpu", "cuda"})
 
 TensorLoader: TypeAlias = Callable[[str], Tensor]
 
@@ -111,6 +114,19 @@ class LiveState:
         if self.problem:
             raise (OperatorError if self._foreign else UnsupportedStateError)(self.problem)
 
+    def check_devices(self) -> None:
+        """Refuse devices from which nothing can be copied.
+
+        Raises:
+            ConfigurationError: Names a parameter or buffer and its device.
+        """
+        for name, tensor in [*self.parameters.items(), *self.module.named_buffers()]:
+            if tensor.device.type not in DEVICES and (self._held is None or name in self.parameters):
+                raise ConfigurationError(
+                    f"{name!r} is on the device {str(tensor.device)!r}: state can be captured from the CPU and from CUDA "
+                    "only. Train on one of these (Trainer(accelerator='cpu') or 'gpu'), or without this package."
+                )
+
     def names(self) -> set[str]:
         """Names of all parameters that this process holds, those of lazy modules too."""
         return {name for name, _ in self.module.named_parameters() if self._held is None or name in self._held}
@@ -124,7 +140,7 @@ class LiveState:
 
     def _look(self) -> None:
         named = [(n, p) for n, p in self.module.named_parameters() if self._held is None or n in self._held]
-        self._structure = tuple(id(p) for p in self.module.parameters())
+        self._structure = self._present()
         self._shared.clear()
         self.parameters = {name: parameter for name, parameter in named if not is_lazy(parameter)}
         names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -148,6 +164,9 @@ class LiveState:
         self.aliases = frozenset(i for i, o in enumerate(self.optimizers) if first[id(_state(o))] != i)
         self._tables = tuple(parameter_tables(optimizer, names) for optimizer in self.optimizers)
         self.problem = next(iter(self._foreign), "") or self._unreadable()
+
+    def _present(self) -> tuple[int, ...]:
+        return tuple(id(p) for p in self.module.parameters() if not is_lazy(p))
 
     def _unreadable(self) -> str:
         for name in self.trainable():
@@ -199,7 +218,7 @@ class LiveState:
 
     def outdated(self) -> bool:
         """Whether parameters of the module, or tables of an optimizer or optimizers in it, came or went."""
-        if tuple(id(p) for p in self.module.parameters()) != self._structure:
+        if self._present() != self._structure:
             return True
         if len(inner_optimizers(self.optimizers)) > len(self.optimizers):
             return True

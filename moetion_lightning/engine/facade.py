@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.pace import Pace
-from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy, Policy, SparsePolicy, WindowPlan
+from moetion_lightning.core.policy import PacedDensePolicy, PartialExpertsPolicy, Policy, SparsePolicy, WindowPlan
 from moetion_lightning.core.reconstruct import Reconstruction
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.density import why_dense
@@ -34,6 +35,7 @@ from moetion_lightning.engine.model_state import exchange_model_state
 from moetion_lightning.engine.parts import Attached, RunState
 from moetion_lightning.engine.planner import WindowPlanner
 from moetion_lightning.engine.precision_watch import PrecisionWatch
+from moetion_lightning.engine.protection import Protection
 from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.engine.recovery import Recovery
 from moetion_lightning.engine.replay_record import BatchDigest, BatchToCome, IterationRecorder, record_of_next
@@ -44,13 +46,12 @@ from moetion_lightning.engine.stage_recovery import Stages
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.engine.tiers import Tiers
 from moetion_lightning.engine.token_counts import TokenCounts
-from moetion_lightning.engine.writer import TORN, OpenWindow, WindowHeader, WindowWriter
-from moetion_lightning.errors import HostMemoryError, NonDeterminismError, UnsupportedStateError
+from moetion_lightning.engine.writer import BASELESS, TORN, OpenWindow, WindowHeader, WindowWriter
+from moetion_lightning.errors import NonDeterminismError, RankLostError, UnsupportedStateError
 from moetion_lightning.events import (
     EventBus,
     IterationFinished,
     Notice,
-    ProtectionChanged,
     RestoreApplied,
     StepSkipped,
 )
@@ -60,6 +61,7 @@ from moetion_lightning.store.tree import FlatTree, flatten_tree
 __all__ = ["Engine", "RunState"]
 
 _log = logging.getLogger(__name__)
+_UNSTEADY_WINDOWS = 3
 
 
 class Engine:
@@ -102,14 +104,13 @@ class Engine:
         self._records_batches = False  # whether the adapter does
         self._to_come: BatchToCome | None = None  # of a window that is whole but for the batch behind it
         self._concluding: Recovery | None = None  # its state is dense, and the batch behind it not known
-        self._given_up = 0  # windows in a row
-        self._not_begun = ""  # why the last window did not even begin
-        self._restored = False  # whether there is a window that this course was restored from
-        self._protected: bool | None = None
+        self._finishing: deque[OpenWindow] = deque()  # whole, and on their way through the capture thread
+        self._unsteady = 0  # windows in a row within which other parameters began to train
         self._synchronous = False
         self._stall = 0.0
         self._started_at = 0.0
         self._said: set[str] = set()
+        self.protection = Protection(bus, self._say)
         self._stages = Stages(self.ranks, bus)
 
     # --- before training -----------------------------------------------------------------------------------------
@@ -150,12 +151,15 @@ class Engine:
         """Connect the module and its optimizers, before the first forward.
 
         Raises:
-            OperatorError, ForeignWindowError, HostMemoryError: See the message.
+            ConfigurationError, OperatorError, ForeignWindowError, UnsupportedStateError: See the message.
         """
         layout = self.ranks.layout()
-        live = LiveState(module, optimizers, self.config.elementwise_optimizers, held=layout.parameters)
         point = self.tiers.point
         window = point.window if isinstance(point, LivePoint) else point
+        if window is not None:
+            window.materialize(module)
+        live = LiveState(module, optimizers, self.config.elementwise_optimizers, held=layout.parameters)
+        live.check_devices()
         if window is not None:
             window.check_model(live.parameters)
         devices = list(dict.fromkeys(p.device for p in live.parameters.values())) or [torch.device("cpu")]
@@ -218,8 +222,7 @@ class Engine:
         self.precision.start(self._need().live)
         self._stages.begin(self.iteration + 1)
         self._note_boundary(run_state)
-        self._restored = False
-        self._note_protection()
+        self.protection.begin(restored=False)
         self._started_at = time.perf_counter()
 
     def restore(self, run_state: RunState) -> None:
@@ -249,8 +252,7 @@ class Engine:
         else:
             self._replay(point, state, run_state)
         self._stages.failed = False
-        self._restored = True
-        self._note_protection()
+        self.protection.begin(restored=True)
         self._started_at = time.perf_counter()
 
     def _replay(self, point: RestorePoint, state: EngineState, run_state: RunState) -> None:
@@ -312,7 +314,7 @@ class Engine:
         skip = self.config.skip_frozen_gradients and self.may_skip_gradients
         error = self._stages.replay(point, attached, run_state.generators(), skip=skip)
         if error is not None:
-            self._say(str(error), warning=True)
+            self._say(str(error), logging.WARNING)
             raise error
         if point.window is not None:
             self.record.take()
@@ -376,9 +378,7 @@ class Engine:
         self.precision.pause()  # what follows is this package's own work
         try:
             self._no_batch_to_come()
-            ended = self._boundary(attached, run_state)
-            self._note_protection()
-            return ended
+            return self._boundary(attached, run_state)
         finally:
             self.precision.resume()
             self._stall += time.perf_counter() - started
@@ -424,18 +424,6 @@ class Engine:
                 self._wait()  # as all of this, it is counted by boundary()
         return True
 
-    def _note_protection(self) -> None:
-        """Tell when it has changed whether a failure now would be survived."""
-        attached = self._need()
-        reason = self._not_begun
-        if self._given_up > 1:
-            reason = reason or f"{self._given_up} windows in a row were given up"
-        if attached.writer.newest is None and not self._restored:
-            reason = reason or "no window is committed yet"
-        if self._protected is not (not reason):
-            self._protected = not reason
-            self.bus.emit(ProtectionChanged(protected=not reason, reason=reason))
-
     @property
     def _skips_gradients(self) -> bool:
         return self.config.skip_frozen_gradients and self.may_skip_gradients and self.ranks.alone
@@ -459,17 +447,13 @@ class Engine:
                 self._attached.steps.remove()
                 self._attached.routing.close()
                 self._attached.thread.close()
+                self._settle()
         finally:
             if self.recovery is not None:
                 self.recovery.release()
                 self.recovery = None
             self.tiers.close(trained=trained)
-        attached, self._attached = self._attached, None
-        if attached is not None:
-            try:
-                attached.thread.raise_error()
-            except Exception:
-                _log.exception("the last capture failed; training itself is not affected")
+        self._attached = None
 
     # --- inside --------------------------------------------------------------------------------------------------
 
@@ -482,10 +466,10 @@ class Engine:
         """Log a notice, once."""
         if message not in self._said:
             self._said.add(message)
-            self._say(message, warning=warning)
+            self._say(message, logging.WARNING if warning else logging.INFO)
 
-    def _say(self, message: str, *, warning: bool = False) -> None:
-        _log.log(logging.WARNING if warning else logging.INFO, message)
+    def _say(self, message: str, level: int = logging.INFO) -> None:
+        _log.log(level, message)
         self.bus.emit(Notice(message=message))
 
     def _no_batch_to_come(self) -> None:
@@ -527,10 +511,8 @@ class Engine:
             return
         window, self._window = self._window, None
         self._no_batch_to_come()
-        try:
-            attached.thread.drain()
-        except Exception:
-            _log.exception("a capture failed while ranks were lost; its window is given up")
+        attached.thread.drain()
+        self._settle()
         if window is not None and not (window.complete and attached.writer.newest_is(window)):
             attached.writer.abandon(window)
         if self.recovery is not None:
@@ -562,20 +544,28 @@ class Engine:
             self.on_recovered()
 
     def _fall_back_to_dense(self, reason: str) -> None:
-        self.policy = DensePolicy()
-        self.say_once(f"{reason}: a sparse window could not be replayed exactly, so every iteration is dense now")
+        self.policy = PacedDensePolicy(self.config.overlap_target)
+        self.say_once(
+            f"{reason}: a sparse window could not be replayed exactly, so windows are dense now: one iteration each, as "
+            "often as the copies are hidden behind training",
+            warning=True,
+        )
 
     def _open_window(self, run_state: RunState, steps: Sequence[int]) -> OpenWindow | None:
         """The window that the iteration that has just ended belongs to, beginning one if it is time."""
         attached = self._need()
+        self._settle()
         window, self._window = self._window, None
         signature = attached.live.signature()
         dense = why_dense(attached.live, attached.steps, steps) if self.policy.name == "sparse" else ""
+        if self.policy.name == "sparse" and self._unsteady >= _UNSTEADY_WINDOWS:
+            dense = dense or "what trains changes within every window"
         if window is not None and not window.complete and not window.broken:
             if dense:
                 window.broken = dense
             elif window.signature != signature:
                 window.broken = "parameters were frozen, unfrozen or added"
+                self._unsteady += 1
         # Where other ranks capture on, a broken window is counted to its end: all begin the next one together.
         if window is not None and not window.complete and not (window.broken and self.ranks.alone):
             self._window = window
@@ -584,10 +574,18 @@ class Engine:
         if window is not None and window.broken:
             self._give_up(window)
         elif window is not None:
-            self._given_up = 0
-            if not self.ranks.alone and window.last_iteration not in self.tiers.held(attached.writer.newest):
+            self._unsteady = 0
+            if self.ranks.alone:
+                self._finishing.append(window)
+                self._settle()
+            elif window.last_iteration not in self.tiers.held(attached.writer.newest):
                 behind, self._window = True, window
+            else:
+                self.protection.committed()
         if not self.policy.begins(self.iteration):
+            return None
+        # Other ranks try on: a window of theirs may still be needed, and all ask each other at the same iterations.
+        if self.ranks.alone and not self.protection.may_begin(self.iteration):
             return None
         agreed = attached.planner.agree(self.iteration, attached.writer.newest, signature, dense, behind=behind)
         if agreed.dense:
@@ -613,19 +611,26 @@ class Engine:
             header=self._header(),
             rest=None,
             static=None,
+            static_digest="",
             signature=signature,
         )
         try:
+            if attached.live.problem:
+                raise UnsupportedStateError(attached.live.problem)
             attached.planner.check_room(plan)
             window.rest = self._flatten(run_state)
-            window.static = attached.planner.static_part()
-        except (UnsupportedStateError, HostMemoryError) as error:
-            # Everything was checked before the first step; what changed since must not end training.
-            attached.planner.forget_static()
-            self._say(f"no window begins at iteration {self.iteration}: {error}", warning=True)
-            window.broken = self._not_begun = str(error)
-            return None if self.ranks.alone else window
-        self._not_begun = ""
+            window.static_digest, window.static = attached.planner.static_part()
+        except (RankLostError, NonDeterminismError):
+            raise
+        except Exception as error:
+            # Everything was checked before the first step; what changed since, also in user code that is asked for its
+            # state, must not end training.
+            window.fail(error)
+            window.broken = str(error)
+            if not self.ranks.alone:
+                return window
+            self._give_up(window, f"no window begins at iteration {self.iteration}")
+            return None
         self.precision.window_began()
         return window
 
@@ -633,21 +638,28 @@ class Engine:
         header = self._need().planner.header(self.policy, self.living.serial)
         return dataclasses.replace(header, extra={**header.extra, "lineage": dict(self.lineage)})
 
-    def _give_up(self, window: OpenWindow) -> None:
+    def _settle(self) -> None:
+        """Learn what became of the windows that were whole when they went to the capture thread."""
+        while self._finishing and self._finishing[0].done:
+            window = self._finishing.popleft()
+            if window.broken:
+                self._give_up(window)
+            else:
+                self.protection.committed()
+
+    def _give_up(self, window: OpenWindow, what: str = "") -> None:
         attached = self._need()
         attached.writer.abandon(window)
         attached.planner.forget_static()
-        self._given_up += 1
-        if window.broken == TORN and self._given_up > 1 and not self._synchronous:
-            self._synchronous = True
-            self.say_once(f"{TORN}, again and again: captures are made at once now, before the next batch begins")
         newest = attached.writer.newest
         held = "none" if newest is None else f"iterations {newest.first_iteration}..{newest.last_iteration}"
-        self._say(
-            f"the window that began with iteration {window.first_iteration} was given up ({window.broken}); training "
-            f"goes on, the newest committed window is {held}, and another window begins now",
-            warning=self._given_up > 1 or ":" in window.broken,
-        )
+        if window.broken == BASELESS:  # of the one that it builds on it was said
+            return
+        what = what or f"the window that began with iteration {window.first_iteration}"
+        self.protection.failed(self.iteration, what, window.broken, window.error, held)
+        if window.broken == TORN and self.protection.given_up > 1 and not self._synchronous:
+            self._synchronous = True
+            self.say_once(f"{TORN}, again and again: captures are made at once now, before the next batch begins")
 
     def _tree(self, run_state: RunState, *, weights: bool) -> tuple[dict[str, Any], Callable[[object], Any]]:
         live = self._need().live

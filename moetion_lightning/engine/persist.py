@@ -165,7 +165,7 @@ class Persister:
                 self._target.renew()
             except OwnerLostError as error:
                 self._lose(error)
-            except (MoEtionError, OSError) as error:
+            except Exception as error:
                 _log.warning("the owner record on storage could not be renewed, it is tried again: %s", error)
 
     def _lose(self, error: OwnerLostError) -> None:
@@ -196,7 +196,7 @@ class Persister:
                 nbytes, done = self._store(manifest, base)
             except OwnerLostError as error:
                 self._lose(error)
-            except (MoEtionError, OSError) as error:
+            except Exception as error:
                 message = (
                     f"window {manifest.first_iteration}..{manifest.last_iteration} could not be persisted: {error}. "
                     "Training goes on; the window is whole in host memory, and the next one will be tried again."

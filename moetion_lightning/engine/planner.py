@@ -77,7 +77,7 @@ class WindowPlanner:
         self._run_state_bytes = self._static_bytes = 0
         self._at_start = live.names()
         self._signature = live.signature()
-        self._restored = False
+        self._outdated = False
         self._routing_fits = True
         self._sizes = Sizes.of(live, compute_dtype)
         self.operators = self._find_operators()
@@ -122,8 +122,8 @@ class WindowPlanner:
         if signature != self._signature or self._live.outdated():
             self._signature = signature
             self._look_again()
-        if self._routing.settle(self._ranks.agree) or self._restored or self._live.trainable() != self._trainable:
-            self._restored = False
+        if self._routing.settle(self._ranks.agree) or self._outdated:
+            self._outdated = False
             self.operators = self._find_operators()
         self._sizes = Sizes.of(self._live, self._compute_dtype)
         agreed = self._ranks.agree_on_window(
@@ -205,7 +205,7 @@ class WindowPlanner:
 
     def restored(self) -> None:
         """Another state was put in place, perhaps on other processes: nothing that was planned before counts."""
-        self._restored = True
+        self._outdated = True
         self._static_digest = ""
         self._shares.reset()
 
@@ -255,18 +255,13 @@ class WindowPlanner:
         """The window that held the parameters that never train was given up."""
         self._static_digest = ""
 
-    @property
-    def _trainable(self) -> tuple[str, ...]:
-        static = set(self.operators.static)
-        return tuple(n for n in self._live.parameters if n not in static)
-
     def _look_again(self) -> None:
         """Parameters came or went, or others train."""
         live, before = self._live, set(self._parameters)
         live.refresh()
         self._parameters = parameter_table(live.parameters)
         self._fingerprint = model_fingerprint(self._parameters)
-        self._routing_fits = True
+        self._outdated = self._routing_fits = True
         for names, what, remedy in (
             (set(self._parameters) - before - self._at_start, "joined", "adds them"),
             (before - live.names(), "left the module", "removes them"),

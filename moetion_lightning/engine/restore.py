@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from moetion_lightning.core.lazy import materialize
 from moetion_lightning.core.local import local
 from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.reconstruct import CarriedSlot, SavedSlot
@@ -30,8 +32,12 @@ PARAMETER_REFERENCE = "moetion-parameter"
 
 
 def parameter_table(named_parameters: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """Dtype and shape of every parameter in this process, as JSON."""
-    return {n: [str(p.dtype).removeprefix("torch."), list(local(p).shape)] for n, p in named_parameters.items()}
+    """Dtype and shape of every parameter in this process, as JSON; those of lazy modules that have none are left out."""
+    return {
+        n: [str(p.dtype).removeprefix("torch."), list(local(p).shape)]
+        for n, p in named_parameters.items()
+        if not is_lazy(p)
+    }
 
 
 def model_fingerprint(table: Mapping[str, Sequence[Any]]) -> str:
@@ -151,6 +157,16 @@ class RestorePoint:
         tree: dict[str, Any] = load_tree(self._path(self.manifest.static))
         return tree
 
+    def materialize(self, module: nn.Module) -> None:
+        """Give lazy parameters and buffers of a module the shapes that they have in the window."""
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        if not any(is_lazy(tensor) for _, tensor in tensors):
+            return
+        table, buffers = self.manifest.extra["parameters"], self.run_state()["buffers"]
+        shapes = {name: shape for name, (_, shape) in table.items()} | {n: b.shape for n, b in buffers.items()}
+        dtypes = {name: getattr(torch, dtype) for name, (dtype, _) in table.items()}
+        materialize(module, shapes, dtypes | {name: buffer.dtype for name, buffer in buffers.items()})
+
     def check_model(self, named_parameters: Mapping[str, Tensor], *, dtypes: bool = True) -> None:
         """Refuse a window of another model.
 
@@ -161,7 +177,8 @@ class RestorePoint:
         Raises:
             ForeignWindowError: Names the first parameter that differs.
         """
-        saved: dict[str, Any] = dict(self.manifest.extra["parameters"])
+        lazy = {name for name, parameter in named_parameters.items() if is_lazy(parameter)}
+        saved: dict[str, Any] = {n: e for n, e in self.manifest.extra["parameters"].items() if n not in lazy}
         ours = parameter_table(named_parameters)
         if not dtypes:
             saved = {name: ["", shape] for name, (_, shape) in saved.items()}
@@ -175,7 +192,15 @@ class RestorePoint:
                     f"{self.manifest.job!r} ({self.tier.name}) belongs to another model: parameter {name!r} is "
                     f"{_shape(saved.get(name))} there and {_shape(ours.get(name))} in this run. Undo the change of the "
                     "model to continue that run, or start afresh with resume='never' or another job_id."
+                    + self._grown(name)
                 )
+
+    def _grown(self, name: str) -> str:
+        """What to do if it is the captured run itself that changed the model while it trained."""
+        for change, remedy in (("joined", "Add it"), ("left", "Remove it")):
+            if name in self.manifest.extra.get(change, ()):
+                return f" It {change} the model while that run trained: {remedy} before training begins."
+        return ""
 
     def parameter(self, name: str) -> Tensor:
         """A parameter of the window's first iteration on the CPU, in its own dtype (frozen rows as computed with)."""

@@ -19,7 +19,6 @@ from moetion_lightning.core.state import CopyItem, LiveState, SlotContents, read
 from moetion_lightning.engine.finiteness import record_is_finite, weights_are_finite
 from moetion_lightning.engine.replay_record import BatchToCome
 from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole, piece_at
-from moetion_lightning.errors import StoreError
 from moetion_lightning.events import (
     CaptureFinished,
     CaptureProgress,
@@ -34,12 +33,14 @@ from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout,
 from moetion_lightning.store.host_memory import HostBuffer, HostMemoryTier
 from moetion_lightning.store.tree import FlatTree
 
-__all__ = ["TORN", "OpenWindow", "StaticPart", "WindowHeader", "WindowWriter"]
+__all__ = ["BASELESS", "TORN", "OpenWindow", "StaticPart", "WindowHeader", "WindowWriter"]
 
 
 _log = logging.getLogger(__name__)
 #: Why a window is given up when user code writes to weights behind the captures' back.
 TORN = "weights were changed between an iteration's end and the next optimizer step"
+#: Why a window is given up whose parameters that do not train were to be those of the window before it.
+BASELESS = "the window on which it builds was given up"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,15 +268,12 @@ class WindowWriter:
             window.broken = TORN
         return buffer, layout
 
-    def static_of_newest(self, window: OpenWindow) -> FileRecord | None:
-        """The file in which the newest window has what does not train.
-
-        Raises:
-            StoreError: It has something else: the window between the two was given up after this one had begun.
-        """
+    def take_static_of_newest(self, window: OpenWindow) -> None:
+        """The newest window has what does not train, unless the one between the two was given up meanwhile."""
         if self._newest is None or window.static_digest != self._static_digest:
-            raise StoreError("the window that held the parameters that do not train was given up")
-        return None if self._newest.static is None else self._newest.file(self._newest.static)
+            window.broken = BASELESS
+        elif self._newest.static is not None:
+            window.static_record = self._newest.file(self._newest.static)
 
     def write_rest(self, window: OpenWindow) -> FileRecord:
         """Write what is no operator, straight into its place."""
@@ -526,7 +524,7 @@ class _SlotJob:
                 window.static_record = writer._tier.seal(*self._static)
                 self._static = None
             else:
-                window.static_record = writer.static_of_newest(window)
+                writer.take_static_of_newest(window)
         writer._bus.emit(SlotSealed(iteration=self._iteration, slot=self._slot, file=record.name))
         if self._slot == num_slots - 1:
             following = window.to_come.wait()

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from moetion_lightning.core.local import local
@@ -92,7 +93,7 @@ def own_seed() -> int | None:
 
 def of_module(module: nn.Module) -> Beginning:
     """``model``, ``parameters``, ``weights`` and ``seed`` of a fit that is about to begin."""
-    parameters = dict(module.named_parameters())
+    parameters = {name: parameter for name, parameter in module.named_parameters() if not is_lazy(parameter)}
     table = parameter_table(parameters)
     return {
         "model": model_fingerprint(table),

@@ -353,7 +353,7 @@ def _newest_of(tier: HostMemoryTier | DirectoryTier, folder: str, *, busy: bool)
                 job=tier.job,
                 name=name,
                 ordinal=int(lineage.get("ordinal", 1)),
-                beginning={**lineage.get("beginning", {}), "parameters": manifest.extra.get("parameters", {})},
+                beginning=_beginning_of(manifest, lineage),
                 step=int(lineage.get("step", 0)),
                 last_iteration=manifest.last_iteration,
                 created_at=manifest.created_at,
@@ -362,3 +362,12 @@ def _newest_of(tier: HostMemoryTier | DirectoryTier, folder: str, *, busy: bool)
                 busy=busy,
             )
     return list(found.values())
+
+
+def _beginning_of(manifest: Manifest, lineage: Mapping[str, Any]) -> Beginning:
+    """How a course began; with the model that it has come to, where that has changed while it trained."""
+    extra = manifest.extra
+    beginning = {**lineage.get("beginning", {}), "parameters": extra.get("parameters", {})}
+    if extra.get("joined") or extra.get("left"):
+        beginning["model_now"] = manifest.fingerprint
+    return beginning

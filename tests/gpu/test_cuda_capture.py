@@ -30,7 +30,7 @@ def test_copies_see_the_state_before_the_next_update() -> None:
         for step in range(5):
             source.fill_(step)
             item = CopyItem(name="x", source=source, dtype=torch.float32)
-            thread.submit(lambda item=item: copy_items([item], {"x": target}, fence), lambda: None)
+            thread.submit(lambda item=item: copy_items([item], {"x": target}, fence), lambda: None, lambda error: None)
             thread.wait_copied()
             source.fill_(-1)  # the next update
             thread.drain()

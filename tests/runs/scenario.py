@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from moetion_lightning.events import Event
 from moetion_lightning.testing.compare import flatten_state, write_state
 from moetion_lightning.testing.faults import KillAt
-from tests.runs import compiled, network, optimizers, variants
+from tests.runs import changing, compiled, network, optimizers, variants
 from tests.runs.data import Samples, make_loader
 from tests.runs.decoder import Decoder
 from tests.runs.models import Automatic, Manual, Sharded
@@ -151,7 +151,8 @@ def _callbacks(spec: dict[str, Any], out: Path) -> list[Any]:
 
 def _module(spec: dict[str, Any]) -> pl.LightningModule:
     if spec["module"]:
-        kind = {**variants.MODULES, **compiled.MODULES, **optimizers.MODULES, "decoder": Decoder}[spec["module"]]
+        kinds = {**variants.MODULES, **compiled.MODULES, **optimizers.MODULES, **changing.MODULES}
+        kind = {**kinds, "decoder": Decoder}[spec["module"]]
     else:
         kind = Manual if spec["manual"] else Automatic
     if spec["strategy"] == "fsdp2":

@@ -19,6 +19,7 @@ from moetion_lightning.core.lost_tokens import LostTokens
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.run_state import get_rng, set_rng
 from moetion_lightning.core.state import CopyItem
+from moetion_lightning.errors import UnsupportedStateError
 
 # --- compute dtype ---------------------------------------------------------------------------------------------------
 
@@ -117,6 +118,18 @@ def test_norm_is_recorded_for_any_caller_and_given_back() -> None:
     assert len(seam.norms) == 1  # nothing is recorded after removal
 
 
+class Hollow(torch.Tensor):
+    """A tensor subclass without memory."""
+
+    @staticmethod
+    def __new__(cls, *shape: int) -> torch.Tensor:
+        return torch.Tensor._make_wrapper_subclass(cls, shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
 # --- capture ---------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +165,7 @@ def test_training_waits_for_copies_but_not_for_sealing() -> None:
         sealing.wait(10)
         order.append("sealed")
 
-    thread.submit(copy, finish)
+    thread.submit(copy, finish, lambda error: None)
     copying.set()
     assert thread.wait_copied() >= 0
     assert order == ["copied"]
@@ -163,8 +176,9 @@ def test_training_waits_for_copies_but_not_for_sealing() -> None:
 
 
 @pytest.mark.parametrize("where", ["copy", "finish"])
-def test_background_errors_are_raised_in_the_training_thread_once(where: str) -> None:
+def test_background_errors_are_the_jobs_affair(where: str) -> None:
     thread = CaptureThread(DeviceFence())
+    seen: list[str] = []
 
     def fail() -> None:
         raise ZeroDivisionError(where)
@@ -172,11 +186,21 @@ def test_background_errors_are_raised_in_the_training_thread_once(where: str) ->
     def fine() -> None:
         pass
 
-    thread.submit(fail if where == "copy" else fine, fail if where == "finish" else fine)
-    with pytest.raises(ZeroDivisionError, match=where):
-        thread.drain()
-    thread.raise_error()
+    def failed(error: Exception) -> None:
+        seen.append(str(error))
+
+    thread.submit(fail if where == "copy" else fine, fail if where == "finish" else fine, failed)
+    thread.wait_copied()
+    thread.submit(fine, lambda: seen.append("the next one"), failed)
+    thread.drain()
+    assert seen == [where, "the next one"]
     thread.close()
+
+
+@pytest.mark.parametrize("source", [torch.zeros(3, device="meta"), Hollow(3)], ids=["meta", "subclass"])
+def test_nothing_is_copied_from_where_no_memory_is(source: torch.Tensor) -> None:
+    with pytest.raises(UnsupportedStateError, match="without memory of its own"):
+        copy_items([CopyItem(name="x", source=source, dtype=source.dtype)], {"x": torch.zeros(3)}, DeviceFence())
 
 
 def test_bandwidth_is_measured() -> None:

@@ -29,7 +29,7 @@ Sharding = Literal["auto", "none"]
 class RoomyTiers:
     """Memory enough, and no window yet."""
 
-    def window_capacity(self) -> int:
+    def window_capacity(self, shared_bytes: int = 0) -> int:
         return 1 << 30
 
     def wants_to_persist(self) -> bool | None:
