@@ -26,8 +26,8 @@ from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import PacedDensePolicy, PartialExpertsPolicy, Policy, SparsePolicy, WindowPlan
-from moetion_lightning.core.reconstruct import Reconstruction
 from moetion_lightning.core.state import LiveState
+from moetion_lightning.engine.completeness import check_complete, make_reconstruction
 from moetion_lightning.engine.density import why_dense
 from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.living import Living
@@ -151,7 +151,8 @@ class Engine:
         """Connect the module and its optimizers, before the first forward.
 
         Raises:
-            ConfigurationError, OperatorError, ForeignWindowError, UnsupportedStateError: See the message.
+            ConfigurationError, OperatorError, ForeignWindowError, StateLostError, UnsupportedStateError: See the
+                message.
         """
         layout = self.ranks.layout()
         point = self.tiers.point
@@ -162,6 +163,7 @@ class Engine:
         live.check_devices()
         if window is not None:
             window.check_model(live.parameters)
+            check_complete(window, live, self.ranks.control.world_size)
         devices = list(dict.fromkeys(p.device for p in live.parameters.values())) or [torch.device("cpu")]
         layers = discover_layers(module, specs) if layout.layers is None else layout.layers
         routing = TokenCounts(module, layers, counted=layout.counted, held=layout.parameters)
@@ -260,10 +262,9 @@ class Engine:
         self.living.replaced()
         self.iteration = point.manifest.first_iteration
         self._stages.begin(self.iteration + 1)
-        known = attached.live.parameters
-        slots, carried = point.slots(known), point.carried(known)
         skip = self._skips_gradients
-        reconstruction = Reconstruction(attached.live, slots, carried, skip_gradients=skip)
+        world_size = self.ranks.control.world_size
+        reconstruction = make_reconstruction(point, attached.live, world_size, skip_gradients=skip)
         self.recovery = Recovery(
             reconstruction,
             attached.live,

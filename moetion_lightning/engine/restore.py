@@ -87,6 +87,11 @@ class RestorePoint:
         return self.manifest.extra
 
     @property
+    def ranks(self) -> set[int]:
+        """Ranks whose windows it is made of."""
+        return {part.rank for part, _ in self._parts}
+
+    @property
     def captured_at(self) -> float:
         """When the window's first iteration was captured, seconds since the epoch."""
         return float(self.manifest.extra["first_captured_at"])
@@ -154,8 +159,9 @@ class RestorePoint:
         """What :func:`~.static_state.read_static` gave; empty if everything trains."""
         if self.manifest.static is None:
             return {}
-        tree: dict[str, Any] = load_tree(self._path(self.manifest.static))
-        return tree
+        if ("static",) not in self._views:  # looked at before it is put in place
+            self._views["static",] = load_tree(self._path(self.manifest.static))
+        return self._views["static",]
 
     def materialize(self, module: nn.Module) -> None:
         """Give lazy parameters and buffers of a module the shapes that they have in the window."""
@@ -205,7 +211,7 @@ class RestorePoint:
     def parameter(self, name: str) -> Tensor:
         """A parameter of the window's first iteration on the CPU, in its own dtype (frozen rows as computed with)."""
         dtype, shape = self.manifest.extra["parameters"][name]
-        static = self._static_cache()
+        static = self.static()
         if name in static:
             return static_weight(static[name])
         result = torch.empty(shape, dtype=getattr(torch, dtype))
@@ -231,11 +237,6 @@ class RestorePoint:
         static = self.static()
         if static:
             write_static(live, static)
-
-    def _static_cache(self) -> dict[str, Any]:
-        if ("static",) not in self._views:
-            self._views["static",] = self.static()
-        return self._views["static",]
 
     def _resolve(self, reference: Any) -> Any:
         kind, name = reference

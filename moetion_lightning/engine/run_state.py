@@ -201,6 +201,7 @@ class EngineState:
                     else:
                         group[key] = value
             write_attributes(optimizer, extra["described"], extra["tensors"], live.parameters)
+        live.refresh()  # tables that were empty in a new process are known now
         gradients = self.tree["adapter"].get("gradients") if isinstance(self.tree["adapter"], Mapping) else None
         for name, parameter in live.parameters.items():
             saved_gradient = gradients.get(name) if gradients else None

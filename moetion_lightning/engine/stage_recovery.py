@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.policy import Policy
 from moetion_lightning.core.reconstruct import Reconstruction
+from moetion_lightning.engine.completeness import make_reconstruction
 from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.parts import Attached
 from moetion_lightning.engine.ranks import Ranks
@@ -108,7 +109,8 @@ class Stages:
         else:
             first, _ = plan.replaying[self._ranks.control.rank]
             self._bus.emit(StageReplayStarted(stage=link.stage, first_iteration=first, last_iteration=target))
-            problems = _replay_mine(point.window, plan, link, attached, generators, target, skip=skip)
+            world = self._ranks.control.world_size
+            problems = _replay_mine(point.window, plan, link, attached, generators, target, world, skip=skip)
         answers = self._ranks.agree("stage replay", problems[:_SHOWN])
         found = [f"rank {rank}: {problem}" for rank, answer in enumerate(answers) for problem in answer]
         self.failed = bool(found)
@@ -137,12 +139,12 @@ def _replay_mine(
     attached: Attached,
     generators: Generators,
     target: int,
+    world_size: int,
     *,
     skip: bool,
 ) -> list[str]:
     live, state = attached.live, EngineState.of(window)
-    known = live.parameters
-    reconstruction = Reconstruction(live, window.slots(known), window.carried(known), skip_gradients=skip)
+    reconstruction = make_reconstruction(window, live, world_size, skip_gradients=skip)
     work = _Work(reconstruction, link, window.manifest.first_iteration, skip=skip)
     # The others neither vote nor step: hooks that would wait for them must not run.
     with attached.steps.inert():

@@ -124,7 +124,7 @@ class Fit:
         Raises:
             ForeignWindowError: The only course that could be meant is of another model.
         """
-        self._here = beginning
+        self._here = beginning = merged(_ranks_of(self._ranks.control.world_size), beginning)
         self.restarted = self._ordinal == 1 and bool(self._jobs())
         if self._ranks.replaced:
             return  # the job that this process joins knows
@@ -364,10 +364,16 @@ def _newest_of(tier: HostMemoryTier | DirectoryTier, folder: str, *, busy: bool)
     return list(found.values())
 
 
+def _ranks_of(world_size: int) -> Beginning:
+    """The first of all settings: another number of ranks explains whatever else differs."""
+    return {"settings": {"ranks": world_size}}
+
+
 def _beginning_of(manifest: Manifest, lineage: Mapping[str, Any]) -> Beginning:
     """How a course began; with the model that it has come to, where that has changed while it trained."""
     extra = manifest.extra
-    beginning = {**lineage.get("beginning", {}), "parameters": extra.get("parameters", {})}
+    beginning = merged(_ranks_of(manifest.world_size), lineage.get("beginning", {}))
+    beginning["parameters"] = extra.get("parameters", {})
     if extra.get("joined") or extra.get("left"):
         beginning["model_now"] = manifest.fingerprint
     return beginning
