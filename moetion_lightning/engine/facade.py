@@ -448,7 +448,7 @@ class Engine:
                 self._attached.steps.remove()
                 self._attached.routing.close()
                 self._attached.thread.close()
-                self._settle()
+                self._settle_last()
         finally:
             if self.recovery is not None:
                 self.recovery.release()
@@ -647,6 +647,13 @@ class Engine:
                 self._give_up(window)
             else:
                 self.protection.committed()
+
+    def _settle_last(self) -> None:
+        """No boundary follows that would ask for the window which ended with the last iteration."""
+        window, self._window = self._window, None
+        if window is not None and window.complete:
+            self._finishing.append(window)
+        self._settle()
 
     def _give_up(self, window: OpenWindow, what: str = "") -> None:
         attached = self._need()
