@@ -75,7 +75,7 @@ def test_killed_run_ends_bitwise_equal(drill: Drill, name: str) -> None:
 @pytest.mark.parametrize("name", ["lbfgs", "optimizer-state-under-a-name"])
 def test_optimizer_that_couples_parameters_falls_back_to_dense_with_a_notice(drill: Drill, name: str) -> None:
     out = drill.killed(EXACT[name], [])
-    assert any("every iteration is dense now" in event["message"] for event in read_events(out, "Notice"))
+    assert any("windows are dense now" in event["message"] for event in read_events(out, "Notice"))
     committed = read_events(out, "WindowCommitted")
     assert all(event["first_iteration"] == event["last_iteration"] for event in committed)
     assert len(committed) > 15

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ class History(pl.Callback):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._is_first = True
+        self._process = 0  # a restart puts attributes back: they cannot tell a new process
 
     def _write(self, name: str, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         tensors, scalars = flatten_state(module, trainer.optimizers)
@@ -33,9 +34,9 @@ class History(pl.Callback):
             handle.remove()
             self._write("found", trainer, module)
 
-        if self._is_first:
+        if self._process != os.getpid():
             handle = module.body.register_forward_pre_hook(write)
-        self._is_first = False
+        self._process = os.getpid()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         self._write(f"{trainer.global_step:04d}", trainer, module)
