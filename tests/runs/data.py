@@ -169,4 +169,6 @@ def make_loader(kind: str, samples: Samples, batch_size: int) -> Any:
         return DataLoader(samples, batch_size=batch_size, shuffle=True, collate_fn=NoisyCollate())
     if kind == "plain":
         return PlainBatches(samples, batch_size)
-    raise ValueError(kind)
+    from tests.runs.sources import SOURCES
+
+    return SOURCES[kind](samples, batch_size)

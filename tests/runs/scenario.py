@@ -28,6 +28,7 @@ from tests.runs.data import Samples, make_loader
 from tests.runs.decoder import Decoder
 from tests.runs.models import Automatic, Manual, Sharded
 from tests.runs.ranks import suffix
+from tests.runs.sources import fit_arguments
 
 DEFAULTS: dict[str, Any] = {
     "block": "list",
@@ -45,6 +46,9 @@ DEFAULTS: dict[str, Any] = {
     "clip": 1.0,
     "clip_algorithm": "norm",
     "loader": "shuffle",
+    "source": "",  # of the loaders: "hooks" that move them, or a DataModule of tests.runs.sources
+    "validation": "",  # "persistent" workers, or such that draw random numbers
+    "reload": 0,  # loaders every so many epochs
     "augment": False,
     "samples": 28,
     "batch_size": 4,
@@ -269,6 +273,7 @@ def _trainer(spec: dict[str, Any], out: Path, record: str) -> pl.Trainer:
         accumulate_grad_batches=spec["accumulate"],
         val_check_interval=spec["val_check_interval"],
         num_sanity_val_steps=1,
+        reload_dataloaders_every_n_epochs=spec["reload"],
         callbacks=[*_callbacks(spec, out), Recorder(out / record, spec["kill"], seed), *_capturing(spec, out)],
         default_root_dir=out,
         logger=False,
@@ -303,12 +308,13 @@ def run(given: dict[str, Any]) -> None:
     pl.seed_everything(spec["seed"], verbose=False)
     samples = Samples(spec["samples"], augment=spec["augment"])
     loader = make_loader(spec["loader"], samples, spec["batch_size"])
-    val = torch.utils.data.DataLoader(Samples(8, augment=False), batch_size=4)
     for _ in range(spec["fits"] - 1):  # whole fits before the one that is drilled, on the same loader
-        _trainer({**spec, "kill": None}, out, f"earlier{end}.jsonl").fit(_module(spec), loader, val)
+        earlier = _module(spec)
+        trainer = _trainer({**spec, "kill": None}, out, f"earlier{end}.jsonl")
+        trainer.fit(earlier, **fit_arguments(spec, earlier, loader))
     module = _module(spec)
     trainer = _trainer(spec, out, f"steps{end}.jsonl")
-    trainer.fit(module, loader, val)
+    trainer.fit(module, **fit_arguments(spec, module, loader))
     tensors, scalars = flatten_state(module, trainer.optimizers)
     for callback in trainer.callbacks:
         if isinstance(callback, (EarlyStopping, ModelCheckpoint)):
