@@ -30,6 +30,11 @@ def drop_groups(module: nn.Module) -> None:
             state: Any = part._get_fsdp_state()
             for group in state._fsdp_param_groups:
                 group._all_gather_result = None  # its work belongs to a broken group: never wait for it
+                for parameter in group.fsdp_params:
+                    # Gradients that were not reduced yet: nobody else clears them, and they would be added to the next.
+                    parameter.unsharded_accumulated_grad = None
+                    if hasattr(parameter, "_unsharded_param"):
+                        parameter._unsharded_param.grad = None
             if state._is_root:
                 state._comm_ctx.all_gather_state = None
                 part.reset_iter_state()
