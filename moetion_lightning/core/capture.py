@@ -209,9 +209,7 @@ class CaptureThread:
         self._copied.set()
         self._thread: threading.Thread | None = None
 
-    def submit(
-        self, copy: Callable[[], None], finish: Callable[[], None], failed: Callable[[Exception], None]
-    ) -> None:
+    def submit(self, copy: Callable[[], None], finish: Callable[[], None], failed: Callable[[Exception], None]) -> None:
         """Training thread: queue a job.
 
         Args:

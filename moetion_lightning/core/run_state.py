@@ -85,8 +85,6 @@ def set_rng(state: Mapping[str, Any], generators: Generators | Mapping[str, obje
     return [name for name, value in named.items() if name not in known or not set_generator(known[name], value)]
 
 
-
-
 def read_buffers(module: nn.Module) -> dict[str, Tensor]:
     """All buffers (persistent or not) by name; live tensors, not copies."""
     return {name: buffer for name, buffer in module.named_buffers() if not is_lazy(buffer)}

@@ -87,9 +87,7 @@ def _as_many(world_size: int) -> str:
     )
 
 
-def _lacking(
-    rows: Mapping[str, int], slots: Sequence[SavedSlot], carried: Sequence[CarriedSlot]
-) -> list[str]:
+def _lacking(rows: Mapping[str, int], slots: Sequence[SavedSlot], carried: Sequence[CarriedSlot]) -> list[str]:
     """What is in no capture, in words."""
     whole: _Spans = {}
     for older in carried:

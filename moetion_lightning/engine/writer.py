@@ -430,9 +430,7 @@ class _SlotJob:
         bus, num_slots = writer._bus, len(window.plan.slots)
         bus.emit(CaptureStarted(iteration=self._iteration, slot=self._slot, num_slots=num_slots))
         started = time.perf_counter()
-        contents = self._contents = read_slot(
-            writer._live, self._plan.active, self._plan.frozen, writer._compute_dtype
-        )
+        contents = self._contents = read_slot(writer._live, self._plan.active, self._plan.frozen, writer._compute_dtype)
         specs = tuple(TensorSpec(name=i.name, dtype=i.dtype, shape=tuple(i.source.shape)) for i in contents.items)
         layout = self._layout = writer.layout(self._slot, specs)
         buffer = self._buffer = writer.acquire(self._iteration, self._slot, layout.nbytes)

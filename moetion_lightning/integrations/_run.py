@@ -123,7 +123,9 @@ class Run:
             session.needs_all_gradients()
         schedulers = [thing for name, thing in parts.stateful.items() if name.startswith("scheduler")]
         session.learn({"settings": of_schedulers(schedulers)})
-        session.learn(of_loaders(position.sources()))
+        sources = position.sources()
+        if sources:  # a script's own loop shows only by its first step which loader trains
+            session.learn(of_loaders(sources))
         session.attach(parts.module, parts.optimizers)
         state = LoopState(parts, position, session.engine.say_once)
         if session.point is not None:

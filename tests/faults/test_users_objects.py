@@ -97,7 +97,8 @@ def test_run_of_a_remote_service_goes_on(drill: Drill) -> None:
     killed, whole = drill.killed(spec, KILLS[:1]), drill.reference(spec)
     assert [path.name for path in killed.glob("run*")] == ["run0"]
     logged, expected = [
-        {(e["step"], *e): e for e in map(json.loads, (out / "run0").read_text().splitlines())} for out in (killed, whole)
+        {(e["step"], *e): e for e in map(json.loads, (out / "run0").read_text().splitlines())}
+        for out in (killed, whole)
     ]
     assert logged == expected
 

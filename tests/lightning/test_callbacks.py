@@ -469,7 +469,9 @@ def test_restart_says_what_was_found_and_done(
     assert "found the window of iterations" in caplog.text
     assert "in host memory" in caplog.text
     assert "checksums verified" in caplog.text
-    assert "compared and equal in each: losses, learning rates, RNG, batches, sampler indices, weights of " in caplog.text
+    assert (
+        "compared and equal in each: losses, learning rates, RNG, batches, sampler indices, weights of " in caplog.text
+    )
     assert "; the next batch agrees, and the RNG there" in caplog.text
 
 

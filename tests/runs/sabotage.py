@@ -137,10 +137,10 @@ def _rng_of_another_rank() -> None:
 
     original = run_state.set_rng
 
-    def set_rng(saved: Any, generators: Any) -> None:
+    def set_rng(saved: Any, generators: Any) -> Any:
         box = [saved]
         dist.broadcast_object_list(box, src=0)
-        original(box[0], generators)
+        return original(box[0], generators)
 
     run_state.set_rng = set_rng
 

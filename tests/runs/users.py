@@ -407,7 +407,12 @@ def _run_cli(spec: dict[str, Any], out: Path) -> None:
     arguments += ["--trainer.enable_progress_bar=false", f"--model.lr={spec.get('rate', 0.02)}"]
     if spec["cli"] == "fixed":
         logger = "--trainer.logger=lightning.pytorch.loggers.CSVLogger"
-        arguments += [logger, f"--trainer.logger.save_dir={out}", "--trainer.logger.name=x", "--trainer.logger.version=0"]
+        arguments += [
+            logger,
+            f"--trainer.logger.save_dir={out}",
+            "--trainer.logger.name=x",
+            "--trainer.logger.version=0",
+        ]
     else:
         arguments.append("--trainer.logger=false")
     if spec["capture"]:

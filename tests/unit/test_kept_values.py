@@ -244,7 +244,10 @@ def test_flags_and_caches_of_a_library_are_left_alone() -> None:
 def test_values_that_cannot_be_stored_are_left_out_one_by_one() -> None:
     refused: list[tuple[str, str]] = []
     values = LiveValues(
-        {"module": {"good": [1], "bad": [2, open]}}, lambda value: False, lambda *f: refused.append(f[:2]), PackedLists()
+        {"module": {"good": [1], "bad": [2, open]}},
+        lambda value: False,
+        lambda *f: refused.append(f[:2]),
+        PackedLists(),
     )
     assert load_tree(dump_tree(values)) == {"module": {"good": [1]}}
     assert refused == [("module", "bad")]
