@@ -162,19 +162,19 @@ class LoaderSource:
     def _counters(self, epoch: int, global_step: int) -> Iterator[None]:
         """The trainer's epoch and step are those of then."""
         loop = self._trainer.fit_loop
-        progress: Any = loop.epoch_progress.current
+        epochs: Any = loop.epoch_progress.current
         steps = (
             loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total,
             loop.epoch_loop.manual_optimization.optim_step_progress.total,
         )
-        before = progress.processed, [counter.completed for counter in steps]
-        progress.processed = epoch
+        before = (epochs.completed, epochs.processed), [counter.completed for counter in steps]
+        epochs.completed = epochs.processed = epoch
         for counter in steps:
             counter.completed = global_step
         try:
             yield
         finally:
-            progress.processed = before[0]
+            epochs.completed, epochs.processed = before[0]
             for counter, completed in zip(steps, before[1]):
                 counter.completed = completed
 

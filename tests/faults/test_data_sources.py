@@ -1,4 +1,4 @@
-"""Whatever draws comes back as it was: samplers that count, generators anywhere, streams, loaders that hooks make or move."""
+"""Whatever draws comes back as it was: samplers that count, generators, streams, loaders that hooks make or move."""
 
 from __future__ import annotations
 

@@ -70,6 +70,17 @@ def _data_position() -> None:
     _data_seam.DataSeam.restore = _data_seam.DataSeam.settle = lambda self, state: None
 
 
+def _draws() -> None:
+    """What draws begins anew: samplers, generators of objects, loaders of a validation."""
+    from moetion_lightning.callbacks import _evaluation_loaders
+    from moetion_lightning.core import generators
+    from moetion_lightning.data import attributes
+
+    attributes.Attributes.put_start = attributes.Attributes.put_now = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    generators.Generators.take = lambda self, states: []  # type: ignore[method-assign]
+    _evaluation_loaders.EvaluationLoaders.settle = lambda self: None  # type: ignore[method-assign]
+
+
 def _buffers() -> None:
     import torch
 
@@ -230,6 +241,7 @@ SABOTAGE = {
     "one_optimizer": _one_optimizer,
     "rng": _rng,
     "data_position": _data_position,
+    "draws": _draws,
     "buffers": _buffers,
     "attributes": _attributes,
     "scheduler": _scheduler,
