@@ -334,6 +334,8 @@ class LoaderPosition:
         if self.indices is not None:
             self.indices.skip = skipped
         self._iterator = self._make(make)
+        if self.indices is not None:
+            self.indices.skip = 0
         if drawn:
             if first is not None and not skipped:
                 set_rng(first, self._generators)

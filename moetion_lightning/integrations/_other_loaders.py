@@ -111,9 +111,10 @@ class OtherLoaders:
         self._find = find
         self._loaders: dict[str, OtherLoader] = {}
         self._said: set[str] = set()
-        self._look()
+        self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Follow those that have come."""
         for name, loader in self._find().items():
             if name not in self._loaders:
                 self._loaders[name] = loader
@@ -121,7 +122,7 @@ class OtherLoaders:
 
     def snapshot(self) -> dict[str, Any]:
         """Between two passes over each."""
-        self._look()
+        self.look()
         if under_way := [n for n, loader in self._loaders.items() if n not in self._said and loader.is_open()]:
             self._said.update(under_way)
             _log.warning(
@@ -133,7 +134,7 @@ class OtherLoaders:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Continue there."""
-        self._look()
+        self.look()
         for name, state in saved.items():
             if name in self._loaders:
                 problem = self._loaders[name].restore(state)

@@ -23,6 +23,7 @@ from moetion_lightning.core.run_state import get_rng, set_rng
 from moetion_lightning.engine.replay_record import BatchDigest, describe_batch
 from moetion_lightning.errors import ConfigurationError, UnsupportedStateError
 from moetion_lightning.integrations._loaders import Followed, follow
+from moetion_lightning.integrations._trainer_evaluation import TrainerEvaluation
 
 __all__ = ["TrainerLoop", "step_of"]
 
@@ -38,7 +39,10 @@ _COUNTERS = (
     *("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"),
     *("_initial_global_step", "_initial_num_input_tokens_seen", "current_flos"),
 )
-_NEEDED = ("_init_training_state", "_run_epoch", "get_batch_samples", "training_step", "_save_checkpoint", "_evaluate")
+_NEEDED = (
+    *("_init_training_state", "_run_epoch", "get_batch_samples", "training_step", "_save_checkpoint", "_evaluate"),
+    "_get_dataloader",
+)
 _INCOMPLETE = "checkpoint-is-incomplete.txt"  # which the Trainer's checkpoint at SIGTERM leaves in the folder
 
 
@@ -64,6 +68,7 @@ class TrainerLoop:
             )
         self._trainer = trainer
         self._patches = InstancePatches()
+        self._evaluation = TrainerEvaluation(trainer, self._patches)
         self._until_restored: list[Callable[[], None]] = []
         self._followed: Followed | None = None
         self._source: Any = None
@@ -77,6 +82,7 @@ class TrainerLoop:
     def remove(self) -> None:
         """Leave the trainer as it was."""
         self._patches.undo()
+        self._evaluation.release()
         if self._followed is not None:
             self._followed.release()
             self._followed = None
@@ -205,6 +211,7 @@ class TrainerLoop:
             **self._before_update,
             "state": self._to_json({name: getattr(trainer.state, name) for name in _STATE}, "TrainerState"),
             "control": dataclasses.asdict(trainer.control),
+            "evaluation": self._evaluation.snapshot(),
             "counters": {name: getattr(trainer, name) for name in _COUNTERS if hasattr(trainer, name)},
             "callbacks": [
                 [type(callback).__name__, self._to_json(callback.state()["attributes"], type(callback).__name__)]
@@ -249,6 +256,7 @@ class TrainerLoop:
         for undo in self._until_restored:
             undo()
         self._restore_state(state)
+        self._evaluation.restore(state["evaluation"])
         for name, value in state["counters"].items():
             setattr(trainer, name, value.to(trainer.args.device) if isinstance(value, Tensor) else value)
         for name, value in state["control"].items():

@@ -29,6 +29,12 @@ EXACT: dict[str, dict[str, Any]] = {
     "collate-is-a-closure": {"loader": "closure", **ONE},
     "generator-deep-in-the-dataset": {"loader": "deep"},
     "generator-in-workers-that-live-on": {"loader": "deep_workers", **ONE},
+    "workers-draw-nothing": {"loader": "workers", **ONE},
+    "workers-live-on-and-draw-nothing": {"loader": "persistent", **ONE},
+    "workers-live-on-and-draw-nothing-loop": {**LOOP, "loader": "persistent", **ONE},
+    "workers-live-on-and-draw-nothing-accelerate": {**LOOP, "framework": "accelerate", "loader": "persistent", **ONE},
+    "workers-draw-rarely": {"loader": "rarely_workers", **ONE},
+    "workers-live-on-and-draw-rarely": {"loader": "rarely_persistent", **ONE},
     "generator-of-what-is-made-late": {"loader": "lazy_owner", **ONE},
     "generator-of-the-file-loop": {**LOOP, "loader": "file", **ONE},
     "dataset-counts": {"loader": "count", **ONE},
@@ -73,8 +79,8 @@ def test_loader_of_another_length_is_refused(drill: Drill, batch_size: int) -> N
 
 
 def test_workers_that_draw_nothing_restart_at_once(drill: Drill) -> None:
-    spec = {"block": "dense", "loader": "persistent", "samples": 280, "batch_size": 2, "epochs": 1, **ONE}
-    killed = drill.killed(spec, [{"hook": "backward", "step": 120}])
+    spec = {"block": "dense", "loader": "persistent", "samples": 220, "batch_size": 2, "epochs": 2, **ONE}
+    killed = drill.killed(spec, [{"hook": "backward", "step": 107}, {"hook": "backward", "step": 218}])
     assert differences(drill.reference(spec), killed) == []
     assert "again to reach the data position" not in read_logs(killed)
 

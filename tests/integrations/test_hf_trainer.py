@@ -49,6 +49,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "augment": True,
         "args": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
     },
+    "evaluation-workers-live-on": {
+        **PLAIN,
+        "args": {
+            **{"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+            **{"eval_strategy": "steps", "eval_steps": 3},
+        },
+    },
     "stream": {**PLAIN, "augment": True, "stream": True, "max_steps": 22},
     "bf16": {**PLAIN, "args": {"bf16": True}},
     "scaler-skipped-step": {**PLAIN, "scaler": True, "overflow_at": 5},

@@ -94,6 +94,13 @@ def test_killed_in_each_phase(drill: Drill, spec: dict[str, Any], phase: str) ->
 
 
 EVALUATIONS: dict[str, dict[str, Any]] = {
+    "plain-counting-sampler": {"framework": "plain", "evaluate": "bucket"},
+    "plain-persistent-workers": {"framework": "plain", "evaluate": "persistent"},
+    "plain-drawing-workers": {"framework": "plain", "evaluate": "persistent", "evaluate_augment": True},
+    "fabric-persistent-workers": {"framework": "fabric", "evaluate": "persistent"},
+    "fabric-epoch-sampler": {"framework": "fabric", "evaluate": "epoch_sampler"},
+    "drawing-workers": {"evaluate": "persistent", "evaluate_augment": True},
+    "counting-sampler": {"evaluate": "bucket"},
     "stateful": {"accelerate_args": {"use_stateful_dataloader": True}, "evaluate": "shuffle"},
     "seedable": {"accelerate_args": {"use_seedable_sampler": True}, "evaluate": "shuffle"},
     "own-generator": {"evaluate": "generator"},
@@ -169,6 +176,7 @@ def test_gradients_that_are_dropped_are_not_captured(drill: Drill) -> None:
         ("gradients", {**PLAIN, "zero_grad": "never"}),
         ("position", FABRIC),
         ("draws", {**ACCELERATE, "augment": True}),
+        ("others", {**PLAIN, "form": "epochs", "evaluate": "persistent", "samples": 14}),
     ],
 )
 def test_negative_control_notices_what_is_not_restored(drill: Drill, what: str, spec: dict[str, Any]) -> None:

@@ -56,4 +56,11 @@ def _gradients() -> None:
     _state.LoopState.restore = restore  # type: ignore[method-assign]
 
 
-SABOTAGE = {"position": _position, "draws": _draws, "stateful": _stateful, "gradients": _gradients}
+def _others() -> None:
+    """Evaluation loaders begin anew."""
+    from moetion_lightning.integrations import _other_loaders
+
+    _other_loaders.OtherLoaders.restore = lambda self, saved: None  # type: ignore[method-assign]
+
+
+SABOTAGE = {"others": _others, "position": _position, "draws": _draws, "stateful": _stateful, "gradients": _gradients}

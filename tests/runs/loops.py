@@ -55,7 +55,8 @@ DEFAULTS: dict[str, Any] = {
     "capture": True,
     "strategy": "",
     "accelerate_args": {},
-    "evaluate": "",  # kind of a second prepared loader, gone through at each epoch's end
+    "evaluate": "",  # kind of a second loader, gone through at each epoch's end
+    "evaluate_augment": False,
     "break": "",
     "kill": None,
     "seed": 1,
@@ -216,7 +217,7 @@ def validate(bench: Bench, epoch: int) -> None:
     with torch.no_grad():
         tokens = torch.randint(0, 32, (4, 5))
         value = bench.module(tokens).float().sum()
-    seen = [batch["sample_id"].tolist() for batch in bench.evaluation]
+    seen = [[batch["sample_id"].tolist(), int(batch["tokens"].sum())] for batch in bench.evaluation]
     bench.write(epoch, 1000, value=float(value).hex(), seen=seen)
 
 
@@ -333,6 +334,10 @@ def _pieces(spec: dict[str, Any]) -> tuple[nn.Module, list[torch.optim.Optimizer
     return module, optimizers, scheduler, loader
 
 
+def _evaluation(spec: dict[str, Any]) -> Any:
+    return make_loader(spec["evaluate"], Samples(spec["samples"], augment=spec["evaluate_augment"]), spec["batch_size"])
+
+
 def _plain(spec: dict[str, Any], out: Path) -> tuple[Bench, Callable[[int, Any], None]]:
     if spec["ranks"] > 1:
         torch.distributed.init_process_group("gloo")
@@ -349,6 +354,8 @@ def _plain(spec: dict[str, Any], out: Path) -> tuple[Bench, Callable[[int, Any],
         loader = torch.utils.data.DataLoader(loader.dataset, batch_size=spec["batch_size"], sampler=sampler)
         _seed(spec["seed"] + 1000 * spec["rank"])
     bench = Bench(spec, out, module, model, optimizers, scheduler, loader, optimizers)
+    if spec["evaluate"]:
+        bench.evaluation = _evaluation(spec)
     if spec["precision"] == "fp16":
         bench.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
     if spec["average"]:
@@ -395,6 +402,8 @@ def _fabric(spec: dict[str, Any], out: Path) -> tuple[Bench, Callable[[int, Any]
     if spec["ranks"] > 1:
         _seed(spec["seed"] + 1000 * spec["rank"])
     bench = Bench(spec, out, module, model, [optimizer], scheduler, loader, optimizers, framework=fabric)
+    if spec["evaluate"]:
+        bench.evaluation = fabric.setup_dataloaders(_evaluation(spec))
     if callback is not None:
         callback.track(optimizer, scheduler=scheduler)
         bench.run = callback
@@ -423,8 +432,7 @@ def _accelerate(spec: dict[str, Any], out: Path) -> tuple[Bench, Callable[[int, 
         _seed(spec["seed"] + 1000 * spec["rank"])
     bench = Bench(spec, out, module, model, [optimizer], scheduler, loader, optimizers, framework=accelerator)
     if spec["evaluate"]:
-        samples = Samples(spec["samples"], augment=False)
-        bench.evaluation = accelerator.prepare(make_loader(spec["evaluate"], samples, spec["batch_size"]))
+        bench.evaluation = accelerator.prepare(_evaluation(spec))
     if spec["capture"]:
         bench.run = attach(accelerator, **settings(spec, out))
     return bench, accelerate_batch(bench)

@@ -136,7 +136,10 @@ class Augmented(Samples):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = super().__getitem__(index)
         tokens = sample["tokens"]
-        if self.how == "file":
+        if self.how == "rarely":
+            if index == 20:
+                tokens[0] = int(torch.randint(32, ()))
+        elif self.how == "file":
             tokens[0] = int(NOISE.integers(32))
         elif self.how == "count":  # no generator at all
             self.given += 1
@@ -248,6 +251,8 @@ SOURCES: dict[str, Callable[[Samples, int], Any]] = {
     "file": _augmented("file"),
     "count": _augmented("count"),
     "deep_workers": _augmented("deep", num_workers=2, persistent_workers=True),
+    "rarely_workers": _augmented("rarely", num_workers=3),
+    "rarely_persistent": _augmented("rarely", num_workers=3, persistent_workers=True),
     "resuming": _of(Resuming),
     "shuffled": _of(Shuffled),
     "skipping": _of(Skipping),
