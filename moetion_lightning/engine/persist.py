@@ -100,9 +100,12 @@ class Persister:
         """Persist this committed window, in the background."""
         self._count = 0
         with self._changed:
+            # One that is finite is not given up for one that is not.
+            kept = [] if manifest.finite else [waiting for waiting in self._waiting if waiting.finite]
             for superseded in self._waiting:
-                self._source.unpin(superseded.iteration)
-            self._waiting = []
+                if superseded not in kept:
+                    self._source.unpin(superseded.iteration)
+            self._waiting = kept
             self._add(manifest)
 
     def persist_all(self) -> None:
@@ -122,7 +125,7 @@ class Persister:
                 return  # else one was dropped meanwhile: a newer one is committed
 
     def _add_again(self, iteration: int, newest: int) -> bool:
-        """Persist this window, unless it is on its way or older than storage's ``newest``. Returns whether it exists."""
+        """Persist this window, unless it is on its way or older than storage's newest. Returns whether it exists."""
         with self._changed:
             if iteration <= newest or any(m.iteration == iteration for m in self._waiting) or self.is_lost:
                 return True

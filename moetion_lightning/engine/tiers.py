@@ -247,6 +247,12 @@ class Tiers:
             others = {r.manifest.iteration for r in choice.refused if r.tier == tier.name and not r.aside}
             if iteration is not None:
                 others.update(i for i in tier.windows() if i > chosen.iteration)
+            if tier is self.host:
+                # Older ones, left by a kill between a commit and their removal, and damaged ones: where two windows
+                # just fit, they would keep the next one out for ever. Aside, they give way to it.
+                others.update(tier.windows())
+                if tier is choice.tier:
+                    others.discard(chosen.iteration)
             tier.set_aside(others)
             if iteration is not None:
                 tier.mark_resumed(iteration)
@@ -311,9 +317,9 @@ class Tiers:
                         found = self.disk.read_manifest(iteration)
                         older.append(span_text(found.first_iteration, found.last_iteration))
         message = (
-            f"the run ended {ended} ({span_text(manifest.first_iteration, manifest.last_iteration)}) {count} times, and "
-            "left no later one to continue from. If it ends there again: resume=<an older iteration> takes an older "
-            f"window (on storage: {', '.join(older) or 'none; keep_persisted= keeps more'})."
+            f"the run ended {ended} ({span_text(manifest.first_iteration, manifest.last_iteration)}) {count} times, "
+            "and left no later one to continue from. If it ends there again: resume=<an older iteration> takes an "
+            f"older window (on storage: {', '.join(older) or 'none; keep_persisted= keeps more'})."
         )
         _log.warning(message)
         self._bus.emit(Notice(message=message))

@@ -535,8 +535,8 @@ class HostMemoryTier:
             before = self.used_bytes()
             self.forget_aside()
             _log.warning(
-                "%s: memory is full; the windows of an earlier course of training that lay aside are removed, before "
-                "this one has a window of its own (%s)",
+                "%s: memory is full; windows that lay aside (of an earlier course of training, or older than the one "
+                "restored) are removed, before this run has committed one (%s)",
                 self.path, bytes_text(before - self.used_bytes() + self._pool.free_bytes()),
             )  # fmt: skip
             return self._acquire(path, nbytes)

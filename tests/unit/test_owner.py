@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
@@ -255,6 +256,27 @@ def test_everything_committed_is_persisted_at_once_when_the_process_is_being_end
     assert tier.windows() == [4, 3, 1]
     persister.persist_all()
     persister.close()
+
+
+def test_a_finite_window_that_waits_is_not_given_up_for_one_that_is_not(url, memory):
+    tier = DirectoryTier(url, "job", keep=1).open()
+    persister = Persister(memory, tier, EventBus(), 1)
+    real, busy, go = tier.persist, threading.Event(), threading.Event()
+
+    def persist(*args):
+        busy.set()
+        assert go.wait(60)
+        real(*args)
+
+    tier.persist = persist
+    persister.offer(commit_window(memory, 1))
+    assert busy.wait(60)
+    persister.offer(commit_window(memory, 2))
+    persister.offer(commit_window(memory, 3))
+    persister.offer(commit_window(memory, 4, extra={"finite": False}))
+    go.set()
+    persister.close()
+    assert tier.windows() == [4, 3]
 
 
 # --- who may write there ---------------------------------------------------------------------------------------------

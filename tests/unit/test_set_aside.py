@@ -167,7 +167,7 @@ def test_memory_that_is_full_takes_what_lies_aside_and_says_so(memory, monkeypat
     size = next(iter(memory._root.files().values()))
     memory.acquire("new", 3 * size)
     assert memory.courses_aside() == []
-    assert "lay aside are removed" in caplog.text
+    assert "windows that lay aside" in caplog.text
 
 
 def test_memory_that_is_full_without_anything_aside_is_an_error(memory, monkeypatch):
