@@ -118,13 +118,18 @@ def test_variants(drill: Drill, spec: dict[str, Any]) -> None:
     check(drill, spec, [{**kill, "rank": 1}])
 
 
-@pytest.mark.parametrize("what", ["buckets", "share", "rng_of_another_rank"])
+@pytest.mark.parametrize("what", ["buckets", "rng_of_another_rank"])
 def test_a_part_left_out_is_noticed(drill: Drill, what: str) -> None:
     """Negative controls: the comparison is as sharp as it claims."""
     killed = drill.killed(DDP, [{**LATE, "rank": 1}], **{"break": what})
     assert len(read_events(killed, "RestoreApplied")) == DDP["ranks"]
     assert differences(drill.reference(DDP), killed) != []
     assert read_events(killed, "ReplayMismatch") != []
+
+
+def test_a_rank_that_reads_its_own_share_alone_is_refused(drill: Drill) -> None:
+    with pytest.raises(AssertionError, match=r"StateLostError: .*the windows of the ranks 0, 2, which hold the rest"):
+        drill.killed(DDP, [{**LATE, "rank": 1}], **{"break": "share"})
 
 
 def test_ranks_that_restore_different_windows_stop(drill: Drill) -> None:
