@@ -134,21 +134,20 @@ def copy_items(
     """
     for index, item in enumerate(items):
         target = targets[item.name]
-        kind = item.source.device.type
-        if kind == "cuda":
+        if item.source.device.type == "cuda":
             fence.copy(target, item.source)
-        elif kind == "cpu" and type(item.source) is Tensor and (item.source.data_ptr() or not item.source.numel()):
-            _copy_on_host(target, item.source)
         else:
-            raise UnsupportedStateError(
-                f"{item.name!r} is a {type(item.source).__name__} on {kind} without memory of its own: only plain tensors "
-                "on the CPU and on CUDA can be captured"
-            )
+            _copy_on_host(target, item.source)
         if progress is not None:
             progress(index + 1)
 
 
 def _copy_on_host(target: Tensor, source: Tensor) -> None:
+    if type(source) is not Tensor or source.device.type != "cpu" or (source.numel() and not source.data_ptr()):
+        raise UnsupportedStateError(
+            f"a {type(source).__name__} on {source.device} has no memory of its own that could be copied: only plain tensors "
+            "on the CPU and on CUDA can be captured"
+        )
     if target.numel() == 0:
         return
     if not (source.is_contiguous() and target.is_contiguous()):

@@ -16,6 +16,7 @@ from moetion_lightning.errors import UnsupportedStateError
 __all__ = [
     "attribute_tensors",
     "inner_optimizers",
+    "is_optimizer",
     "own_attributes",
     "parameter_tables",
     "read_attributes",

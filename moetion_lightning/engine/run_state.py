@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,15 +104,22 @@ def _read_optimizers(live: LiveState, names: Mapping[int, str]) -> dict[str, Any
         extras.append({"described": described, "tensors": tensors})
         # What cannot be read may all the same be in the optimizer's own state_dict().
         keys.append(_own_keys(optimizer) if refused else {})
-        order.append(_state_order(optimizer, names))
+        kept = _kept_by_parameter(optimizer, tables)
+        order.append({name: _order(table, optimizer, names) for name, table in kept.items()})
     return {"optimizer_extra": extras, "optimizer_keys": keys, "optimizer_order": order}
 
 
-def _state_order(optimizer: Optimizer, names: Mapping[int, str]) -> list[str] | None:
-    """Names of the parameters that the optimizer has a state of, in its order; None if it is that of the groups."""
-    state = getattr(optimizer, "state", None) or {}
-    found = [id(key) for key in state if isinstance(key, Tensor)]
-    groups = [id(p) for group in optimizer.param_groups for p in group["params"] if p in state]
+def _kept_by_parameter(optimizer: Optimizer, tables: Sequence[str]) -> dict[str, Any]:
+    """The optimizer's state and its attributes that are tables by parameter, by name."""
+    own = getattr(optimizer, "__dict__", {})
+    found = {"": getattr(optimizer, "state", None), **{name: own.get(name) for name in tables}}
+    return {name: value for name, value in found.items() if value}
+
+
+def _order(table: Mapping[Any, Any], optimizer: Optimizer, names: Mapping[int, str]) -> list[str] | None:
+    """Names of a table's parameters in its order; None if it is that of the groups."""
+    found = [id(key) for key in table if isinstance(key, Tensor)]
+    groups = [id(p) for group in optimizer.param_groups for p in group["params"] if p in table]
     return None if found == groups else [names[key] for key in found if key in names]
 
 
@@ -221,17 +228,17 @@ class EngineState:
         return missing
 
     def apply_order(self, live: LiveState) -> None:
-        """The state is dense: put the optimizers' entries into the order in which they were made."""
-        for index, (optimizer, order) in enumerate(zip(live.optimizers, self.tree["optimizer_order"])):
-            state: Any = getattr(optimizer, "state", None)
-            if not state or index in live.aliases:
-                continue
-            groups = (p for group in optimizer.param_groups for p in group["params"])
-            first = groups if order is None else (live.parameters[name] for name in order if name in live.parameters)
-            ordered = dict.fromkeys([*(p for p in first if p in state), *state])
-            entries = {key: state[key] for key in ordered}
-            state.clear()
-            state.update(entries)
+        """The state is dense: put what optimizers keep by parameter into the order in which it was made."""
+        for index, (optimizer, orders) in enumerate(zip(live.optimizers, self.tree["optimizer_order"])):
+            for name, table in _kept_by_parameter(optimizer, list(filter(None, orders))).items():
+                if not name and index in live.aliases:
+                    continue
+                groups = (p for group in optimizer.param_groups for p in group["params"])
+                order = orders.get(name)
+                first = groups if order is None else (live.parameters[n] for n in order if n in live.parameters)
+                entries = {key: table[key] for key in dict.fromkeys([*(p for p in first if p in table), *table])}
+                table.clear()
+                table.update(entries)
 
 
 def _read_metrics(module: nn.Module) -> dict[str, Any]:

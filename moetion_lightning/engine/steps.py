@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moetion_lightning.core.optimizer_parts import own_attributes
-from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.core.step_hooks import hook_steps
 
 __all__ = ["StepWatcher"]
 
@@ -68,11 +67,7 @@ class StepWatcher:
         self._handles: list[Any] = []
         self._inert = False
         for index, optimizer in enumerate(self._optimizers):
-            if hasattr(optimizer, "_optimizer_step_pre_hooks"):
-                self._handles.append(optimizer.register_step_pre_hook(self._pre_hook(index)))
-                self._handles.append(optimizer.register_step_post_hook(self._post_hook(index)))
-            else:
-                self._handles.append(_Wrapped(optimizer, self._pre_hook(index), self._post_hook(index)))
+            self._handles += hook_steps(optimizer, self._pre_hook(index), self._post_hook(index))
 
     def take(self) -> tuple[int, ...]:
         """Real steps of each optimizer since the last call."""
@@ -151,43 +146,6 @@ class StepWatcher:
 def _closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
     closure = kwargs.get("closure", args[_CLOSURE] if len(args) > _CLOSURE else None)
     return closure if callable(closure) else None
-
-
-class _Wrapped:
-    """A ``step`` that is wrapped on its instance."""
-
-    def __init__(self, optimizer: Any, before: Callable[..., Any], after: Callable[..., None]) -> None:
-        self._optimizer = optimizer
-        original = optimizer.step
-
-        @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            changed = before(optimizer, (optimizer, *args), kwargs)
-            if changed is not None:
-                (_, *args), kwargs = changed  # type: ignore[assignment]
-            result = original(*args, **kwargs)
-            after(optimizer, (optimizer, *args), kwargs)
-            return result
-
-        self._step = step
-        self._replaced = getattr(optimizer, "__dict__", {}).get("step")
-        try:
-            optimizer.step = step
-        except AttributeError as error:
-            raise ConfigurationError(
-                f"the optimizer {type(optimizer).__name__} has neither torch's step hooks nor a step that can be replaced, "
-                "so its steps cannot be seen. Derive it from torch.optim.Optimizer and call super().__init__() in its "
-                "__init__, or drop its __slots__."
-            ) from error
-
-    def remove(self) -> None:
-        """Put the original back, unless somebody else has wrapped it since."""
-        own = vars(self._optimizer)
-        if own.get("step") is self._step:
-            if self._replaced is None:
-                del own["step"]
-            else:
-                own["step"] = self._replaced
 
 
 def _settings(optimizer: Any) -> dict[str, Any]:

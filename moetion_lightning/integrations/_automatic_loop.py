@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from moetion_lightning.core.step_hooks import hook_steps
 from moetion_lightning.errors import ForeignWindowError
 from moetion_lightning.integrations._automatic_saves import OwnSaves
 from moetion_lightning.integrations._loaders import Followed, follow
@@ -70,7 +71,7 @@ class AutomaticLoop(AcceleratedLoop):
         self._stop_warning()
         self._put_aside()
         raw = [unwrap_optimizer(optimizer) for optimizer in accelerator._optimizers]
-        self._on_step = [optimizer.register_step_pre_hook(self._steps_now) for optimizer in raw]
+        self._on_step = [handle for optimizer in raw for handle in hook_steps(optimizer, self._steps_now)]
         self._saves = OwnSaves(lambda: self.on_the_way or self.replaying)
         if self.on_the_way:
             self._saves.begin()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moetion_lightning.core.local import local
+from moetion_lightning.core.optimizer_parts import inner_optimizers
+from moetion_lightning.core.step_hooks import hook_steps
 
 __all__ = ["LastingGradients"]
 
@@ -32,7 +34,9 @@ class LastingGradients:
         self.lasts: bool | None = None
         self._watched: dict[str, int] = {}
         self._handles: dict[str, Any] = {}
-        self._on_step = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+        # It may be the optimizer inside another one alone whose step is called.
+        everyone = inner_optimizers(optimizers)
+        self._on_step = [handle for optimizer in everyone for handle in hook_steps(optimizer, self._before_step)]
 
     def capture(self) -> dict[str, Tensor]:
         """The gradients that are part of the state, by parameter; watches what becomes of them."""

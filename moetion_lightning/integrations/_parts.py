@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from moetion_lightning.core.generators import find_generators, is_generator
+from moetion_lightning.core.optimizer_parts import is_optimizer
 from moetion_lightning.errors import ConfigurationError
 
 __all__ = ["Parts", "is_stateful", "unwrap_optimizer"]
@@ -102,9 +103,10 @@ class Parts:
         several = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
         for optimizer in several:
             raw = unwrap_optimizer(optimizer)
-            if not isinstance(raw, Optimizer):
+            if not is_optimizer(raw):
                 raise ConfigurationError(
-                    f"{where}: {type(optimizer).__name__} as optimizer; expected a torch.optim.Optimizer"
+                    f"{where}: {type(optimizer).__name__} as optimizer; expected a torch.optim.Optimizer, or "
+                    "what has its param_groups and step()"
                 )
             if not any(raw is known for known in self.optimizers):
                 self.optimizers.append(raw)

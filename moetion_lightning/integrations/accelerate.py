@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from moetion_lightning.core.instance_patches import InstancePatches
+from moetion_lightning.core.step_hooks import hook_steps
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.integrations._other_loaders import OtherLoader
 from moetion_lightning.integrations._parts import Parts, unwrap_optimizer
@@ -156,7 +157,7 @@ class AcceleratedLoop(GuidedLoop):
         self._patches.put(accelerator, "load_state", load_state)
         self._patches.put(accelerator, "end_training", end_training)
         raw = [unwrap_optimizer(optimizer) for optimizer in accelerator._optimizers]
-        self._warning = [optimizer.register_step_post_hook(self._warn) for optimizer in raw]
+        self._warning = [handle for optimizer in raw for handle in hook_steps(optimizer, after=self._warn)]
 
     def _warn(self, *args: Any) -> None:
         self._stop_warning()

@@ -22,6 +22,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "plain-fp16-skipped-step": {**PLAIN, "precision": "fp16", "overflow_at": 6},
     "plain-fp16-fused-adam": {**PLAIN, "precision": "fp16", "optimizer": "adamw_fused", "overflow_at": 6, "clip": 0},
     "plain-two-optimizers": {**PLAIN, "second_optimizer": True},
+    "plain-wrapped-optimizer": {**PLAIN, "optimizer": "lookahead_without_init"},
     "plain-average": {**PLAIN, "average": True, "precision": "bf16"},
     "plain-workers": {**PLAIN, "loader": "workers", "augment": True},
     "plain-persistent-workers": {**PLAIN, "loader": "persistent", "form": "epochs", "augment": True},

@@ -28,6 +28,7 @@ from moetion_lightning.testing.compare import flatten_state, write_state
 from moetion_lightning.testing.faults import KillAt
 from tests.runs.data import Samples, make_loader
 from tests.runs.models import Body, make_optimizer
+from tests.runs.optimizers import MADE
 from tests.runs.ranks import suffix
 
 DEFAULTS: dict[str, Any] = {
@@ -324,6 +325,8 @@ def _pieces(spec: dict[str, Any]) -> tuple[nn.Module, list[torch.optim.Optimizer
         head = [p for name, p in module.named_parameters() if name.startswith("norms")]
         rest = [p for p in parameters if not any(p is q for q in head)]
         optimizers = [make_optimizer(spec["optimizer"], rest, spec["lr"]), torch.optim.SGD(head, 0.01, momentum=0.9)]
+    elif spec["optimizer"] in MADE:
+        optimizers = [MADE[spec["optimizer"]](parameters)]
     else:
         optimizers = [make_optimizer(spec["optimizer"], parameters, spec["lr"])]
     if spec["form"] == "flat":
