@@ -145,8 +145,8 @@ def copy_items(
 def _copy_on_host(target: Tensor, source: Tensor) -> None:
     if type(source) is not Tensor or source.device.type != "cpu" or (source.numel() and not source.data_ptr()):
         raise UnsupportedStateError(
-            f"a {type(source).__name__} on {source.device} has no memory of its own that could be copied: only plain tensors "
-            "on the CPU and on CUDA can be captured"
+            f"a {type(source).__name__} on {source.device} has no memory of its own that could be copied: only plain "
+            "tensors on the CPU and on CUDA can be captured"
         )
     if target.numel() == 0:
         return

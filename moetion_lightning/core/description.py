@@ -1,9 +1,9 @@
 """What an optimizer keeps, as JSON and plain tensors, and back.
 
 An optimizer may keep anything: numbers, nested containers, tensors with strides of their own, tensor subclasses, sparse
-tensors, objects of the user's classes. All of it is taken apart down to plain dense tensors and JSON. Nothing of what is
-read back is run as code: classes are found by name among those that the process has loaded, their instances are made
-without calling them. What cannot be taken apart is refused with its path.
+tensors, objects of the user's classes. All of it is taken apart down to plain dense tensors and JSON. Nothing of what
+is read back is run as code: classes are found by name among those that the process has loaded, their instances are
+made without calling them. What cannot be taken apart is refused with its path.
 
 A description is one JSON object, whose key says what it is (``{"f": "0x1.8p+1"}`` is a float); the tensors in it are
 named by paths (``{"t": "0.exp_avg"}``) and travel beside it.
@@ -31,8 +31,8 @@ _FACTORIES: dict[str, type] = {kind.__name__: kind for kind in (list, dict, set,
 _DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 _MAX_INT_BITS = 100  # longer numbers are written in hexadecimal: readers of JSON bound their length
 _REMEDY = (
-    "Tensors, numbers, strings, None, containers of them, and objects of ordinary classes that hold nothing else can be "
-    "captured"
+    "Tensors, numbers, strings, None, containers of them, and objects of ordinary classes that hold nothing else can "
+    "be captured"
 )
 
 
@@ -116,15 +116,15 @@ class Describer:
             return self._wrapper(plain, path)
         if plain.layout is not torch.strided or plain.is_quantized or plain.device.type == "meta":
             raise UnsupportedStateError(
-                f"{self._where} holds {path!r}, a tensor of layout {plain.layout}, dtype {plain.dtype} on {plain.device}. "
-                "Dense tensors, sparse COO tensors and subclasses with __tensor_flatten__ can be captured"
+                f"{self._where} holds {path!r}, a tensor of layout {plain.layout}, dtype {plain.dtype} on "
+                f"{plain.device}. Dense tensors, sparse COO tensors and subclasses with __tensor_flatten__ can be captured"
             )
         plain = plain.resolve_conj().resolve_neg()
         rows = plain.shape == self._shape
         if distributed and not rows:
             raise UnsupportedStateError(
-                f"{self._where} holds {path!r}, a {kind.__name__} that is not sharded like its parameter. Keep it as an "
-                "ordinary tensor on every rank"
+                f"{self._where} holds {path!r}, a {kind.__name__} that is not sharded like its parameter. Keep it as "
+                "an ordinary tensor on every rank"
             )
         described: dict[str, Any] = {"t": self._name(path), "rows": rows, "cpu": plain.device.type == "cpu"}
         if not plain.is_contiguous():
@@ -457,8 +457,8 @@ def _class(name: str) -> type:
     found = _find_class(name)
     if found is None:
         raise ForeignWindowError(
-            f"the window holds an object of the class {name!r}, which this process has not loaded. Import what defines it "
-            "before training begins, as in the run that was captured"
+            f"the window holds an object of the class {name!r}, which this process has not loaded. Import what defines "
+            "it before training begins, as in the run that was captured"
         )
     return found
 

@@ -123,8 +123,8 @@ class LiveState:
         for name, tensor in [*self.parameters.items(), *self.module.named_buffers()]:
             if tensor.device.type not in DEVICES and (self._held is None or name in self.parameters):
                 raise ConfigurationError(
-                    f"{name!r} is on the device {str(tensor.device)!r}: state can be captured from the CPU and from CUDA "
-                    "only. Train on one of these (Trainer(accelerator='cpu') or 'gpu'), or without this package."
+                    f"{name!r} is on the device {str(tensor.device)!r}: state can be captured from the CPU and from "
+                    "CUDA only. Train on one of these (Trainer(accelerator='cpu') or 'gpu'), or without this package."
                 )
 
     def names(self) -> set[str]:
@@ -180,8 +180,8 @@ class LiveState:
         if len(inner_optimizers(self.optimizers)) > len(self.optimizers):
             kinds = ", ".join(type(o).__name__ for o in inner_optimizers(self.optimizers)[len(self.optimizers) :])
             return (
-                f"an optimizer ({kinds}) was made inside another one while training: a restart could not find it. Make it "
-                "before training begins."
+                f"an optimizer ({kinds}) was made inside another one while training: a restart could not find it. Make "
+                "it before training begins."
             )
         return ""
 
@@ -322,7 +322,7 @@ class LiveState:
         return self._tables
 
     def full_bytes(self, name: str) -> int:
-        """Bytes of a parameter with its optimizers' state (two moments are assumed before an optimizer's first step)."""
+        """Bytes of a parameter with its optimizers' state; before an optimizer's first step two moments are assumed."""
         parameter = self.weight(name)
         nbytes = parameter.numel() * parameter.element_size()
         states = dict(self.states(name))

@@ -20,8 +20,8 @@ def hook_steps(
 ) -> list[Any]:
     """Call functions around each ``step`` of an optimizer.
 
-    A class that only behaves like an optimizer, or whose ``__init__`` never called its base's, has none of torch's hooks:
-    its ``step`` is wrapped on the instance.
+    A class that only behaves like an optimizer, or whose ``__init__`` never called its base's, has none of torch's
+    hooks: its ``step`` is wrapped on the instance.
 
     Args:
         optimizer: A torch optimizer, or what behaves like one.
@@ -62,8 +62,8 @@ class _Wrapped:
             optimizer.step = step
         except AttributeError as error:
             raise ConfigurationError(
-                f"the optimizer {type(optimizer).__name__} has neither torch's step hooks nor a step that can be replaced, "
-                "so its steps cannot be seen. Derive it from torch.optim.Optimizer and call super().__init__() in its "
+                f"the optimizer {type(optimizer).__name__} has neither torch's step hooks nor a step that can be "
+                "replaced, so its steps cannot be seen. Derive it from torch.optim.Optimizer and call super().__init__() in its "
                 "__init__, or drop its __slots__."
             ) from error
 

@@ -39,8 +39,8 @@ def check_complete(
 ) -> tuple[tuple[SavedSlot, ...], tuple[CarriedSlot, ...]]:
     """Refuse a window of another number of ranks, or one that lacks a part of this rank's state.
 
-    Every element of every parameter is in a capture in full, with what its optimizers keep, or does not train; and until
-    its capture in full, its compute weights are in every slot.
+    Every element of every parameter is in a capture in full, with what its optimizers keep, or does not train; and
+    until its capture in full, its compute weights are in every slot.
 
     Args:
         point: The window.
@@ -57,8 +57,8 @@ def check_complete(
     manifest = point.manifest
     if manifest.world_size != world_size:
         raise ForeignWindowError(
-            f"{point.name} (rank {manifest.rank}) is of a run with {manifest.world_size} ranks, this one has {world_size}: "
-            f"it holds a part of the state. {_as_many(manifest.world_size)}"
+            f"{point.name} (rank {manifest.rank}) is of a run with {manifest.world_size} ranks, this one has "
+            f"{world_size}: it holds a part of the state. {_as_many(manifest.world_size)}"
         )
     missing = sorted(set(manifest.extra.get("shares", [])) - point.ranks)
     if missing:
@@ -74,16 +74,16 @@ def check_complete(
     if lost:
         more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise StateLostError(
-            f"{point.name} (rank {manifest.rank} of {manifest.world_size}) lacks {'; '.join(lost[:_SHOWN])}{more}. Nothing "
-            f"was restored. {_as_many(manifest.world_size)}"
+            f"{point.name} (rank {manifest.rank} of {manifest.world_size}) lacks {'; '.join(lost[:_SHOWN])}{more}. "
+            f"Nothing was restored. {_as_many(manifest.world_size)}"
         )
     return slots, carried
 
 
 def _as_many(world_size: int) -> str:
     return (
-        f"Start {world_size} rank{'s' if world_size > 1 else ''}, as before, with the memory or storage of all of them in "
-        "reach, or start afresh with resume='never' or another job_id."
+        f"Start {world_size} rank{'s' if world_size > 1 else ''}, as before, with the memory or storage of all of them "
+        "in reach, or start afresh with resume='never' or another job_id."
     )
 
 

@@ -547,8 +547,8 @@ class Engine:
     def _fall_back_to_dense(self, reason: str) -> None:
         self.policy = PacedDensePolicy(self.config.overlap_target)
         self.say_once(
-            f"{reason}: a sparse window could not be replayed exactly, so windows are dense now: one iteration each, as "
-            "often as the copies are hidden behind training",
+            f"{reason}: a sparse window could not be replayed exactly, so windows are dense now: one iteration each, "
+            "as often as the copies are hidden behind training",
             warning=True,
         )
 

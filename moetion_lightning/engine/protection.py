@@ -86,7 +86,8 @@ class Protection:
             self._lost = True
             self._say(
                 f"TRAINING IS NOT PROTECTED from iteration {iteration} on: {what}: {why}. Training goes on; a restart "
-                f"would go back to {held}. Captures are tried again ever more rarely; a message tells when one succeeds.",
+                f"would go back to {held}. Captures are tried again ever more rarely; a message tells when one "
+                "succeeds.",
                 logging.ERROR,
             )
         elif kind not in self._said and self.given_up <= _SPOKEN:

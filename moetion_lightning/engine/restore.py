@@ -32,7 +32,7 @@ PARAMETER_REFERENCE = "moetion-parameter"
 
 
 def parameter_table(named_parameters: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """Dtype and shape of every parameter in this process, as JSON; those of lazy modules that have none are left out."""
+    """Dtype and shape of every parameter in this process, as JSON; lazy ones that have no shape yet are left out."""
     return {
         n: [str(p.dtype).removeprefix("torch."), list(local(p).shape)]
         for n, p in named_parameters.items()

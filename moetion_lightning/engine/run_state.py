@@ -91,8 +91,9 @@ def build_values(point: RestorePoint | LivePoint, roots: Iterable[object]) -> No
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor's values are: equal for two tensors that show the same ones."""
     if is_wrapper(tensor):
-        parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()  # type: ignore[attr-defined]
-        inner = [getattr(tensor, part) for part in parts]
+        wrapper: Any = tensor
+        parts = wrapper.__tensor_flatten__()[0] if hasattr(wrapper, "__tensor_flatten__") else ()
+        inner = [getattr(wrapper, part) for part in parts]
         return (type(tensor), *map(_place, inner)) if inner else (id(tensor),)
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
 

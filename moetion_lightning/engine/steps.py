@@ -27,9 +27,7 @@ class StepWatcher:
     wait comes after the closure, before the update, for optimizers that are known to begin with it; others
     (sharpness-aware ones change weights first) wait before it.
 
-    Optimizers inside others are watched as well: it may be they alone whose ``step`` is called. What has none of torch's
-    hooks (a class that only behaves like an optimizer, or never called its base's ``__init__``) gets its ``step``
-    wrapped.
+    Optimizers inside others are watched as well: it may be they alone whose ``step`` is called.
 
     Args:
         optimizers: Raw optimizers, with those inside them.

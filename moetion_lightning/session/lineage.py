@@ -35,7 +35,9 @@ _MOVING_CHECKPOINTS = ("last", "latest", "best", "hpc")
 ANOTHER_CHECKPOINT = "it began from another checkpoint"
 #: Settings with which a window cannot be restored if they differ.
 _STRUCTURE = {
-    "ranks": "is of a run with {} ranks, each of which holds a part of the state; this one has {}: start as many as before",
+    "ranks": (
+        "is of a run with {} ranks, each of which holds a part of the state; this one has {}: start as many as before"
+    ),
     "optimizers": "was captured with the optimizers {}, this run has {}",
     "schedulers": "was captured with the learning-rate schedulers {}, this run has {}",
     "loaders": "was captured in a loop over {} loaders, this one has {}",

@@ -1,4 +1,4 @@
-"""Trainings with optimizers of every kind are restored exactly: inside each other, several over one parameter, any state."""
+"""Optimizers of every kind are restored exactly: inside each other, several over one parameter, with any state."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moetion_lightning.core.operators import Operator, OperatorKind, Piece
 from moetion_lightning.core.state import LiveState, read_slot, write_active, write_compute
+from moetion_lightning.core.step_hooks import hook_steps
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.errors import ConfigurationError, OperatorError, UnsupportedStateError
 from tests.runs.optimizers import Handmade, Lookahead, Quantised, SharpnessAware
@@ -185,9 +186,12 @@ KINDS: dict[str, Any] = {
     "numpy": {"a": np.arange(6).reshape(2, 3), "n": np.float32(0.1)},
     "torch": {"d": torch.float16, "dev": torch.device("cpu"), "size": torch.Size([2, 3])},
     "objects": {"kept": Kept(3, torch.eye(2)), "colour": Colour.RED},
-    "strides": {"t": wide(3, 4), "e": torch.randn(3, 1).expand(3, 4), "cl": torch.randn(1, 2, 3, 4).to(memory_format=torch.channels_last)},
+    "strides": {
+        "t": wide(3, 4), "e": torch.randn(3, 1).expand(3, 4),
+        "cl": torch.randn(1, 2, 3, 4).to(memory_format=torch.channels_last),
+    },
     "parameter": {"p": nn.Parameter(torch.ones(2)), "frozen": nn.Parameter(torch.ones(2), requires_grad=False)},
-    "sparse": {"s": torch.sparse_coo_tensor(torch.tensor([[0, 1, 0]]), torch.tensor([1.0, 2.0, 3.0]), (4,), check_invariants=True)},
+    "sparse": {"s": torch.sparse_coo_tensor([[0, 1, 0]], [1.0, 2.0, 3.0], (4,), check_invariants=True)},
     "subclass": {"m": Quantised.of(torch.randn(4, 3)), "in": [Quantised.of(torch.randn(2))]},
 }  # fmt: skip
 
@@ -304,8 +308,9 @@ def test_what_was_only_declared_elementwise_is_told() -> None:
 
     net = Net()
     name = f"{Mine.__module__}.{Mine.__qualname__}"
-    assert LiveState(net, [Mine(net.parameters(), lr=0.1)], elementwise=[name, "other.One"]).declared_elementwise() == [name]
-    assert LiveState(net, [torch.optim.SGD(net.parameters(), lr=0.1)], elementwise=[name]).declared_elementwise() == []
+    mine, known = Mine(net.parameters(), lr=0.1), torch.optim.SGD(net.parameters(), lr=0.1)
+    assert LiveState(net, [mine], elementwise=[name, "other.One"]).declared_elementwise() == [name]
+    assert LiveState(net, [known], elementwise=[name]).declared_elementwise() == []
 
 
 @pytest.mark.parametrize(
@@ -337,7 +342,11 @@ def test_steps_are_seen_of_what_has_no_hooks() -> None:
     optimizer = Handmade(net.parameters())
     order: list[str] = []
     watcher = StepWatcher(
-        [optimizer], [False], lambda index: order.append("before"), lambda: order.append("done"), lambda index: None  # type: ignore[list-item]
+        [optimizer],  # type: ignore[list-item]
+        [False],
+        lambda index: order.append("before"),
+        lambda: order.append("done"),
+        lambda index: None,
     )
     optimizer.step(lambda: order.append("closure"))
     assert watcher.take() == (1,)
@@ -354,7 +363,7 @@ def test_an_optimizer_whose_steps_cannot_be_seen_is_refused() -> None:
         def step(self) -> None: ...
 
     with pytest.raises(ConfigurationError, match="Closed has neither torch's step hooks"):
-        StepWatcher([Closed()], [False], lambda index: None, lambda: None, lambda index: None)  # type: ignore[list-item]
+        hook_steps(Closed())
 
 
 def test_unsupported_optimizer_state_is_named() -> None:
