@@ -18,7 +18,8 @@ from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.partition import build_operators
 from moetion_lightning.core.policy import PolicyContext, Sizes, SlotPlan, SparsePolicy
 from moetion_lightning.core.reconstruct import Reconstruction, SavedSlot
-from moetion_lightning.core.state import LiveState, read_slot
+from moetion_lightning.core.slot_contents import read_slot
+from moetion_lightning.core.state import LiveState
 
 __all__ = ["run_frozen", "saving"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moetion_lightning.core.digests import sample_positions
-from moetion_lightning.core.state import CopyItem
+from moetion_lightning.core.slot_contents import CopyItem
 from moetion_lightning.errors import UnsupportedStateError
 
 __all__ = ["CaptureThread", "DeviceFence", "copy_items", "measure_bandwidth"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moetion_lightning.core.description import Describer, Rebuilder
+from moetion_lightning.core.description import Describer
+from moetion_lightning.core.rebuilding import Rebuilder
 from moetion_lightning.errors import UnsupportedStateError
 
 __all__ = [

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetion_lightning.core.operators import Operator, OperatorKind
-from moetion_lightning.core.state import LiveState, TensorLoader, write_active, write_compute
+from moetion_lightning.core.slot_contents import TensorLoader, write_active, write_compute
+from moetion_lightning.core.state import LiveState
 
 __all__ = ["CarriedSlot", "Reconstruction", "SavedSlot"]
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from moetion_lightning.core.capture import measure_bandwidth
-from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.layouts import MoELayer
+from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.partition import OperatorSet, build_operators
 from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, Sizes, SparsePolicy, WindowPlan
-from moetion_lightning.core.state import LiveState, read_slot
+from moetion_lightning.core.slot_contents import read_slot
+from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.ranks import Agreed, RankLayout, Ranks
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
 from moetion_lightning.engine.shares import Shares

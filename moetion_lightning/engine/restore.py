@@ -17,7 +17,8 @@ from moetion_lightning.core.lazy import materialize
 from moetion_lightning.core.local import local
 from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.reconstruct import CarriedSlot, SavedSlot
-from moetion_lightning.core.state import LiveState, TensorLoader
+from moetion_lightning.core.slot_contents import TensorLoader
+from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.static_state import static_weight, write_static
 from moetion_lightning.errors import ForeignWindowError, StoreError
 from moetion_lightning.store.format import Manifest, SnapshotLayout

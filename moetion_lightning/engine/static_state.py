@@ -10,10 +10,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from moetion_lightning.core.description import Describer, Rebuilder
+from moetion_lightning.core.description import Describer
 from moetion_lightning.core.local import is_wrapper
 from moetion_lightning.core.operators import Piece
-from moetion_lightning.core.state import LiveState, read_kept, write_kept
+from moetion_lightning.core.rebuilding import Rebuilder
+from moetion_lightning.core.slot_contents import read_kept, write_kept
+from moetion_lightning.core.state import LiveState
 from moetion_lightning.errors import ForeignWindowError
 
 __all__ = ["read_static", "static_bytes", "static_digest", "static_weight", "weight_parts", "write_static"]

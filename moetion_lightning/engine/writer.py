@@ -15,7 +15,8 @@ from moetion_lightning.core.capture import CaptureThread, copy_items
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import SlotPlan, WindowPlan
-from moetion_lightning.core.state import CopyItem, LiveState, SlotContents, read_slot
+from moetion_lightning.core.slot_contents import CopyItem, SlotContents, read_slot
+from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.finiteness import record_is_finite, weights_are_finite
 from moetion_lightning.engine.replay_record import BatchToCome
 from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole, piece_at

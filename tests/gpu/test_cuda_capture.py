@@ -12,7 +12,7 @@ import torch
 from moetion_lightning.callbacks import SparseExpertCheckpoint
 from moetion_lightning.core.capture import CaptureThread, DeviceFence, copy_items
 from moetion_lightning.core.digests import digest_of, sample_positions
-from moetion_lightning.core.state import CopyItem
+from moetion_lightning.core.slot_contents import CopyItem
 
 pytestmark = [
     pytest.mark.gpu,

@@ -27,9 +27,9 @@ def _activation() -> None:
 
 
 def _adam_step() -> None:
-    from moetion_lightning.core import reconstruct, state
+    from moetion_lightning.core import reconstruct, slot_contents
 
-    original = state.write_active
+    original = slot_contents.write_active
 
     def write_active(live: Any, operators: Any, load: Any, scalars: Any) -> None:
         operators = list(operators)
@@ -45,14 +45,14 @@ def _adam_step() -> None:
 
 def _one_optimizer() -> None:
     """Only the first optimizer's state of a parameter comes back."""
-    from moetion_lightning.core import state
+    from moetion_lightning.core import slot_contents
 
-    original = state.write_kept
+    original = slot_contents.write_kept
 
     def write_kept(live: Any, piece: Any, load: Any, saved: Any) -> None:
         original(live, piece, load, {index: entry for index, entry in saved.items() if index == "0"})
 
-    state.write_kept = write_kept
+    slot_contents.write_kept = write_kept
 
 
 def _rng() -> None:

@@ -18,7 +18,7 @@ from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.lost_tokens import LostTokens
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.run_state import get_rng, set_rng
-from moetion_lightning.core.state import CopyItem
+from moetion_lightning.core.slot_contents import CopyItem
 from moetion_lightning.errors import UnsupportedStateError
 
 # --- compute dtype ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moetion_lightning.core.operators import Operator, OperatorKind, Piece
-from moetion_lightning.core.state import LiveState, read_slot, write_active, write_compute
+from moetion_lightning.core.slot_contents import read_slot, write_active, write_compute
+from moetion_lightning.core.state import LiveState
 from moetion_lightning.core.step_hooks import hook_steps
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.errors import ConfigurationError, OperatorError, UnsupportedStateError
