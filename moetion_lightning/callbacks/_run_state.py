@@ -143,6 +143,9 @@ class LightningRunState:
             roots["datamodule"] = self._trainer.datamodule  # type: ignore[attr-defined]
         for index, callback in enumerate(self._trainer.callbacks):  # type: ignore[attr-defined]
             roots[f"callback{index}"] = callback
+        for index, optimizer in enumerate(self._trainer.optimizers):
+            if not is_framework(type(optimizer)):
+                roots[f"optimizer{index}"] = optimizer
         return {**roots, **self._data.all_loaders()}
 
 

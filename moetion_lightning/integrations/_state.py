@@ -111,7 +111,8 @@ class LoopState:
 
     def _roots(self) -> dict[str, object]:
         parts = self._parts
-        return {"module": parts.module, **parts.generators, **parts.stateful, **self._position.parts()}
+        optimizers = {f"optimizer{i}": o for i, o in enumerate(parts.optimizers) if not is_framework(type(o))}
+        return {"module": parts.module, **optimizers, **parts.generators, **parts.stateful, **self._position.parts()}
 
     def users_objects(self) -> list[object]:
         """Objects that reach the classes of what was captured."""

@@ -271,6 +271,17 @@ class Quantised(Tensor):
         raise NotImplementedError(str(function))
 
 
+class Rounding(PerParameter):
+    """Draws from a generator of its own."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self.noise = torch.Generator().manual_seed(9)
+
+    def update(self, p: Tensor, gradient: Tensor, state: Any, group: dict[str, Any]) -> None:
+        p.sub_(gradient + 0.01 * torch.randn(p.shape, generator=self.noise), alpha=group["lr"])
+
+
 class EightBit(PerParameter):
     def update(self, p: Tensor, gradient: Tensor, state: Any, group: dict[str, Any]) -> None:
         if not state:
@@ -395,6 +406,7 @@ MADE: dict[str, Callable[[list[Any]], Any]] = {
     "preconditioned": Preconditioned,
     "projecting": Projecting,
     "eight_bit": EightBit,
+    "rounding": Rounding,
 }
 MODULES: dict[str, type[pl.LightningModule]] = {
     "with_optimizer": WithOptimizer,
