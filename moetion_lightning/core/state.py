@@ -279,11 +279,17 @@ class LiveState:
     def states(self, name: str) -> list[tuple[int, Any]]:
         """What optimizers keep of a parameter in their ``state``, each with the optimizer's index."""
         parameter = self.parameters[name]
-        found = ((i, state_of(self.optimizers[i]).get(parameter)) for i in self.owners[name] if i not in self.aliases)
-        return [(index, state) for index, state in found if state is not None]
+        found = []
+        for index in self.owners[name]:
+            state = state_of(self.optimizers[index]).get(parameter)
+            if state is not None and index not in self.aliases:
+                found.append((index, state))
+        return found
 
     def tables(self, name: str) -> list[tuple[int, str, Any]]:
         """What optimizers keep of a parameter in attributes that are tables by parameter: index, attribute, value."""
+        if not any(self._tables):
+            return []
         parameter = self.parameters[name]
         return [
             (index, attribute, vars(self.optimizers[index])[attribute][parameter])
@@ -300,11 +306,10 @@ class LiveState:
         """Bytes of a parameter with its optimizers' state; before an optimizer's first step two moments are assumed."""
         parameter = self.weight(name)
         nbytes = parameter.numel() * parameter.element_size()
-        states = dict(self.states(name))
+        for _, state in self.states(name):
+            nbytes += _bytes_in(state)
         for index in self.owners[name]:
-            if index in states:
-                nbytes += _bytes_in(states[index])
-            elif index not in self.aliases and not state_of(self.optimizers[index]):
+            if index not in self.aliases and not state_of(self.optimizers[index]):
                 nbytes += parameter.numel() * _OPTIONAL_STATE_BYTES_PER_ELEMENT
         return nbytes + sum(_bytes_in(value) for _, _, value in self.tables(name))
 
@@ -318,8 +323,8 @@ def state_of(optimizer: Optimizer) -> Mapping[Any, Any]:
 def _has_rows(value: object, parameter: Tensor) -> bool:
     """Whether a state consists of tensors laid out like the parameter and of values that belong to no element."""
     if isinstance(value, Tensor):
-        dense = value.layout is torch.strided and not is_wrapper(local(value))
-        return value.dim() == 0 or (dense and value.shape == parameter.shape)
+        plain = type(value) is Tensor or not is_wrapper(local(value))
+        return value.dim() == 0 or (plain and value.layout is torch.strided and value.shape == parameter.shape)
     if isinstance(value, Mapping):
         return all(_has_rows(item, parameter) for item in value.values())
     if isinstance(value, (list, tuple)):
@@ -328,6 +333,8 @@ def _has_rows(value: object, parameter: Tensor) -> bool:
 
 
 def _bytes_in(value: object) -> int:
+    if type(value) is Tensor and value.layout is torch.strided:
+        return value.numel() * value.element_size()
     if isinstance(value, Tensor):
         value = local(value)
         if is_wrapper(value) and hasattr(value, "__tensor_flatten__"):
