@@ -173,7 +173,7 @@ class WindowCommitted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ProtectionChanged(Event):
-    """Whether a failure now would be survived: a window is there to go back to, and captures succeed; else the reason."""
+    """Whether a failure now would be survived: there is a window to go back to, and captures succeed; else why not."""
 
     protected: bool
     reason: str

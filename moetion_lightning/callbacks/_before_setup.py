@@ -1,7 +1,7 @@
 """A hook before all ``setup`` hooks, which Lightning's callbacks do not have.
 
-A trainer makes its loggers' experiments before it calls ``setup``: a new version directory, a new remote run, a CSV file
-that is emptied. A run that continues must say so earlier.
+A trainer makes its loggers' experiments before it calls ``setup``: a new version directory, a new remote run, a CSV
+file that is emptied. A run that continues must say so earlier.
 """
 
 from __future__ import annotations

@@ -40,9 +40,10 @@ class EpochStart:
 
         def on_advance_start() -> None:
             undo()
-            started = fit_loop.epoch_progress.total.started
+            total: Any = fit_loop.epoch_progress.total
+            started = total.started
             original()
-            if fit_loop.epoch_progress.total.started == started:
+            if total.started == started:
                 self._call()
 
         undo = self._patches.put(fit_loop, "on_advance_start", on_advance_start)

@@ -6,12 +6,13 @@ Nothing here depends on a logger's library: what names a run is an attribute of 
 from __future__ import annotations
 
 import csv
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from moetion_lightning.core.instance_patches import InstancePatches
 
@@ -74,7 +75,7 @@ class RunLoggers:
                 continue
             if type(logger).__name__ == "TensorBoardLogger" and getattr(logger, "_experiment", None) is None:
                 logger._kwargs["purge_step"] = step  # steps that are done again replace those of the failed process
-                self._undo.append(lambda logger=logger: logger._kwargs.pop("purge_step", None))
+                self._undo.append(functools.partial(logger._kwargs.pop, "purge_step", None))
             if before["csv"] is not None:
                 _make_csv_experiment(logger)
 

@@ -186,9 +186,14 @@ class Describer:
             return {"dd": [None if factory is None else factory.__name__, self._pairs(value, path)]}
         if kind is torch.Size:
             return {"size": list(value)}
-        if isinstance(value, tuple) and hasattr(kind, "_fields") and kind.__new__ is not tuple.__new__:
+        if (
+            isinstance(value, tuple)
+            and hasattr(kind, "_fields")
+            and getattr(kind, "__new__", None) is not tuple.__new__
+        ):
             return {"nt": self._class(kind, path), "items": self._items(value, path)}
-        tag = {list: "l", tuple: "u", set: "set", frozenset: "fset"}.get(kind)
+        tags: dict[type, str] = {list: "l", tuple: "u", set: "set", frozenset: "fset"}
+        tag = tags.get(kind)
         if tag is not None:
             return {tag: self._items(value, path)}
         if kind is deque:
@@ -275,7 +280,8 @@ def find_class(name: str) -> type | None:
 
 
 def _subclasses(kind: type, seen: set[type]) -> Iterator[type]:
-    for child in type.__subclasses__(kind):
+    children: list[type] = type.__subclasses__(kind)
+    for child in children:
         if child not in seen:
             seen.add(child)
             yield child

@@ -230,17 +230,17 @@ def rng_digests() -> dict[str, str]:
     found = {
         "python": f"{hash(words) & (1 << 64) - 1:016x}" + ("" if gauss is None else float(gauss).hex()),
         "numpy": xxhash.xxh3_64_hexdigest(_numpy_state()),
-        "torch": xxhash.xxh3_64_hexdigest(torch.get_rng_state().numpy()),
+        "torch": xxhash.xxh3_64_hexdigest(torch.get_rng_state().numpy().data),
     }
     if torch.cuda.is_initialized():
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            found[f"cuda:{index}"] = xxhash.xxh3_64_hexdigest(state.numpy())
+            found[f"cuda:{index}"] = xxhash.xxh3_64_hexdigest(state.numpy().data)
     return found
 
 
 def _numpy_state() -> bytes:
     """The state of numpy's global generator; of the usual kind where it lies, since ``get_state`` takes 40 us."""
-    generator: Any = np.random.get_bit_generator()
+    generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is np.random.MT19937:
         return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
     return repr(np.random.get_state(legacy=False)).encode()

@@ -92,7 +92,8 @@ def describe(value: Any, is_object: Callable[[object], bool] | None) -> Kept | N
         return Kept("enum", name, value.name) if member else Kept("flag", name, value.value)
     if isinstance(value, tuple):
         return Kept("namedtuple", name, list(value)) if hasattr(kind, "_fields") else None
-    for base in (OrderedDict, dict, list, set):
+    bases: tuple[Any, ...] = (OrderedDict, dict, list, set)
+    for base in bases:
         if isinstance(value, base):
             items: list[Any] = list(base.items(value) if issubclass(base, dict) else base.__iter__(value))
             kept_as = "dict" if issubclass(base, dict) else base.__name__
@@ -265,6 +266,7 @@ class Reviver:
             return self._reference(value.items[1], live)
         if value.kind == "tensor":
             return self._on_device(value, live)
+        made: Any
         if value.kind == "namespace":
             made = live if type(live) is _NAMESPACES[value.name] and self._claim(live) else _NAMESPACES[value.name]()
             self._done[id(value)] = (value, made)
@@ -280,15 +282,16 @@ class Reviver:
         elif value.kind == "object":
             raise MissingClassError(f"there is no {value.name.replace(':', '.')} at its place yet")
         else:
-            made = kind.__new__(kind)
+            make: Any = kind.__new__  # no code of an `__init__` runs
+            made = make(kind)
         self._done[id(value)] = (value, made)
         if value.kind == "dict":
             self._fill_dict(made, value.items)
         elif value.kind in ("list", "set"):
-            base = {"list": list, "set": set}[value.kind]
+            base: Any = {"list": list, "set": set}[value.kind]
             items = [self.revive(item) for item in value.items]
             base.clear(made)
-            (list.extend if base is list else set.update)(made, items)
+            (base.extend if base is list else base.update)(made, items)
         self._set_attributes(made, value, exact=value.kind != "object")
         return made
 

@@ -22,4 +22,4 @@ def materialize(module: nn.Module, shapes: Mapping[str, Sequence[int]], dtypes: 
     tensors: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, tensor in tensors.items():
         if is_lazy(tensor) and name in shapes:
-            tensor.materialize(tuple(shapes[name]), dtype=dtypes[name])  # type: ignore[attr-defined]
+            tensor.materialize(tuple(shapes[name]), dtype=dtypes[name])

@@ -24,7 +24,7 @@ def local(tensor: Tensor) -> Tensor:
             tensor = tensor.to_local()
         tensor = tensor.detach()
     if type(tensor) is not Tensor and not is_wrapper(tensor):
-        return tensor.as_subclass(Tensor)  # type: ignore[arg-type]
+        return tensor.as_subclass(Tensor)
     return tensor
 
 

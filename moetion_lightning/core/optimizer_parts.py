@@ -170,7 +170,7 @@ def write_attributes(
             optimizer.state.update(rebuilder.rebuild(description, optimizer.state))
         elif not stateful:
             own[attribute] = rebuilder.rebuild(description, current)
-        elif _is_stateful(current):
+        elif current is not None and _is_stateful(current):
             current.load_state_dict(rebuilder.rebuild(description))
 
 

@@ -59,9 +59,9 @@ class PackedLists:
         known = self._known.get(id(values))
         if known is not None:
             count = len(known.values)
-            if len(values) >= count and all(map(operator.is_, known.values, values)):
-                if sum(map(_version, known.values)) == known.versions:
-                    return self._grown(known, values, count)
+            same = len(values) >= count and all(map(operator.is_, known.values, values))
+            if same and sum(map(_version, known.values)) == known.versions:
+                return self._grown(known, values, count)
             del self._known[id(values)]
         packed = pack(values)
         if packed is not None and not any(t.requires_grad or t.is_inference() for t in values):

@@ -98,7 +98,7 @@ class Rebuilder:
             return target
         if kind is nn.Parameter:
             return nn.Parameter(target, requires_grad=described["parameter"])
-        return target.as_subclass(kind)  # type: ignore[arg-type]
+        return target.as_subclass(kind)
 
     def _kind(self, described: Mapping[str, Any]) -> type:
         if "parameter" in described:

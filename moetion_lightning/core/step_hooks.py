@@ -51,7 +51,7 @@ class _Wrapped:
         def step(*args: Any, **kwargs: Any) -> Any:
             changed = before(optimizer, (optimizer, *args), kwargs)
             if changed is not None:
-                (_, *args), kwargs = changed  # type: ignore[assignment]
+                (_, *args), kwargs = changed
             result = original(*args, **kwargs)
             after(optimizer, (optimizer, *args), kwargs)
             return result
@@ -63,8 +63,8 @@ class _Wrapped:
         except AttributeError as error:
             raise ConfigurationError(
                 f"the optimizer {type(optimizer).__name__} has neither torch's step hooks nor a step that can be "
-                "replaced, so its steps cannot be seen. Derive it from torch.optim.Optimizer and call super().__init__() "
-                "in its __init__, or drop its __slots__."
+                "replaced, so its steps cannot be seen. Derive it from torch.optim.Optimizer and call "
+                "super().__init__() in its __init__, or drop its __slots__."
             ) from error
 
     def remove(self) -> None:

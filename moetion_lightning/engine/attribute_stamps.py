@@ -22,8 +22,10 @@ __all__ = ["FIXED_TYPES", "stamp"]
 
 #: Values of these types cannot change in place.
 FIXED_TYPES = frozenset(
-    (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-    + (datetime.date, datetime.datetime, datetime.timedelta)
+    (
+        *(type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size),
+        *(datetime.date, datetime.datetime, datetime.timedelta),
+    )
 )
 _WHOLE_BYTES = 1 << 20  # larger tensors and arrays are stamped by a sample
 _SAMPLE = 4096
@@ -98,7 +100,7 @@ def _stamp_tensor(value: Tensor) -> Any:
 def _digest_tensor(value: Tensor) -> int:
     if not value.numel():
         return 0
-    return xxhash.xxh3_64_intdigest(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return xxhash.xxh3_64_intdigest(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _digest_array(value: np.ndarray[Any, Any]) -> Any:

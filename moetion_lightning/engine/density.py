@@ -30,8 +30,8 @@ def why_dense(live: LiveState, watcher: StepWatcher, steps: Sequence[int]) -> st
     stepped = [index for index, count in enumerate(steps) if count]
     for first, second in itertools.combinations(stepped, 2):
         if live.shares_parameters(first, second):
-            names = f"{type(live.optimizers[first]).__name__} and {type(live.optimizers[second]).__name__}"
-            return f"{names} step within one iteration and update the same parameters"
+            both = f"{type(live.optimizers[first]).__name__} and {type(live.optimizers[second]).__name__}"
+            return f"{both} step within one iteration and update the same parameters"
     if max(steps) > 1:
         return f"an optimizer stepped {max(steps)} times within one iteration"
     if watcher.self_tuning:

@@ -172,7 +172,7 @@ def _copy(manifest: Manifest, source: HostMemoryTier, part: _Part) -> FileRecord
 
 
 def _tensors(op: Mapping[str, Any], scalars: Mapping[str, Any]) -> Iterator[str]:
-    """Names of an operator's tensors in a snapshot: as :func:`moetion_lightning.core.slot_contents.read_slot` gives them."""
+    """Names of an operator's tensors in a snapshot, as :func:`~.core.slot_contents.read_slot` has them."""
     for parameter, start, stop in op["pieces"]:
         key = parameter if start is None else f"{parameter}[{start}:{stop}]"
         yield f"w:{key}"

@@ -170,8 +170,8 @@ def likely_causes(differences: Sequence[Difference], compared: Sequence[str], su
     if suspects.elementwise:
         names = ", ".join(suspects.elementwise)
         causes.append(
-            f"elementwise_optimizers= declares {names}: if its update of an element depends on other elements, leave it "
-            "out there"
+            f"elementwise_optimizers= declares {names}: if its update of an element depends on other elements, leave "
+            "it out there"
         )
     if keys & {"losses", "gradients"}:
         same = " although the batches are the same" if "batches" in compared else ""

@@ -23,14 +23,18 @@ NOT_FOLLOWED = (
     *(type, types.ModuleType, types.FunctionType, types.MethodType, Iterator),
 )
 _FRAMEWORKS = frozenset(
-    ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "moetion_lightning", "torchmetrics")
-    + ("transformers", "accelerate", "peft", "trl", "diffusers", "timm", "torchvision", "torchaudio", "torchao")
-    + ("deepspeed", "bitsandbytes", "xformers", "flash_attn", "builtins", "abc", "typing")
+    (
+        *("torch", "lightning", "pytorch_lightning", "lightning_fabric", "moetion_lightning", "torchmetrics"),
+        *("transformers", "accelerate", "peft", "trl", "diffusers", "timm", "torchvision", "torchaudio", "torchao"),
+        *("deepspeed", "bitsandbytes", "xformers", "flash_attn", "builtins", "abc", "typing"),
+    )
 )
 #: Of torch: their own attributes say what they are, and do not change; what users add to them is watched.
 _STRUCTURAL = frozenset(
-    (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Identity)
-    + (nn.GELU, nn.SiLU, nn.ReLU, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    (
+        *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Identity),
+        *(nn.GELU, nn.SiLU, nn.ReLU, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    )
 )
 _LIBRARY_FOLDERS = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 _BASE_ATTRIBUTES = frozenset(vars(nn.Module()))

@@ -83,7 +83,7 @@ class OperatorSamples:
             digest = xxhash.xxh3_64()
             for entry, values in samples:
                 digest.update(entry.encode())
-                digest.update(values.cpu().view(torch.uint8).numpy())
+                digest.update(values.cpu().view(torch.uint8).numpy().data)
             found[name] = digest.hexdigest()
         return found
 

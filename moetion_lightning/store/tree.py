@@ -99,7 +99,8 @@ def flatten_tree(tree: object, *, clone: bool = False, leaf: Leaf | None = None)
 
     Supported: None, bool, int, float, complex, str, bytes, bytearray; list, tuple, dict, OrderedDict, defaultdict
     (comes back as dict), Counter, deque, set, frozenset; tensors and parameters of any dtype (come back as plain CPU
-    tensors without gradient; sparse COO ones as such), torch.dtype, device, Size; numpy arrays and scalars; paths, datetime, date, timedelta.
+    tensors without gradient; sparse COO ones as such), torch.dtype, device, Size; numpy arrays and scalars; paths,
+    datetime, date, timedelta.
 
     Args:
         tree: the state; not changed.
@@ -195,7 +196,7 @@ class _Flattener:
 
     def _encode_live(self, live: LiveValues, path: tuple[str, ...], depth: int) -> Any:
         self._live = live
-        owners = {}
+        owners: dict[Any, Any] = {}
         for owner, values in live.values.items():
             found = owners[owner] = {}
             for name, value in values.items():

@@ -77,13 +77,13 @@ def flatten_state(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> tu
     tensors.update({f"buffer:{name}": local(b) for name, b in module.named_buffers()})
     for index, optimizer in enumerate(optimizers):
         for number, group in enumerate(optimizer.param_groups):
-            for key, value in group.items():
+            for key, setting in group.items():
                 if key != "params":
-                    _put(f"optimizer:{index}:group{number}:{key}", value, tensors, scalars)
-        for parameter, state in optimizer.state.items():
-            name = names.get(id(parameter), "?")
-            for key, value in state.items():
-                _put(f"optimizer:{index}:{name}:{key}", value, tensors, scalars)
+                    _put(f"optimizer:{index}:group{number}:{key}", setting, tensors, scalars)
+        for owner, state in optimizer.state.items():
+            name = names.get(id(owner), "?")
+            for key, entry in state.items():
+                _put(f"optimizer:{index}:{name}:{key}", entry, tensors, scalars)
     return tensors, scalars
 
 

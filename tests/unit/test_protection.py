@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,12 @@ def failing(error: Exception, until: int = 10**9) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def put(owner: type, name: str, error: Exception, until: int = 10**9) -> None:
         original, work = getattr(owner, name), failing(error, until)
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: work(original, *args, **kwargs))
 
-    yield put
+    return put
 
 
 @pytest.mark.parametrize("window", [1, 2])

@@ -112,8 +112,8 @@ def test_cause_data_with_other_indices() -> None:
 
 def test_cause_data_with_the_same_indices() -> None:
     assert causes({**OTHER_BATCH, **OTHER_LOSS}) == [
-        "the data differ though the sampler's indices are the same: the dataset, its transforms or the collate function "
-        "give something else for them"
+        "the data differ though the sampler's indices are the same: the dataset, its transforms or the collate "
+        "function give something else for them"
     ]
 
 
@@ -145,8 +145,8 @@ def test_cause_random_generators() -> None:
 def test_cause_an_optimizer_that_was_declared_elementwise_comes_first() -> None:
     found = causes({"weights": {"op1": "x"}}, elementwise=("mine.Muon",))
     assert found[0] == (
-        "elementwise_optimizers= declares mine.Muon: if its update of an element depends on other elements, leave it out "
-        "there"
+        "elementwise_optimizers= declares mine.Muon: if its update of an element depends on other elements, leave it "
+        "out there"
     )
     assert found[1] == "the optimizer keeps state outside of its .state and state_dict()"
     assert found[-1].startswith(KERNELS)
@@ -190,8 +190,8 @@ def test_says_what_was_compared_in_each_iteration() -> None:
     few = {key: RECORD[key] for key in ("losses", "norms", "lrs", "rng", "batches", "weights")}
     made = verdict(compare({}, few), compare({}, few), next_batch=AGREES)
     assert str(made) == (
-        "compared and equal in each: losses, gradient norms, learning rates, RNG, batches, weights of 2 of 9 operators; "
-        "the next batch agrees, and the RNG there"
+        "compared and equal in each: losses, gradient norms, learning rates, RNG, batches, weights of 2 of 9 "
+        "operators; the next batch agrees, and the RNG there"
     )
     assert made.verified
     assert made.compared[-3:] == ["weights of 2 of 9 operators", "next batch", "RNG at the next batch"]
