@@ -206,7 +206,6 @@ class DataSeam:
             **{name: first[name] for name in ("index", "consumed", "fetched")},
             "rng": rng,
             "settled": [position.attributes.now() for position in self._positions],
-            "lengths": self.lengths(),
             "made": self._source.snapshot(),
             "evaluation": self._evaluation.snapshot(),
         }

@@ -26,7 +26,7 @@ __all__ = [
 
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 #: Of the time that passes, looking again may take one part in this many.
-_SELDOM = 200
+_SELDOM = 1000
 _MISSING = object()
 _CUDA_STATE_BYTES = 16
 _TRIES = 8

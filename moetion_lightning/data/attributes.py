@@ -129,9 +129,14 @@ class Attributes:
 
     # --- reading -------------------------------------------------------------------------------------------------
 
-    def at_start(self) -> dict[str, Any]:
-        """As a pass begins."""
-        self.look()
+    def at_start(self, *, look: bool = True) -> dict[str, Any]:
+        """As a pass begins.
+
+        Args:
+            look: Whether to find the objects again.
+        """
+        if look:
+            self.look()
         return {
             "samplers": {name: self._read(name, owner) for name, owner in self._samplers.items()},
             "moving": {name: sorted(keys) for name, keys in self._moving.items()},
@@ -170,7 +175,9 @@ class Attributes:
             changed = {
                 key: copied(value)
                 for key, value in table.items()
-                if (type(value) in _SCALARS or (small and is_plain(value))) and not equal(base.get(key, _ABSENT), value)
+                if (type(value) in _SCALARS or (small and is_plain(value)))
+                and base.get(key, _ABSENT) is not value
+                and not equal(base.get(key, _ABSENT), value)
             }
             if changed:
                 found[name] = changed

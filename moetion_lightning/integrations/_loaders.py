@@ -280,7 +280,7 @@ class _Wrapped:
     def snapshot(self) -> dict[str, Any]:
         at_end = self._iterating and self._ahead and bool(self._taken and self._loader.end_of_dataloader)
         between = at_end or not self._iterating or self._position.expected
-        position = self._position.snapshot_between() if between else self._position.snapshot()
+        position = self._position.snapshot()
         records: list[Mark] = []
         if self._iterating and self._ahead:
             records = [r for r in self._position.records if r.drawn >= self._taken * self._per_batch]
@@ -291,7 +291,7 @@ class _Wrapped:
             "taken": self._taken,
             "at_end": at_end,
             "position": self._position.describe(records[0]) if records else position,
-            "between": position if between else None,
+            "between": self._position.snapshot_between() if between else None,
             "now": position["now"],
             # What the wrapper draws again, and then draws next.
             "draws": [*(r.rng.packed(r.generators) for r in records), position["now"]] if records else [],

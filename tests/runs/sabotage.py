@@ -57,10 +57,10 @@ def _one_optimizer() -> None:
 
 def _rng() -> None:
     from moetion_lightning.callbacks import _data_seam
-    from moetion_lightning.data import position
+    from moetion_lightning.data import passes, position
     from moetion_lightning.engine import run_state
 
-    for module in (run_state, _data_seam, position):  # fetching puts generators back, too
+    for module in (run_state, _data_seam, position, passes):  # fetching puts generators back, too
         module.set_rng = lambda *args, **kwargs: []
 
 
