@@ -22,6 +22,7 @@ __all__ = ["Reached", "attributes_of", "has_attributes", "is_users_file", "reach
 _MAX_ITEMS = 1000  # a long container holds data
 _MAX_OBJECTS = 20_000
 _LOOKED_AT = 16  # items of a list that are plain data: so are the others
+_OF_MODULES = frozenset(vars(nn.Module()))  # hooks, most often none
 _TABLES = frozenset({"_parameters", "_buffers"})
 _PLAIN: tuple[type, ...] = (type(None), bool, int, float, complex, str, bytes, bytearray, range, slice)
 _PLAIN += (torch.dtype, torch.device, torch.Size, np.dtype)
@@ -76,7 +77,7 @@ def reach(
         wanted: What to find; it is not looked into.
         code: Whether functions, classes and modules of the user's files are looked into, too.
         stop: Objects that are not looked into.
-        limit: Objects to look at, at most.
+        limit: Objects to look at, at most, besides modules of torch.
     """
     found = Reached()
     seen: set[int] = set()
@@ -89,15 +90,17 @@ def reach(
         elif id(root) not in seen:
             seen.add(id(root))
             queue.append((name, root))
-    while queue and len(found.owners) < limit:
+    while queue and limit > 0:
         name, owner = queue.popleft()
         found.owners[name] = owner
+        limit -= not isinstance(owner, nn.Module)  # of these there may be very many, each with little in it
         for suffix, holder, key, value in _edges(owner, found.tables, code=code):
             if type(value) in _PLAIN_TYPES or isinstance(value, (Tensor, np.ndarray, np.generic)):
                 continue
             if wanted(value):
                 found.slots.append((name + suffix, holder, key, value))
-                found.links.append((holder, key, value))
+                if holder is not None:
+                    found.links.append((holder, key, value))
                 _link(id(owner), came, linked, found.links)
             elif id(value) not in seen and _may_enter(value, code=code) and not stop(value):
                 seen.add(id(value))
@@ -146,7 +149,7 @@ def has_attributes(owner: object) -> bool:
 def _may_enter(value: object, *, code: bool) -> bool:
     kind = type(value)
     if issubclass(kind, (dict, list, tuple, deque)):
-        return 0 < len(value) <= _MAX_ITEMS  # type: ignore[arg-type]
+        return (kind is dict or len(value) > 0) and len(value) <= _MAX_ITEMS  # type: ignore[arg-type]
     if isinstance(value, (types.FunctionType, types.MethodType, types.ModuleType, type)):
         return code and (isinstance(value, types.MethodType) or is_users_file(_module_name(value)))
     if issubclass(kind, functools.partial):
@@ -226,7 +229,7 @@ def _of_instance(owner: object, tables: list[dict[Any, Any]]) -> Iterator[_Edge]
         for key, value in list(table.items()):
             if module and key == "_modules":
                 yield from ((f".{name}", value, name, child) for name, child in value.items() if child is not None)
-            elif not module or key not in _TABLES:
+            elif not module or (key not in _TABLES and (key not in _OF_MODULES or value)):
                 yield f".{key}", table, key, value
     for base in type(owner).__mro__:
         for name in _slots_of(base):

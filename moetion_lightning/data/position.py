@@ -49,6 +49,7 @@ class LoaderPosition(Passes):
         self._pending: Mapping[str, Any] | None = None
         self._stateful = holder_of_position(loader)  # whose own state is the position
         self._loaded: Loaded | None = None
+        self._look_from = 1  # batches of a pass, from which on to look whether that state is whole
         #: Whether a pass that begins now is one of those that are followed; others may iterate the loader, too.
         self.expected = True
 
@@ -78,7 +79,7 @@ class LoaderPosition(Passes):
         drawn = self.drawn
         own = None
         if self._stateful is not None and self._passes:
-            if self._iterator is not None and drawn & (drawn - 1) == 0 and self._hides_samples():
+            if drawn >= self._look_from and self._hides_samples():
                 self._stateful = None
             else:
                 own = copy.deepcopy(self._stateful.state_dict())
@@ -123,6 +124,7 @@ class LoaderPosition(Passes):
         }
 
     def _hides_samples(self) -> bool:
+        self._look_from *= 2
         return keeps_a_buffer(self._iterator, getattr(self._loader, "dataset", None))
 
     # --- putting back --------------------------------------------------------------------------------------------
