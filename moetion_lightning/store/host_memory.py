@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import torch
 
 from moetion_lightning.errors import HostMemoryError, StoreError
 from moetion_lightning.store.buffers import BufferPool, BufferState, HostBuffer, free_bytes_at, no_room
@@ -220,16 +219,6 @@ class HostMemoryTier:
             buffer.state = BufferState.SEALED
             buffer.record = record
         return record
-
-    def write(self, uid: str, data: bytes | memoryview) -> FileRecord:
-        """Store a whole file at once. Raises as :meth:`acquire`."""
-        buffer = self.acquire(uid, len(data))
-        try:
-            buffer.tensor.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            return self.seal(buffer)
-        except BaseException:
-            self.release(buffer)
-            raise
 
     def release(self, buffer: HostBuffer) -> None:
         """Give back a buffer whose capture was abandoned, sealed or not; committed and pinned ones stay."""
