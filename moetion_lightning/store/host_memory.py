@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-
 from moetion_lightning.errors import HostMemoryError, StoreError
 from moetion_lightning.store.buffers import BufferPool, BufferState, HostBuffer, free_bytes_at, no_room
 from moetion_lightning.store.folders import NOTES, RESUMED, TRAINED
