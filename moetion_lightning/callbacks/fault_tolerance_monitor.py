@@ -47,8 +47,8 @@ class FaultToleranceMonitor(Callback):
     iteration counts once, with the seconds of its last execution. Wall time must not go back. It is kept as a sum with
     the instant up to which it was summed; the first iteration after a restart adds all that has passed since then: the
     lost work, the time without a process, the restart. An attempt that dies before its first whole window leaves
-    nothing behind, and counting begins anew, as training does; ``moetion report`` has that, too. Time that a job was stopped
-    on purpose also counts.
+    nothing behind, and counting begins anew, as training does; ``moetion report`` has that, too. Time that a job was
+    stopped on purpose also counts.
 
     An iteration ends where the next one begins, so the last one of a fit is in no number. Seconds are means over ranks;
     tokens are summed over ranks already.
