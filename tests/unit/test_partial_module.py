@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore
 
 from moetion_lightning.core.discovery import discover_layers
+from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.operators import OperatorKind
 from moetion_lightning.core.partition import build_operators
 from moetion_lightning.core.state import LiveState
@@ -78,7 +79,7 @@ def test_only_what_a_rank_holds_is_state(stage: int) -> None:
     live = LiveState(net, [optimizer_of(net, held)], held=held)
     assert set(live.parameters) == set(live.trainable()) == held
     assert set(parameter_table(live.parameters)) == held
-    tree, _ = capture_run_state(live, None, {})
+    tree, _ = capture_run_state(live, None, Generators(dict))
     assert set(tree["requires_grad"]) == held
     assert [set(group["parameters"]) for group in tree["groups"][0]] == [held]
 
