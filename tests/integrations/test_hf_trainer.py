@@ -88,7 +88,8 @@ def test_window_of_the_last_update_of_an_epoch(drill: Drill, name: str) -> None:
         "seedable": {"args": {"accelerator_config": {"use_seedable_sampler": True}}},
     }
     spec = {**PLAIN, **RUNS.get(name, {}), **more.get(name, {}), "policy_args": {"window": 1}}
-    killed = drill.killed(spec, [{"hook": "before_step", "step": 11}, {"hook": "substep", "step": 12}])
+    last_update = {"event": "WindowCommitted", "fields": {"last_iteration": 11}}
+    killed = drill.killed(spec, [last_update])
     assert differences(drill.reference(spec), killed) == []
     assert 11 in {event["iteration"] for event in read_events(killed, "RestoreApplied")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import uuid
 
 import pytest
@@ -21,7 +22,8 @@ from tests.store_windows import commit_window, make_manifest, write_snapshot
 
 
 @pytest.fixture
-def memory(tmp_path):
+def memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)  # a parallel test run has none
     with HostMemoryTier(tmp_path / "shm", "job") as tier:
         yield tier
 
@@ -223,7 +225,7 @@ def test_jobs_neighbours_and_inspect_show_what_lies_aside_and_cleaning_takes_it(
     (neighbour,) = find_neighbours(memory.base_dir)
     assert (neighbour.job, neighbour.windows, neighbour.aside, neighbour.alive) == ("job", (2,), (8,), True)
     assert neighbour.lineage == {"lr": 0.1}
-    assert os.path.isabs(neighbour.script)
+    assert neighbour.script == os.path.abspath(__file__)
     assert neighbour.argv
     assert neighbour.cwd == os.getcwd()
     report = describe(memory.base_dir)
