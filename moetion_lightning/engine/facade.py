@@ -582,7 +582,7 @@ class Engine:
             elif window.last_iteration not in self.tiers.held(attached.writer.newest):
                 behind, self._window = True, window
             else:
-                self.protection.committed()
+                self.protection.committed(window.first_iteration)
         if not self.policy.begins(self.iteration):
             return None
         # Other ranks try on: a window of theirs may still be needed, and all ask each other at the same iterations.
@@ -646,7 +646,7 @@ class Engine:
             if window.broken:
                 self._give_up(window)
             else:
-                self.protection.committed()
+                self.protection.committed(window.first_iteration)
 
     def _settle_last(self) -> None:
         """No boundary follows that would ask for the window which ended with the last iteration."""

@@ -37,6 +37,7 @@ class Protection:
         self._lost = False
         self._pause = 0
         self._next_try = 0
+        self._failed_at = -1
         #: Windows in a row that were given up.
         self.given_up = 0
 
@@ -53,17 +54,26 @@ class Protection:
         """
         self._has_window = restored
         self._reason = ""
+        self._failed_at = -1
         self.tell()
 
     def may_begin(self, iteration: int) -> bool:
         """Whether to try another window now."""
         return iteration >= self._next_try
 
-    def committed(self) -> None:
-        """A window is whole."""
+    def committed(self, first_iteration: int) -> None:
+        """A window is whole.
+
+        Args:
+            first_iteration: Where it began. If that was before the last failure, captures do not succeed again yet.
+        """
+        self._has_window = True
+        if first_iteration < self._failed_at:
+            self.tell()
+            return
         if self._lost:
             self._say("windows are whole again: training is protected from here on", logging.WARNING)
-        self._lost, self._has_window, self._reason = False, True, ""
+        self._lost, self._reason = False, ""
         self.given_up = self._pause = self._next_try = 0
         self.tell()
 
@@ -78,6 +88,7 @@ class Protection:
             held: The newest window that is whole.
         """
         self.given_up += 1
+        self._failed_at = iteration
         lasting = isinstance(error, _LASTING)
         if lasting or self.given_up > 1:
             self._reason = why if lasting else f"{self.given_up} windows in a row were given up: {why}"

@@ -238,6 +238,8 @@ def test_causes_are_named_apart() -> None:
     protection.failed(11, "the window", "HostMemoryError: z", HostMemoryError("z"), "none")
     assert [level for level, _ in said] == [logging.INFO, logging.ERROR, logging.ERROR]
     assert not protection.may_begin(12)
-    protection.committed()
+    protection.committed(7)
+    assert not protection.may_begin(12), "it began before the failure, and tells nothing of what came after"
+    protection.committed(11)
     assert protection.may_begin(12)
     assert protection.protected
