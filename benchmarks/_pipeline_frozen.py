@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +14,17 @@ from _pipeline_models import language_loss, make_language_model, make_tokens
 from _pipeline_tables import median_error
 from torch import Tensor
 
+from moetion_lightning.capture.fence import DeviceFence
+from moetion_lightning.capture.plan import CompiledSlot
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.lost_tokens import LostTokens
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.partition import build_operators
 from moetion_lightning.core.policy import PolicyContext, Sizes, SlotPlan, SparsePolicy
 from moetion_lightning.core.reconstruct import Reconstruction, SavedSlot
-from moetion_lightning.core.slot_contents import read_slot
+from moetion_lightning.core.slot_contents import StoredTensors
 from moetion_lightning.core.state import LiveState
+from moetion_lightning.store.host_memory import HostBuffer
 
 __all__ = ["run_frozen", "saving"]
 
@@ -60,11 +65,15 @@ class _Replayed:
         return SparsePolicy(window, window, 0.8).plan(context).slots
 
     def _capture(self, iteration: int, plan: SlotPlan) -> SavedSlot:
-        contents = read_slot(self._live, plan.active, plan.frozen, {})
-        saved = {item.name: item.source.clone() for item in contents.items}
+        compiled = CompiledSlot(self._live, plan.active, plan.frozen, {})
+        sources = compiled.sources()
+        with tempfile.TemporaryDirectory() as folder:
+            buffer = HostBuffer(Path(folder) / "slot.safetensors", compiled.layout.nbytes)
+            compiled.copy(sources, buffer, DeviceFence())
+            saved = StoredTensors({name: view.clone() for name, view in compiled.layout.views(buffer.tensor).items()})
         return SavedSlot(
-            iteration=iteration, active=plan.active, frozen=plan.frozen, scalars=contents.scalars, record={},
-            load=saved.__getitem__,
+            iteration=iteration, active=plan.active, frozen=plan.frozen, scalars=sources.scalars, record={},
+            load=saved.load,
         )  # fmt: skip
 
     def _iterate(self, number: int) -> tuple[float, float]:

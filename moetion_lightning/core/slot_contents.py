@@ -1,10 +1,11 @@
 """What one capture of a slot holds, and how it is put back.
 
-Names of the tensors of a snapshot (``key`` is a :attr:`Piece.key`)::
+Names of the tensors of a snapshot (``key`` is a :attr:`Piece.key`, of neighbouring rows as one)::
 
     w:<key>             master weights (active capture)
     c:<key>             compute weights (frozen capture)
-    s:<key>:<path>      a tensor that an optimizer keeps of the parameter (active capture)
+    s:<key>:<path>      a tensor that an optimizer keeps of the parameter (active capture); of what has no rows, the key
+                        is the parameter's name
 
 What an optimizer keeps belongs to the optimizer *and* the parameter: several optimizers may have one parameter. How it
 is put together from tensors and plain values travels as JSON ("scalars") beside the tensors, by parameter and by the
@@ -13,8 +14,9 @@ optimizer's index; ``path`` is a name in there (:mod:`.description`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import bisect
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -26,94 +28,95 @@ from moetion_lightning.core.rebuilding import Rebuilder
 from moetion_lightning.core.state import LiveState, state_of
 
 __all__ = [
-    "CopyItem",
-    "SlotContents",
+    "StoredTensors",
     "TensorLoader",
+    "describe_kept",
+    "neighbours_joined",
+    "parameter_of",
     "read_kept",
-    "read_slot",
     "write_active",
     "write_compute",
     "write_kept",
 ]
 
 TensorLoader: TypeAlias = Callable[[str], Tensor]
+_ROWS = re.compile(r"\[(\d+):(\d+)\]$")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CopyItem:
-    """One tensor of a slot: where it comes from and how it is stored.
-
-    Args:
-        name: Name in the snapshot.
-        source: Live tensor (a view), valid until the next optimizer step.
-        dtype: Stored dtype; differs from the source's for compute weights.
-    """
-
-    name: str
-    source: Tensor
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Stored size."""
-        return self.source.numel() * self.dtype.itemsize
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlotContents:
-    """What one capture holds.
-
-    Args:
-        items: The tensors.
-        scalars: By parameter and index of the optimizer: what that keeps of it, see :mod:`.description`.
-    """
-
-    items: tuple[CopyItem, ...]
-    scalars: dict[str, Any]
-
-
-def read_slot(
-    live: LiveState,
-    active: Sequence[Operator],
-    frozen: Sequence[Operator],
-    compute_dtype: Mapping[str, torch.dtype],
-) -> SlotContents:
-    """List what to copy for one slot; copies nothing.
-
-    Args:
-        live: The live state.
-        active: Operators captured in full.
-        frozen: Operators of which only the compute weights are captured.
-        compute_dtype: Dtype that the forward consumes, by parameter name; missing means the parameter's own.
-
-    Raises:
-        UnsupportedStateError: An optimizer keeps something that cannot be captured.
-    """
-    items: list[CopyItem] = []
-    scalars: dict[str, Any] = {}
-    # Pieces are many, parameters few: what is the same for all pieces of a parameter is looked up once.
-    weights: dict[str, Tensor] = {}
-    kept: dict[str, list[Described]] = {}
-    for op in active:
+def neighbours_joined(operators: Iterable[Operator]) -> dict[str, tuple[Piece, ...]]:
+    """The pieces of operators by parameter, those that lie side by side as one."""
+    found: dict[str, list[Piece]] = {}
+    for op in operators:
         for piece in op.pieces:
-            name = piece.parameter
-            if name not in kept:
-                weights[name] = live.weight(name)
-                scalars[name], kept[name] = _describe(live, name, weights[name])
-            key, weight = piece.key, weights[name]
-            items.append(CopyItem(name=f"w:{key}", source=piece.of(weight), dtype=weight.dtype))
-            for path, tensor, rows in kept[name]:
-                source = piece.of(tensor) if rows else tensor
-                items.append(CopyItem(name=f"s:{key}:{path}", source=source, dtype=source.dtype))
-    for op in frozen:
-        for piece in op.pieces:
-            name = piece.parameter
-            if name not in weights:
-                weights[name] = live.weight(name)
-            weight = weights[name]
-            dtype = compute_dtype.get(name, weight.dtype)
-            items.append(CopyItem(name=f"c:{piece.key}", source=piece.of(weight), dtype=dtype))
-    return SlotContents(items=tuple(items), scalars=scalars)
+            found.setdefault(piece.parameter, []).append(piece)
+    return {name: tuple(_joined(pieces)) for name, pieces in found.items()}
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    if len(pieces) == 1 or any(piece.start is None for piece in pieces):
+        return pieces[:1] if any(piece.start is None for piece in pieces) else pieces
+    ranges: list[list[int]] = []
+    for start, stop in sorted((piece.start or 0, piece.stop or 0) for piece in pieces):
+        if ranges and ranges[-1][1] == start:
+            ranges[-1][1] = stop
+        else:
+            ranges.append([start, stop])
+    return [Piece(parameter=pieces[0].parameter, start=start, stop=stop) for start, stop in ranges]
+
+
+class StoredTensors:
+    """The tensors of slots by the names that operators ask for: rows of a joined piece are found in it.
+
+    Args:
+        tensors: The stored tensors by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._joined: dict[tuple[str, str, str], list[tuple[int, int, Tensor]]] = {}
+        for name, tensor in tensors.items():
+            kind, parameter, rows, path = _parsed(name)
+            if rows is not None:
+                self._joined.setdefault((kind, parameter, path), []).append((*rows, tensor))
+        for ranges in self._joined.values():
+            ranges.sort(key=lambda entry: entry[0])
+
+    def load(self, name: str) -> Tensor:
+        """A stored tensor, or rows of one.
+
+        Raises:
+            KeyError: Nothing is stored by that name.
+        """
+        found = self._tensors.get(name)
+        if found is not None:
+            return found
+        kind, parameter, rows, path = _parsed(name)
+        if rows is not None:
+            ranges = self._joined.get((kind, parameter, path), [])
+            at = bisect.bisect_right(ranges, rows[0], key=lambda entry: entry[0]) - 1
+            if at >= 0 and rows[1] <= ranges[at][1]:
+                start, _, tensor = ranges[at]
+                return tensor[rows[0] - start : rows[1] - start]
+            if kind == "s" and f"s:{parameter}:{path}" in self._tensors:  # of the whole parameter, stored once
+                return self._tensors[f"s:{parameter}:{path}"]
+        raise KeyError(name)
+
+
+def _parsed(name: str) -> tuple[str, str, tuple[int, int] | None, str]:
+    """Kind, parameter, rows and path of a stored tensor's name."""
+    kind, _, key = name.partition(":")
+    path = ""
+    if kind == "s":
+        key, _, path = key.rpartition(":")
+    rows = _ROWS.search(key)
+    if rows is None:
+        return kind, key, None, path
+    return kind, key[: rows.start()], (int(rows[1]), int(rows[2])), path
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that a stored tensor belongs to."""
+    return _parsed(name)[1]
 
 
 def read_kept(live: LiveState, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -130,13 +133,17 @@ def read_kept(live: LiveState, names: Iterable[str]) -> tuple[dict[str, Tensor],
     scalars: dict[str, Any] = {}
     for name in names:
         if name in live.owners:
-            scalars[name], found = _describe(live, name, live.weight(name))
+            scalars[name], found = describe_kept(live, name, live.weight(name))
             tensors.update({f"s:{name}:{path}": tensor for path, tensor, _ in found})
     return tensors, scalars
 
 
-def _describe(live: LiveState, name: str, weight: Tensor) -> tuple[dict[str, Any], list[Described]]:
-    """What all optimizers keep of a parameter, and the tensors in it."""
+def describe_kept(live: LiveState, name: str, weight: Tensor) -> tuple[dict[str, Any], list[Described]]:
+    """What all optimizers keep of a parameter, and the tensors in it.
+
+    Raises:
+        UnsupportedStateError: One of them keeps something that cannot be captured.
+    """
     describer = Describer(f"the optimizer's state of parameter {name!r}", weight)
     found: dict[str, Any] = {}
     for index, state in live.states(name):

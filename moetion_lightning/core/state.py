@@ -76,6 +76,8 @@ class LiveState:
         self.owners: dict[str, tuple[int, ...]] = {}
         #: Why the state cannot be captured whole any more; "" if it can.
         self.problem = ""
+        #: Counts the times that it was looked at what there is: names and owners may have changed.
+        self.generation = 0
         self._held = held
         self._declared = frozenset(elementwise)
         self._elementwise_names = ELEMENTWISE_NAMES | self._declared
@@ -114,6 +116,7 @@ class LiveState:
         self._look()
 
     def _look(self) -> None:
+        self.generation += 1
         named = [(n, p) for n, p in self.module.named_parameters() if self._held is None or n in self._held]
         self._structure = self._present()
         self._shared.clear()

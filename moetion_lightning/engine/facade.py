@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moetion_lightning.capture import make_fence
+from moetion_lightning.capture.thread import CaptureThread
 from moetion_lightning.config import EngineConfig
-from moetion_lightning.core.capture import CaptureThread, DeviceFence
 from moetion_lightning.core.digests import rng_digests
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.grad_norm import GradNormSeam
@@ -167,7 +168,7 @@ class Engine:
         devices = list(dict.fromkeys(p.device for p in live.parameters.values())) or [torch.device("cpu")]
         layers = discover_layers(module, specs) if layout.layers is None else layout.layers
         routing = TokenCounts(module, layers, counted=layout.counted, held=layout.parameters)
-        thread = CaptureThread(DeviceFence(devices))
+        thread = CaptureThread(make_fence(devices))
         dtypes = self.precision.compute_dtype
         holders = {name: ranks for name, ranks in layout.holders.items() if name in live.parameters}
         shares = Shares(self.ranks, holders, self.config.sharding, self.bus)
@@ -361,6 +362,8 @@ class Engine:
         started = time.perf_counter()
         self._wait()
         self._stall += time.perf_counter() - started
+        if self._attached is not None:
+            self._stall += self._attached.thread.fence.stalled_seconds()
 
     def _wait(self) -> None:
         if self._attached is not None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["record_is_finite", "weights_are_finite"]
+__all__ = ["TENSORS", "record_is_finite", "weights_are_finite"]
 
 # A gradient that is not finite makes the norm, and through clipping every weight, not finite. So a few weights of a few
 # operators, beside the losses and norms of every iteration, find what a look at all of them would.
-_TENSORS, _VALUES = 64, 1024
+TENSORS, _VALUES = 64, 1024
 
 
 def record_is_finite(record: Mapping[str, Any]) -> bool:
@@ -21,14 +21,9 @@ def record_is_finite(record: Mapping[str, Any]) -> bool:
     return all(math.isfinite(float.fromhex(x)) for key in ("losses", "norms") for x in record.get(key, ()))
 
 
-def weights_are_finite(views: Mapping[str, Tensor]) -> bool:
-    """Whether a sample of a slot's master weights is.
-
-    Args:
-        views: The tensors of the slot's file, by name.
-    """
-    weights = [view for name, view in views.items() if name.startswith("w:") and view.numel() and _can_be_checked(view)]
-    sample = [_some(view) for view in weights[:: max(1, len(weights) // _TENSORS)]]
+def weights_are_finite(weights: Sequence[Tensor]) -> bool:
+    """Whether a sample of some master weights is."""
+    sample = [_some(weight) for weight in weights if weight.numel() and _can_be_checked(weight)]
     return not sample or bool(torch.isfinite(torch.cat(sample)).all())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moetion_lightning.core.capture import CaptureThread
+from moetion_lightning.capture.thread import CaptureThread
 from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.planner import WindowPlanner

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from moetion_lightning.core.capture import measure_bandwidth
+from moetion_lightning.capture.thread import measure_bandwidth
 from moetion_lightning.core.layouts import MoELayer
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.partition import OperatorSet, build_operators
 from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, Sizes, SparsePolicy, WindowPlan
-from moetion_lightning.core.slot_contents import read_slot
+from moetion_lightning.core.slot_contents import describe_kept
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.ranks import Agreed, RankLayout, Ranks
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
@@ -95,7 +95,8 @@ class WindowPlanner:
             HostMemoryError: With the numbers and the remedy.
             UnsupportedStateError: What the optimizers keep already, or a frozen parameter, cannot be captured.
         """
-        read_slot(self._live, self.operators.operators, (), {})
+        for name in dict.fromkeys(piece.parameter for op in self.operators.operators for piece in op.pieces):
+            describe_kept(self._live, name, self._live.weight(name))
         self._static_bytes = static_bytes(read_static(self._live, self.operators.static))
         self._run_state_bytes = run_state_bytes
         self._bandwidth = measure_bandwidth(torch.empty(_MEASURE_BYTES, dtype=torch.uint8), device)

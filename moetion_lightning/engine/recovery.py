@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from moetion_lightning.core.capture import DeviceFence
+from moetion_lightning.capture.fence import DeviceFence
 from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.reconstruct import Reconstruction, SavedSlot

@@ -15,6 +15,7 @@ from typing import Any
 from moetion_lightning.core.description import tensor_paths
 from moetion_lightning.core.operators import OperatorKind
 from moetion_lightning.core.persist_selection import PersistedExperts
+from moetion_lightning.core.slot_contents import StoredTensors
 from moetion_lightning.engine.restore import map_file
 from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout, TensorSpec, tensor_bytes
 from moetion_lightning.store.host_memory import HostMemoryTier
@@ -156,15 +157,15 @@ def _entry(manifest: Manifest, part: _Part, file: str) -> dict[str, Any]:
 
 
 def _copy(manifest: Manifest, source: HostMemoryTier, part: _Part) -> FileRecord:
-    views = map_file(source.local_path(manifest.file(part.file)))
+    stored = StoredTensors(map_file(source.local_path(manifest.file(part.file))))
     names = [name for i in part.operators for name in _tensors(manifest.operators[i], part.scalars)]
-    specs = [TensorSpec(name=name, dtype=views[name].dtype, shape=tuple(views[name].shape)) for name in names]
-    layout = SnapshotLayout(specs)
+    tensors = {name: stored.load(name) for name in names}
+    layout = SnapshotLayout([TensorSpec(name=n, dtype=t.dtype, shape=tuple(t.shape)) for n, t in tensors.items()])
     uid = f"{manifest.iteration:012d}-{part.what}-{time.time_ns():x}"
     buffer = source.acquire(uid, layout.nbytes)
     try:
         for name, target in layout.views(buffer.tensor).items():
-            tensor_bytes(target).copy_(tensor_bytes(views[name]))
+            tensor_bytes(target).copy_(tensor_bytes(tensors[name]))
         return source.seal(buffer, layout)
     except BaseException:
         source.release(buffer)
@@ -172,7 +173,7 @@ def _copy(manifest: Manifest, source: HostMemoryTier, part: _Part) -> FileRecord
 
 
 def _tensors(op: Mapping[str, Any], scalars: Mapping[str, Any]) -> Iterator[str]:
-    """Names of an operator's tensors in a snapshot, as :func:`~.core.slot_contents.read_slot` has them."""
+    """Names of an operator's tensors in a snapshot, see :mod:`~.core.slot_contents`."""
     for parameter, start, stop in op["pieces"]:
         key = parameter if start is None else f"{parameter}[{start}:{stop}]"
         yield f"w:{key}"

@@ -17,7 +17,7 @@ from moetion_lightning.core.lazy import materialize
 from moetion_lightning.core.local import local
 from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.reconstruct import CarriedSlot, SavedSlot
-from moetion_lightning.core.slot_contents import TensorLoader
+from moetion_lightning.core.slot_contents import StoredTensors, TensorLoader, parameter_of
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.static_state import static_weight, write_static
 from moetion_lightning.errors import ForeignWindowError, StoreError
@@ -63,7 +63,7 @@ class RestorePoint:
         self.manifest = manifest
         self.tier = tier
         self._parts = ((manifest, tier), *shares)
-        self._views: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._views: dict[tuple[str, ...], Any] = {}
         self._run_state: Any = None
         self._is_closed = False
         self._operators = {id(part): tuple(Operator.from_json(op) for op in part.operators) for part, _ in self._parts}
@@ -162,7 +162,8 @@ class RestorePoint:
             return {}
         if ("static",) not in self._views:  # looked at before it is put in place
             self._views["static",] = load_tree(self._path(self.manifest.static))
-        return self._views["static",]
+        static: dict[str, Any] = self._views["static",]
+        return static
 
     def materialize(self, module: nn.Module) -> None:
         """Give lazy parameters and buffers of a module the shapes that they have in the window."""
@@ -267,19 +268,13 @@ class RestorePoint:
             if key not in self._views:
                 views: dict[str, Tensor] = {}
                 for file, part, tier in files:
-                    keys = {p.key for op in self._of(part, None, self._operators[id(part)]) for p in op.pieces}
                     found = map_file(tier.local_path(part.file(file)))
-                    views |= {name: view for name, view in found.items() if _key(name) in keys}
-                self._views[key] = views
-            return self._views[key][name]
+                    views |= {name: view for name, view in found.items() if self._is_ours(part, parameter_of(name))}
+                self._views[key] = StoredTensors(views)
+            tensor: Tensor = self._views[key].load(name)
+            return tensor
 
         return load
-
-
-def _key(name: str) -> str:
-    """The piece that a stored tensor belongs to."""
-    kind, _, key = name.partition(":")
-    return key.rpartition(":")[0] if kind == "s" else key
 
 
 def map_file(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from moetion_lightning.core.capture import DeviceFence
+from moetion_lightning.capture.fence import DeviceFence
 from moetion_lightning.core.local import local
 from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.policy import SlotPlan

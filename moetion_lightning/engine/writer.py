@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -9,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from moetion_lightning.core.capture import CaptureThread, copy_items
+from moetion_lightning.capture.copies import copy_tensors
+from moetion_lightning.capture.plan import CompiledSlot, SlotSources
+from moetion_lightning.capture.thread import CaptureThread
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import SlotPlan, WindowPlan
-from moetion_lightning.core.slot_contents import CopyItem, SlotContents, read_slot
 from moetion_lightning.core.state import LiveState
-from moetion_lightning.engine.finiteness import record_is_finite, weights_are_finite
+from moetion_lightning.engine.finiteness import TENSORS, record_is_finite, weights_are_finite
 from moetion_lightning.engine.replay_record import BatchToCome
 from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole, piece_at
 from moetion_lightning.events import (
@@ -30,7 +31,7 @@ from moetion_lightning.events import (
     SlotSealed,
     WindowCommitted,
 )
-from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout, TensorSpec
+from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout
 from moetion_lightning.store.host_memory import HostBuffer, HostMemoryTier
 from moetion_lightning.store.tree import FlatTree
 
@@ -167,7 +168,7 @@ class WindowWriter:
         self._bus = bus
         self._pace = pace
         self._on_commit = on_commit
-        self._layouts: dict[int, tuple[tuple[TensorSpec, ...], SnapshotLayout]] = {}
+        self._compiled: dict[int, tuple[SlotPlan, CompiledSlot]] = {}
         self._serial = 0
         self._newest: Manifest | None = None
         self._static_digest = ""  # of what the newest window holds; unknown for a predecessor's
@@ -216,7 +217,7 @@ class WindowWriter:
         window.next_slot += 1
         plan = window.plan.slots[slot]
         job = _SlotJob(self, window, slot, plan, iteration, record)
-        self._thread.submit(job.copy, job.finish, job.failed)
+        self._thread.submit(job.copy, job.finish, job.failed, job.check)
 
     def abandon(self, window: OpenWindow) -> None:
         """Training thread: give up a window; its files are garbage."""
@@ -228,13 +229,20 @@ class WindowWriter:
 
     # --- capture thread ------------------------------------------------------------------------------------------
 
-    def layout(self, slot: int, specs: tuple[TensorSpec, ...]) -> SnapshotLayout:
-        """The layout of a slot, kept while its tensors stay the same."""
-        known = self._layouts.get(slot)
-        if known is None or known[0] != specs:
-            known = (specs, SnapshotLayout(specs))
-            self._layouts[slot] = known
-        return known[1]
+    def compiled(self, slot: int, plan: SlotPlan) -> tuple[CompiledSlot, SlotSources]:
+        """What a slot captures, compiled again if the plan or the form of the state has changed.
+
+        Raises:
+            UnsupportedStateError: An optimizer keeps something that cannot be captured.
+        """
+        known = self._compiled.get(slot)
+        if known is not None and known[0] is plan:
+            sources = known[1].resolve(self._compute_dtype)
+            if sources is not None:
+                return known[1], sources
+        compiled = CompiledSlot(self._live, plan.active, plan.frozen, self._compute_dtype)
+        self._compiled[slot] = (plan, compiled)
+        return compiled, compiled.sources()
 
     def uid(self, iteration: int, what: str) -> str:
         """A file name that this job has never used."""
@@ -259,8 +267,8 @@ class WindowWriter:
         buffer = self._tier.acquire(self.uid(window.first_iteration, "static"), layout.nbytes)
         try:
             targets = tree.write_structure(buffer.tensor, layout)
-            items = [CopyItem(name=name, source=t, dtype=t.dtype) for name, t in tree.named_tensors().items()]
-            copy_items(items, targets, self._thread.fence)
+            named = tree.named_tensors()
+            copy_tensors([targets[name] for name in named], list(named.values()), self._thread.fence)
         except BaseException:
             self._thread.fence.settle()
             self._tier.release(buffer)
@@ -412,11 +420,9 @@ class _SlotJob:
         self._iteration = iteration
         self._record = record
         self._buffer: HostBuffer | None = None
-        self._layout: SnapshotLayout | None = None
-        self._views: dict[str, Tensor] = {}
-        self._contents: SlotContents | None = None  # kept until the copies have arrived: they read from it
+        self._compiled: CompiledSlot | None = None
+        self._sources: SlotSources | None = None  # kept until the copies have arrived: they read from it
         self._static: tuple[HostBuffer, SnapshotLayout] | None = None
-        self._seconds = 0.0
         # Taken on the training thread, at the iteration's end: copies that began late see later changes, too.
         self._versions = writer._live.versions((*plan.active, *plan.frozen))
         self._whole = choose_whole(writer._live, window.plan.slots, slot)
@@ -430,31 +436,33 @@ class _SlotJob:
             return
         bus, num_slots = writer._bus, len(window.plan.slots)
         bus.emit(CaptureStarted(iteration=self._iteration, slot=self._slot, num_slots=num_slots))
-        started = time.perf_counter()
-        contents = self._contents = read_slot(writer._live, self._plan.active, self._plan.frozen, writer._compute_dtype)
-        specs = tuple(TensorSpec(name=i.name, dtype=i.dtype, shape=tuple(i.source.shape)) for i in contents.items)
-        layout = self._layout = writer.layout(self._slot, specs)
-        buffer = self._buffer = writer.acquire(self._iteration, self._slot, layout.nbytes)
-        views: dict[str, Tensor] = layout.views(buffer.tensor)
-        progress = None
-        if bus.fine_grained:
-
-            def progress(done: int) -> None:
-                bus.emit(
-                    CaptureProgress(iteration=self._iteration, slot=self._slot, index=done, total=len(contents.items))
-                )
-
-        copy_items(contents.items, views, writer._thread.fence, progress)
+        self._compiled, self._sources = writer.compiled(self._slot, self._plan)
+        buffer = self._buffer = writer.acquire(self._iteration, self._slot, self._compiled.layout.nbytes)
+        self._compiled.copy(self._sources, buffer, writer._thread.fence, self._progress() if bus.fine_grained else None)
         self._samples = OperatorSamples(writer._live, self._whole, self._iteration, writer._thread.fence)
-        if self._versions != writer._live.versions((*self._plan.active, *self._plan.frozen)):
-            window.broken = TORN
-        elif self._whole_versions != self._versions_of_whole():
-            self._samples = None  # user code has changed them since: they are not those of this iteration
-        layout.write_header(buffer.tensor)
-        self._views = views
-        self._seconds = time.perf_counter() - started
+        self.check()
         if self._slot == 0:
             self._static = writer.copy_static(window)
+
+    def check(self) -> None:
+        """User code may have changed the sources since the iteration's end: then the copies are of no use."""
+        if self._versions != self._writer._live.versions((*self._plan.active, *self._plan.frozen)):
+            self._window.broken = TORN
+        elif self._whole_versions != self._versions_of_whole():
+            self._samples = None  # they are not those of this iteration
+
+    def _progress(self) -> Callable[[], None]:
+        done = itertools.count(1)
+
+        def progress() -> None:
+            assert self._compiled is not None
+            self._writer._bus.emit(
+                CaptureProgress(
+                    iteration=self._iteration, slot=self._slot, index=next(done), total=self._compiled.steps
+                )
+            )
+
+        return progress
 
     def failed(self, error: Exception) -> None:
         """Capture thread: something went wrong; that gives the window up, whatever it is, and never the training."""
@@ -471,8 +479,7 @@ class _SlotJob:
         for buffer in (self._buffer, static):
             if buffer is not None:
                 self._writer._tier.release(buffer)
-        self._buffer = self._static = self._contents = None
-        self._views = {}
+        self._buffer = self._static = self._sources = None
         self._window.done = self._slot == len(self._window.plan.slots) - 1
 
     def _versions_of_whole(self) -> list[int]:
@@ -489,22 +496,23 @@ class _SlotJob:
         self._let_go()
 
     def _seal(self) -> None:
-        writer, window, contents = self._writer, self._window, self._contents
+        writer, window, sources, compiled = self._writer, self._window, self._sources, self._compiled
         assert self._buffer is not None
-        assert self._layout is not None
-        assert contents is not None
-        nbytes, num_slots = self._layout.nbytes, len(window.plan.slots)
-        writer._pace.copied(nbytes, self._seconds)
+        assert sources is not None
+        assert compiled is not None
+        nbytes, num_slots = compiled.layout.nbytes, len(window.plan.slots)
+        seconds = writer._thread.fence.copy_seconds()
+        writer._pace.copied(nbytes + (self._static[1].nbytes if self._static is not None else 0), seconds)
         writer._bus.emit(
             CaptureFinished(
-                iteration=self._iteration, slot=self._slot, num_slots=num_slots, nbytes=nbytes, seconds=self._seconds
+                iteration=self._iteration, slot=self._slot, num_slots=num_slots, nbytes=nbytes, seconds=seconds
             )
         )
-        replay_record, views = self._record(), self._views
-        self._views = {}
-        window.finite = window.finite and record_is_finite(replay_record) and weights_are_finite(views)
-        del views  # memory that a tensor aliases cannot be given another size
-        record = writer._tier.seal(self._buffer, self._layout)
+        replay_record = self._record()
+        # The views are gone again at once: memory that a tensor aliases cannot be given another size.
+        finite = weights_are_finite(compiled.stored_weights(self._buffer, TENSORS))
+        window.finite = window.finite and finite and record_is_finite(replay_record)
+        record = writer._tier.seal(self._buffer, compiled.layout)
         self._buffer = None
         window.records.append(record)
         window.slots.append(
@@ -513,7 +521,7 @@ class _SlotJob:
                 "file": record.name,
                 "active": [op.name for op in self._plan.active],
                 "frozen": [op.name for op in self._plan.frozen],
-                "scalars": contents.scalars,
+                "scalars": sources.scalars,
                 "record": {**replay_record, "weights": self._weights()},
             }
         )

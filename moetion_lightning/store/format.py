@@ -168,11 +168,12 @@ class SnapshotLayout:
                 f"Expected a 1-D uint8 buffer of {self.nbytes} bytes, got {buffer.dtype} of shape "
                 f"{tuple(buffer.shape)}. Acquire a buffer of layout.nbytes."
             )
-        views = {}
-        for spec in self.specs:
-            start = self.offset(spec.name)
-            views[spec.name] = buffer[start : start + spec.nbytes].view(spec.dtype).view(spec.shape)
-        return views
+        return {spec.name: self.view(buffer, spec) for spec in self.specs}
+
+    def view(self, buffer: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+        """One of :meth:`views`."""
+        start = self.offset(spec.name)
+        return buffer[start : start + spec.nbytes].view(spec.dtype).view(spec.shape)
 
     def write_header(self, buffer: torch.Tensor) -> None:
         """Write the header into the first bytes of the file's buffer (1-D uint8)."""

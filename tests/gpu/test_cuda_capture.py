@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from moetion_lightning.callbacks import SparseExpertCheckpoint
-from moetion_lightning.core.capture import CaptureThread, DeviceFence, copy_items
+from moetion_lightning.capture.copies import copy_tensors
+from moetion_lightning.capture.cuda import CudaFence
+from moetion_lightning.capture.thread import CaptureThread
 from moetion_lightning.core.digests import digest_of, sample_positions
-from moetion_lightning.core.slot_contents import CopyItem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,15 +23,14 @@ pytestmark = [
 
 def test_copies_see_the_state_before_the_next_update() -> None:
     device = torch.device("cuda")
-    fence = DeviceFence([device])
+    fence = CudaFence([device])
     thread = CaptureThread(fence)
     source = torch.zeros(1 << 24, device=device)
     target = torch.empty(1 << 24).pin_memory()
     try:
         for step in range(5):
             source.fill_(step)
-            item = CopyItem(name="x", source=source, dtype=torch.float32)
-            thread.submit(lambda item=item: copy_items([item], {"x": target}, fence), lambda: None, lambda error: None)
+            thread.submit(lambda: copy_tensors([target], [source], fence), lambda: None, lambda error: None)
             thread.wait_copied()
             source.fill_(-1)  # the next update
             thread.drain()
@@ -41,11 +41,12 @@ def test_copies_see_the_state_before_the_next_update() -> None:
 
 def test_casts_on_the_device_round_as_on_the_host() -> None:
     device = torch.device("cuda")
-    fence = DeviceFence([device])
+    fence = CudaFence([device])
     source = torch.randn(100_003, device=device)
     target = torch.empty(100_003, dtype=torch.bfloat16)
     fence.mark_ready()
-    copy_items([CopyItem(name="x", source=source, dtype=torch.bfloat16)], {"x": target}, fence)
+    fence.begin()
+    copy_tensors([target], [source], fence)
     fence.mark_done()
     fence.synchronize()
     assert torch.equal(target, source.to(torch.bfloat16).cpu())
@@ -65,9 +66,10 @@ def test_digests_of_a_device_are_those_of_the_host_and_wait_for_nothing() -> Non
 
 def test_samples_of_operators_arrive_with_the_copies() -> None:
     device = torch.device("cuda")
-    fence = DeviceFence([device])
+    fence = CudaFence([device])
     source = torch.arange(100_000, device=device, dtype=torch.float32)
     fence.mark_ready()
+    fence.begin()
     found = fence.sample(source, 32)
     fence.mark_done()
     fence.hold_training()

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from moetion_lightning.core.capture import CaptureThread, DeviceFence, copy_items, measure_bandwidth
+from moetion_lightning.capture.copies import copy_tensors
+from moetion_lightning.capture.fence import DeviceFence
+from moetion_lightning.capture.thread import CaptureThread, measure_bandwidth
 from moetion_lightning.core.compute_dtype import ComputeDtypeObserver
 from moetion_lightning.core.digests import rng_digests
 from moetion_lightning.core.generators import find_generators
@@ -18,7 +20,6 @@ from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.lost_tokens import LostTokens
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.run_state import get_rng, set_rng
-from moetion_lightning.core.slot_contents import CopyItem
 from moetion_lightning.errors import UnsupportedStateError
 
 # --- compute dtype ---------------------------------------------------------------------------------------------------
@@ -138,18 +139,18 @@ class Hollow(torch.Tensor):
 def test_copies_are_exact(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     source = (torch.randn(shape) * 100).to(dtype)
     target = torch.empty(shape, dtype=dtype)
-    copy_items([CopyItem(name="x", source=source, dtype=dtype)], {"x": target}, DeviceFence())
+    copy_tensors([target], [source], DeviceFence())
     assert torch.equal(source, target)
 
 
 def test_casting_copies_round_as_torch_does_and_strided_sources_work() -> None:
     source = torch.randn(200, 400).t()
     target = torch.empty(400, 200, dtype=torch.bfloat16)
-    copy_items([CopyItem(name="x", source=source, dtype=torch.bfloat16)], {"x": target}, DeviceFence())
+    copy_tensors([target], [source], DeviceFence())
     assert torch.equal(source.to(torch.bfloat16), target)
     flat = torch.randn(100_000)
     target = torch.empty(100_000, dtype=torch.bfloat16)
-    copy_items([CopyItem(name="x", source=flat, dtype=torch.bfloat16)], {"x": target}, DeviceFence())
+    copy_tensors([target], [flat], DeviceFence())
     assert torch.equal(flat.to(torch.bfloat16), target)
 
 
@@ -200,7 +201,7 @@ def test_background_errors_are_the_jobs_affair(where: str) -> None:
 @pytest.mark.parametrize("source", [torch.zeros(3, device="meta"), Hollow(3)], ids=["meta", "subclass"])
 def test_nothing_is_copied_from_where_no_memory_is(source: torch.Tensor) -> None:
     with pytest.raises(UnsupportedStateError, match="no memory of its own"):
-        copy_items([CopyItem(name="x", source=source, dtype=source.dtype)], {"x": torch.zeros(3)}, DeviceFence())
+        copy_tensors([torch.zeros(3)], [source], DeviceFence())
 
 
 def test_bandwidth_is_measured() -> None:

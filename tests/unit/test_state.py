@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from moetion_lightning.core.operators import Operator, OperatorKind, Piece
-from moetion_lightning.core.slot_contents import read_slot, write_active, write_compute
+from moetion_lightning.core.slot_contents import write_active, write_compute
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.core.step_hooks import hook_steps
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.errors import ConfigurationError, OperatorError, UnsupportedStateError
+from tests.captured import capture
 from tests.runs.optimizers import Handmade, Lookahead, Quantised, SharpnessAware
 
 
@@ -53,9 +54,7 @@ OPERATORS = [
 ]
 
 
-def snapshot(live: LiveState, active: list[Operator], frozen: list[Operator]) -> tuple[dict[str, Tensor], Any]:
-    contents = read_slot(live, active, frozen, {})
-    return {item.name: item.source.to(item.dtype).clone() for item in contents.items}, contents.scalars
+snapshot = capture
 
 
 def state_of(net: Net, optimizer: torch.optim.Optimizer) -> Any:
@@ -97,7 +96,7 @@ def test_what_is_read_is_what_is_written_back(name: str) -> None:
     for _ in range(2):
         step(net, optimizer)
     assert not equal(state_of(net, optimizer), expected)
-    write_active(live, OPERATORS, tensors.__getitem__, scalars)
+    write_active(live, OPERATORS, tensors.load, scalars)
     assert equal(state_of(net, optimizer), expected)
 
 
@@ -110,7 +109,7 @@ def test_slices_are_independent() -> None:
     before = net.experts.detach().clone()
     step(net, optimizer)
     after = net.experts.detach().clone()
-    write_active(live, [OPERATORS[1]], tensors.__getitem__, scalars)
+    write_active(live, [OPERATORS[1]], tensors.load, scalars)
     assert torch.equal(net.experts[1], before[1])
     assert torch.equal(net.experts[[0, 2, 3]], after[[0, 2, 3]])
 
@@ -122,7 +121,7 @@ def test_state_that_did_not_exist_is_removed() -> None:
     tensors, scalars = snapshot(live, OPERATORS, [])
     step(net, optimizer)
     assert net.experts in optimizer.state
-    write_active(live, OPERATORS, tensors.__getitem__, scalars)
+    write_active(live, OPERATORS, tensors.load, scalars)
     assert net.experts not in optimizer.state
 
 
@@ -134,20 +133,19 @@ def test_state_that_does_not_exist_yet_is_made() -> None:
     tensors, scalars = snapshot(live, OPERATORS, [])
     expected = state_of(net, optimizer)
     optimizer.state.clear()
-    write_active(live, OPERATORS, tensors.__getitem__, scalars)
+    write_active(live, OPERATORS, tensors.load, scalars)
     assert equal(state_of(net, optimizer), expected)
 
 
 def test_compute_weights_in_reduced_precision_cast_back_to_the_same_bits() -> None:
     net = Net()
     live = LiveState(net, [torch.optim.AdamW(net.parameters())])
-    contents = read_slot(live, [], OPERATORS, {"experts": torch.bfloat16})
-    tensors = {item.name: item.source.to(item.dtype) for item in contents.items}
-    assert tensors["c:experts[0:1]"].dtype == torch.bfloat16
+    tensors, _ = capture(live, [], OPERATORS, {"experts": torch.bfloat16})
+    assert tensors.load("c:experts[0:1]").dtype == torch.bfloat16
     used = net.experts.detach().to(torch.bfloat16)
     with torch.no_grad():
         net.experts.zero_()
-    write_compute(live, OPERATORS, tensors.__getitem__)
+    write_compute(live, OPERATORS, tensors.load)
     assert torch.equal(net.experts.to(torch.bfloat16), used)
 
 
@@ -159,7 +157,7 @@ def test_nested_optimizer_state_round_trips() -> None:
     optimizer.state[net.scale] = copy.deepcopy(entry)
     tensors, scalars = snapshot(live, OPERATORS, [])
     optimizer.state[net.scale] = {}
-    write_active(live, OPERATORS, tensors.__getitem__, scalars)
+    write_active(live, OPERATORS, tensors.load, scalars)
     assert equal(dict(optimizer.state[net.scale]), entry)
 
 
@@ -229,7 +227,7 @@ def test_state_of_any_kind_comes_back_as_it_was(kind: str, present: bool) -> Non
     scalars = json.loads(json.dumps(scalars))
     if not present:
         del optimizer.state[net.scale]
-    write_active(live, OPERATORS, tensors.__getitem__, scalars)
+    write_active(live, OPERATORS, tensors.load, scalars)
     assert same(optimizer.state[net.scale], KINDS[kind])
 
 
@@ -244,7 +242,7 @@ def test_state_belongs_to_the_optimizer_and_the_parameter() -> None:
     before = live.full_bytes("experts")
     step(net, first)
     step(net, second)
-    write_active(live, OPERATORS, tensors.__getitem__, scalars)
+    write_active(live, OPERATORS, tensors.load, scalars)
     assert equal((state_of(net, first), state_of(net, second)), expected)
     assert live.owners["experts"] == (0, 1)
     assert before == net.experts.numel() * 4 * 4 + 4  # the weight, two moments, a momentum buffer, a step count
@@ -372,7 +370,7 @@ def test_unsupported_optimizer_state_is_named() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     optimizer.state[net.scale] = {"thing": object()}
     with pytest.raises(UnsupportedStateError, match=r"'scale' holds 'thing' of type object"):
-        read_slot(LiveState(net, [optimizer]), OPERATORS, [], {})
+        capture(LiveState(net, [optimizer]), OPERATORS, [])
 
 
 def test_parameter_outside_the_module_is_refused() -> None:
