@@ -38,8 +38,9 @@ class FusedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.randn(experts, WIDTH, HIDDEN) * 0.1)
         self.down_proj = nn.Parameter(torch.randn(experts, HIDDEN, WIDTH) * 0.1)
 
-    def forward(self, x: Tensor, chosen: int) -> Tensor:
-        return torch.relu(x @ self.gate_up_proj[chosen]) @ self.down_proj[chosen]
+    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        chosen = int(top_k_index[0, 0])
+        return torch.relu(x @ self.gate_up_proj[chosen]) @ self.down_proj[chosen] * top_k_weights
 
 
 class ListedExperts(nn.ModuleList):
@@ -51,8 +52,8 @@ class ListedExperts(nn.ModuleList):
             for _ in range(experts)
         )
 
-    def forward(self, x: Tensor, chosen: int) -> Tensor:
-        out: Tensor = self[chosen](x)
+    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        out: Tensor = self[int(top_k_index[0, 0])](x) * top_k_weights
         return out
 
 
@@ -65,9 +66,8 @@ class MoE(nn.Module):
         self.experts = FusedExperts(experts) if form == "fused" else ListedExperts(experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.gate(x).softmax(-1)
-        chosen = int(scores[0].argmax())
-        return x + scores[:, chosen, None] * self.experts(x, chosen)
+        weights, index = self.gate(x).softmax(-1).topk(1)
+        return x + self.experts(x, index[:1].expand_as(index), weights)
 
 
 class Model(LightningModule):

@@ -10,14 +10,17 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer import call
+from torch import nn
 
 from moetion_lightning.callbacks._ranks import gathers_state
 from moetion_lightning.core.instance_patches import InstancePatches
+from moetion_lightning.core.module_table import module_table
 
 __all__ = ["CheckpointSeam"]
 
+_PACKAGE = __name__.partition(".")[0]
 #: Of a checkpoint: what the trainer itself reads from it, apart from weights and optimizer state.
 _OWN = ("epoch", "global_step", "pytorch-lightning_version", "callbacks", "lr_schedulers")
 
@@ -53,7 +56,8 @@ class CheckpointSeam:
         """
         self._taken = {}
         try:
-            with contextlib.nullcontext() if weights and not gathers_state(self._trainer) else self._without_weights():
+            weights = weights and not gathers_state(self._trainer) and self._weights_are_seen()
+            with contextlib.nullcontext() if weights else self._without_weights():
                 shown = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             # Without a callback of ours in the trainer's list (a tuner has taken it away) there was no look before.
             own = self._taken or self._own_part(shown)
@@ -70,6 +74,22 @@ class CheckpointSeam:
             shown["loops"] = {"fit_loop": counters}
         return {"own": {**own, "loops": {"fit_loop": counters}}, "shown": shown}
 
+    def _weights_are_seen(self) -> bool:
+        """Whether anything looks at, or adds to, a checkpoint's weights: to list them takes long if they are many."""
+        trainer: Any = self._trainer
+        module, datamodule = trainer.lightning_module, trainer.datamodule
+        kinds: list[tuple[type, Any]] = [
+            (LightningModule, module),
+            *((LightningDataModule, d) for d in [datamodule] if d is not None),
+        ]
+        kinds += [(Callback, c) for c in trainer.callbacks if type(c).__module__.partition(".")[0] != _PACKAGE]
+        hooks = ("on_save_checkpoint", "on_load_checkpoint")
+        if any(getattr(type(value), hook) is not getattr(base, hook) for base, value in kinds for hook in hooks):
+            return True
+        if any(name in vars(module) for name in ("state_dict", "load_state_dict", *hooks)):
+            return True
+        return bool(module_table(module).where(_adds_to_state_dict))
+
     def note_before_hooks(self, checkpoint: Mapping[str, Any]) -> None:
         """Called as the first of all checkpoint hooks, also for checkpoints that are not for a window."""
         if self._taken is not None:
@@ -85,6 +105,8 @@ class CheckpointSeam:
 
     def _entries(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """What modules put into ``state_dict()`` besides parameters, buffers and extra state."""
+        if not state_dict:
+            return {}
         module: Any = self._trainer.lightning_module
         if any(getattr(type(module), n) is not getattr(LightningModule, n) for n in ("state_dict", "load_state_dict")):
             return {}  # its keys need not be what modules below it gave
@@ -207,6 +229,19 @@ class CheckpointSeam:
         module: Any = self._trainer.lightning_module
         if entries:
             module.load_state_dict({**module.state_dict(), **entries}, strict=False)
+
+
+def _adds_to_state_dict(module: nn.Module) -> bool:
+    kind = type(module)
+    own = LightningModule if isinstance(module, LightningModule) else nn.Module
+    names = ("state_dict", "_save_to_state_dict", "load_state_dict", "_load_from_state_dict", "get_extra_state")
+    changed = any(getattr(kind, name) is not getattr(own, name) for name in names) and not _is_torchs(kind)
+    return changed or bool(module._state_dict_hooks or module._state_dict_pre_hooks)
+
+
+def _is_torchs(kind: type) -> bool:
+    """Torch's own modules read older forms of their state in methods of their own, and write parameters and buffers."""
+    return kind.__module__.startswith("torch.nn.modules.")
 
 
 def _copy(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

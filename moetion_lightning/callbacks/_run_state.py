@@ -16,7 +16,8 @@ from moetion_lightning.callbacks._ranks import cuts_at_first_batch, ddp_of
 from moetion_lightning.callbacks._transfer_hooks import TransferHooks
 from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.local import is_wrapper, local
-from moetion_lightning.core.run_state import write_buffers
+from moetion_lightning.core.module_table import module_table
+from moetion_lightning.core.run_state import with_extra_state, write_buffers
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
 from moetion_lightning.engine import LivePoint, PlainAttributes, RestorePoint, build_values
 from moetion_lightning.engine.users_classes import is_framework
@@ -69,7 +70,9 @@ class LightningRunState:
         gradients = {}
         if not self._module.automatic_optimization or is_overridden("optimizer_zero_grad", self._module):
             # Lightning sets gradients to None before it makes new ones; a user's code may keep them.
-            gradients = {n: local(p.grad) for n, p in self._module.named_parameters() if p.grad is not None}
+            gradients = {
+                n: local(p.grad) for n, p in module_table(self._module).parameters.items() if p.grad is not None
+            }
         ddp = ddp_of(self._trainer)
         strategy = self._trainer.strategy
         return {
@@ -81,7 +84,7 @@ class LightningRunState:
             "before_transfer": self._transfers.snapshot(),
             "data": self._data.snapshot(),
             "gradients": gradients,
-            "extra_states": {name: module.get_extra_state() for name, module in _with_extra_state(self._module)},
+            "extra_states": {name: module.get_extra_state() for name, module in with_extra_state(self._module)},
             "buckets": [] if ddp is None else bucket_order(ddp),
             # Whether the next forward takes over rank 0's buffers: not after a validation, or with manual optimization.
             "sync_buffers": ddp is None or ddp.require_forward_param_sync,
@@ -98,7 +101,7 @@ class LightningRunState:
         if ddp is not None:
             set_bucket_order(ddp, state["buckets"])
             ddp.require_forward_param_sync = state["sync_buffers"]
-        for name, module in _with_extra_state(self._module):
+        for name, module in with_extra_state(self._module):
             if name in state["extra_states"]:
                 module.set_extra_state(state["extra_states"][name])
         self._data.settle(state["data"])
@@ -162,8 +165,3 @@ def write_model(module: nn.Module, point: RestorePoint) -> None:
         if not is_wrapper(parameter):  # those wait for the engine, which takes them apart
             parameter.copy_(point.parameter(name))
     write_buffers(module, point.run_state()["buffers"])
-
-
-def _with_extra_state(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules that put something of their own into ``state_dict()``."""
-    return [(n, m) for n, m in module.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state]

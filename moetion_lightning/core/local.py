@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_wrapper", "local", "local_rows", "to_local_rows"]
+__all__ = ["is_wrapper", "local", "local_rows", "place", "to_local_rows"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -46,3 +48,13 @@ def to_local_rows(start: int, stop: int, offset: int, count: int) -> tuple[int, 
     """Global rows ``[start, stop)`` as rows of a shard that begins at ``offset`` and has ``count``; None if none."""
     first, last = max(start - offset, 0), min(stop - offset, count)
     return (first, last) if first < last else None
+
+
+def place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor's values are: equal for two tensors that show the same ones."""
+    if is_wrapper(tensor):
+        wrapper: Any = tensor
+        parts = wrapper.__tensor_flatten__()[0] if hasattr(wrapper, "__tensor_flatten__") else ()
+        inner = [getattr(wrapper, part) for part in parts]
+        return (type(tensor), *map(place, inner)) if inner else (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)

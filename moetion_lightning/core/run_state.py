@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from moetion_lightning.core.generators import (
     Generators,
@@ -21,8 +20,9 @@ from moetion_lightning.core.generators import (
     set_generator,
     unpacked_python,
 )
+from moetion_lightning.core.module_table import module_table
 
-__all__ = ["Rng", "get_rng", "read_buffers", "set_rng", "write_buffers"]
+__all__ = ["Rng", "get_rng", "set_rng", "with_extra_state", "write_buffers"]
 
 
 class Rng:
@@ -85,11 +85,6 @@ def set_rng(state: Mapping[str, Any], generators: Generators | Mapping[str, obje
     return [name for name, value in named.items() if name not in known or not set_generator(known[name], value)]
 
 
-def read_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """All buffers (persistent or not) by name; live tensors, not copies."""
-    return {name: buffer for name, buffer in module.named_buffers() if not is_lazy(buffer)}
-
-
 @torch.no_grad()
 def write_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Put buffers back. A buffer whose shape changed meanwhile is replaced."""
@@ -102,3 +97,12 @@ def write_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
         else:
             owner = module.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], value.to(buffer.device))
+
+
+def with_extra_state(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that put something of their own into ``state_dict()``, by name."""
+    return module_table(module).where(_has_extra_state)
+
+
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from moetion_lightning.core.local import is_wrapper, local, local_rows
-from moetion_lightning.core.operators import Operator
+from moetion_lightning.core.local import is_wrapper, local, local_rows, place
+from moetion_lightning.core.module_table import module_table
 from moetion_lightning.core.optimizer_parts import attribute_tensors, inner_optimizers, parameter_tables
 from moetion_lightning.errors import ConfigurationError, OperatorError, UnsupportedStateError
 
@@ -37,6 +40,8 @@ CLOSURE_FIRST_OPTIMIZERS: frozenset[type] = frozenset(
 #: Kinds of devices that hold state which can be captured.
 DEVICES = frozenset({"cpu", "cuda"})
 
+_LOOKED_AT = 256  # parameters of which values are compared in each iteration
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _OPTIONAL_STATE_BYTES_PER_ELEMENT = 8  # estimate before an optimizer's first step: two float32 moments
 _NOTHING: Mapping[Any, Any] = {}
 
@@ -70,6 +75,8 @@ class LiveState:
         held: Container[str] | None = None,
     ) -> None:
         self.module = module
+        self.table = module_table(module)
+        self.table.refresh()
         self.optimizers: tuple[Optimizer, ...] = inner_optimizers(optimizers)
         self.parameters: dict[str, nn.Parameter] = {}
         #: The optimizers, by index, that update a parameter or keep something of it.
@@ -78,14 +85,16 @@ class LiveState:
         self.problem = ""
         #: Counts the times that it was looked at what there is: names and owners may have changed.
         self.generation = 0
+        #: Counts how often something was found in another form than before: its size may have changed.
+        self.forms = 0
         self._held = held
         self._declared = frozenset(elementwise)
         self._elementwise_names = ELEMENTWISE_NAMES | self._declared
         #: Wrappers that show their inner optimizer's state as theirs.
         self.aliases: frozenset[int] = frozenset()
         self._tables: tuple[tuple[str, ...], ...] = ()
-        self._structure: tuple[int, ...] = ()
         self._shared: dict[tuple[int, int], bool] = {}
+        self._coupled: dict[int, tuple[Any, bool]] = {}
         self._foreign: list[str] = []
         self._look()
         if self.problem:
@@ -106,7 +115,7 @@ class LiveState:
 
     def names(self) -> set[str]:
         """Names of all parameters that this process holds, those of lazy modules too."""
-        return {name for name, _ in self.module.named_parameters() if self._held is None or name in self._held}
+        return {name for name in self.table.parameters if self._held is None or name in self._held}
 
     def refresh(self) -> None:
         """Look again at what there is: parameters and groups may come and go while training.
@@ -117,11 +126,17 @@ class LiveState:
 
     def _look(self) -> None:
         self.generation += 1
-        named = [(n, p) for n, p in self.module.named_parameters() if self._held is None or n in self._held]
-        self._structure = self._present()
+        self.table.refresh()
+        held = self._held
+        named = [(n, p) for n, p in self.table.parameters.items() if held is None or n in held]
+        self._lazy = any(is_lazy(parameter) for _, parameter in named)
         self._shared.clear()
+        self._coupled.clear()
         self.parameters = {name: parameter for name, parameter in named if not is_lazy(parameter)}
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        #: Names of the parameters by ``id``.
+        names = self.names_by_id = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._places: dict[tuple[Any, ...], str] | None = None
+        self._pointers: list[int] = []
         owners: dict[str, dict[int, None]] = {}
         self._foreign = []
         for index, optimizer in enumerate(self.optimizers):
@@ -143,9 +158,6 @@ class LiveState:
         self._tables = tuple(parameter_tables(optimizer, names) for optimizer in self.optimizers)
         self.problem = next(iter(self._foreign), "") or self._unreadable()
 
-    def _present(self) -> tuple[int, ...]:
-        return tuple(id(p) for p in self.module.parameters() if not is_lazy(p))
-
     def _unreadable(self) -> str:
         for name in self.trainable():
             weight = self.weight(name)
@@ -165,7 +177,7 @@ class LiveState:
 
     def _describe_foreign(self, index: int, parameter: Tensor) -> str:
         optimizer = f"optimizer {index} ({type(self.optimizers[index]).__name__})"
-        for name, other in self.module.named_parameters():
+        for name, other in self.table.parameters.items():
             if other is parameter:
                 return (
                     f"{optimizer} updates the parameter {name!r}, which this rank does not hold. Take what other ranks "
@@ -191,17 +203,19 @@ class LiveState:
                 params = group["params"]
                 if id(params) not in seen:  # inner optimizers share their groups
                     seen.add(id(params))
-                    found.extend(id(p) for p in params if p.requires_grad)
+                    found += itertools.compress(map(id, params), map(_REQUIRES_GRAD, params))
         return tuple(found)
 
     def outdated(self) -> bool:
         """Whether parameters of the module, or tables of an optimizer or optimizers in it, came or went."""
-        if self._present() != self._structure:
+        if self.table.refresh() or (self._lazy and self._initialised()):
             return True
         if len(inner_optimizers(self.optimizers)) > len(self.optimizers):
             return True
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        return self._tables != tuple(parameter_tables(optimizer, names) for optimizer in self.optimizers)
+        return self._tables != tuple(parameter_tables(optimizer, self.names_by_id) for optimizer in self.optimizers)
+
+    def _initialised(self) -> bool:
+        return any(not is_lazy(p) for name, p in self.table.parameters.items() if name not in self.parameters)
 
     def calls_closure_first(self) -> tuple[bool, ...]:
         """For each optimizer, whether its ``step`` is known to call its closure before it changes anything."""
@@ -222,10 +236,18 @@ class LiveState:
         return [
             type(optimizer).__name__
             for optimizer in self.optimizers
-            if isinstance(optimizer, torch.optim.LBFGS)
-            or any(not isinstance(key, Tensor) for key in state_of(optimizer))
-            or attribute_tensors(optimizer)
+            if isinstance(optimizer, torch.optim.LBFGS) or self._keeps_more(optimizer) or attribute_tensors(optimizer)
         ]
+
+    def _keeps_more(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer's state has an entry of no parameter; looked at when the number of entries changes."""
+        state = state_of(optimizer)
+        mark = (id(state), len(state))
+        known = self._coupled.get(id(optimizer))
+        if known is None or known[0] != mark:
+            known = (mark, not all(isinstance(key, Tensor) for key in state))
+            self._coupled[id(optimizer)] = known
+        return known[1]
 
     def couples_shards(self) -> list[str]:
         """Names of optimizer classes that update a distributed parameter and are not known to work element by element.
@@ -253,14 +275,33 @@ class LiveState:
             self._shared[first, second] = common and not nested
         return self._shared[first, second]
 
-    def versions(self, operators: Iterable[Operator]) -> list[tuple[int, str]]:
-        """Version counters of the operators' parameters: every in-place change counts, except through ``.data``.
+    def versions(self, names: Sequence[str], turn: int) -> tuple[list[int], list[bytes]]:
+        """Version counters of parameters: every in-place change counts, except through ``.data``.
 
-        On the CPU a few elements are looked at, too: a change of the whole tensor through ``.data`` shows there.
+        On the CPU some values are looked at, too: a change of whole tensors through ``.data`` shows there.
+
+        Args:
+            names: The parameters; of many, others in each turn are looked at.
+            turn: The iteration.
         """
-        names = dict.fromkeys(piece.parameter for op in operators for piece in op.pieces)
-        shards = [self.weight(name) for name in names]
-        return [(shard._version, _sample(shard)) for shard in shards]
+        own = self.parameters
+        shards = [own[n] if type(own[n]) is nn.Parameter else self.weight(n) for n in names if n in own]
+        each = -(-len(shards) // _LOOKED_AT)
+        looked_at = shards if each <= 1 else shards[turn % each :: each]
+        return [shard._version for shard in shards], [_some_values(shard) for shard in looked_at]
+
+    def places(self) -> Mapping[tuple[Any, ...], str]:
+        """Names of the parameters by where their values are (:func:`~.local.place`), as of now."""
+        pointers = [p.data_ptr() if type(p) is nn.Parameter else 0 for p in self.parameters.values()]
+        if self._places is None or pointers != self._pointers:
+            self._pointers = pointers
+            weights = ((name, self.weight(name)) for name in self.parameters)
+            self._places = {place(weight): name for name, weight in weights if weight.numel()}
+        return self._places
+
+    def sizes_depend_on(self) -> tuple[int, ...]:
+        """Equal as long as sizes of parameters and of what optimizers keep of them are."""
+        return (self.generation, self.forms, *(len(state_of(optimizer)) for optimizer in self.optimizers))
 
     def weight(self, name: str) -> Tensor:
         """A parameter's values in this process, detached: all of it, or its local shard."""
@@ -352,8 +393,10 @@ def _bytes_in(value: object) -> int:
     return 0
 
 
-def _sample(parameter: Tensor) -> str:
-    if parameter.device.type != "cpu" or not parameter.is_contiguous() or not parameter.numel():
-        return ""
-    flat = parameter.detach().view(-1)
-    return repr(flat[:: max(1, flat.numel() // 4)].tolist())  # as text: nan equals nan
+def _some_values(parameter: Tensor) -> bytes:
+    """A few bytes from the middle of a tensor on the CPU."""
+    if not parameter.is_cpu or not parameter.is_contiguous() or is_wrapper(parameter):
+        return b""
+    address, nbytes = parameter.data_ptr(), parameter.numel() * parameter.element_size()
+    some = min(nbytes, 16)
+    return ctypes.string_at(address + (nbytes - some) // 2, some) if address else b""

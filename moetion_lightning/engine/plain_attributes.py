@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from moetion_lightning.core.kept_values import ClassFinder, LiveValues, MissingClassError, Reviver
+from moetion_lightning.core.module_table import module_table
 from moetion_lightning.core.packed_lists import PackedLists
 from moetion_lightning.engine.attribute_stamps import FIXED_TYPES, stamp
 from moetion_lightning.engine.users_classes import UsersClasses
@@ -37,6 +38,7 @@ class PlainAttributes:
         self._roots = roots
         self._say_once = say_once
         self._owners: dict[str, _Owner] = {}
+        self._generations: list[tuple[str, int]] = []
         #: Names by owner: once changed, an attribute is state for the rest of the run, also in later processes.
         self._changed: dict[str, set[str]] = {}
         self._refused: dict[tuple[str, str], type] = {}
@@ -47,6 +49,9 @@ class PlainAttributes:
         """What changes from now on is state: hooks at the start of training and of an epoch may draw random values."""
         self._owners = {}
         self._users = UsersClasses(self._roots().values())
+        for root in self._roots().values():
+            if isinstance(root, nn.Module):
+                module_table(root).refresh()
         self._find_owners()
 
     def start(self) -> None:
@@ -75,10 +80,10 @@ class PlainAttributes:
         return flatten_tree(LiveValues(values, self._users.is_object, lambda *found: None, PackedLists()), clone=True)
 
     def _values(self, only: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
-        if only is None and not all(owner.holds_the_same() for owner in self._owners.values()):
+        if only is None and self._generations != self._generations_now():
             self._find_owners()
         for name, owner in self._owners.items():
-            if only is not None and name not in only:
+            if owner.seems_the_same() or (only is not None and name not in only):
                 continue
             changed = owner.new_changes()
             if changed:
@@ -95,11 +100,19 @@ class PlainAttributes:
     def _find_owners(self) -> None:
         """All objects that there are now, with the stamps of those that were there before."""
         before, self._owners = self._owners, {}
+        self._generations = self._generations_now()
         for name, value in self._all_owners():
             owner = before.get(name)
             if owner is None or owner.value is not value:
                 owner = _Owner(value, self._changed.get(name, set()), self._users)
             self._owners[name] = owner
+
+    def _generations_now(self) -> list[tuple[str, int]]:
+        """Tells whether the objects are still the same ones. The engine looks when a window begins."""
+        return [
+            (root, module_table(value).generation if isinstance(value, nn.Module) else id(value))
+            for root, value in self._roots().items()
+        ]
 
     def restore(self, saved: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, Tensor]) -> None:
         """Put captured attributes back, before the first forward.
@@ -131,7 +144,7 @@ class PlainAttributes:
     def _all_owners(self) -> Iterator[tuple[str, Any]]:
         for root, value in self._roots().items():
             if isinstance(value, nn.Module):
-                for name, module in value.named_modules():
+                for name, module in module_table(value).modules.items():
                     if not isinstance(module, Metric):  # the engine captures its states
                         yield (f"{root}.{name}" if name else root), module
             elif hasattr(value, "__dict__"):
@@ -165,14 +178,16 @@ class _Owner:
         self.value = value
         self._users = users
         self._left_out = users.left_out(type(value))
-        self._modules: dict[str, Any] = value._modules if isinstance(value, nn.Module) else {}
-        self._children = list(self._modules.values())
+        self._own: dict[str, Any] = vars(value)
         self._stamp_all(known)
 
-    def holds_the_same(self) -> bool:
-        """Whether no module was added, removed or replaced in it."""
-        return len(self._children) == len(self._modules) and (
-            not self._children or all(map(operator.is_, self._children, self._modules.values()))
+    def seems_the_same(self) -> bool:
+        """Whether nothing has changed, as far as it can be seen at a glance; there are tens of thousands to ask."""
+        own = self._own
+        return (
+            not self._stamps
+            and len(own) == self._size
+            and all(map(operator.is_, map(own.get, self._names), self._fixed))
         )
 
     def _stamp_all(self, known: set[str]) -> None:

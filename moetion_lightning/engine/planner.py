@@ -80,7 +80,8 @@ class WindowPlanner:
         self._signature = live.signature()
         self._outdated = False
         self._routing_fits = True
-        self._sizes = Sizes.of(live, compute_dtype)
+        self._measured: object = None
+        self._measure()
         self.operators = self._find_operators()
 
     def prepare(self, policy: Policy, device: torch.device, run_state_bytes: int) -> None:
@@ -109,6 +110,12 @@ class WindowPlanner:
             compute += weight.numel() * weight.element_size() // holders
         self._check_memory(full + compute * (slots - 1) // 2)
 
+    def _measure(self) -> None:
+        """Sizes are looked at when they may have changed: it takes long if there are many parameters."""
+        mark = (self._live.sizes_depend_on(), dict(self._compute_dtype))
+        if mark != self._measured:
+            self._sizes, self._measured = Sizes.of(self._live, self._compute_dtype), mark
+
     def agree(
         self, iteration: int, newest: Manifest | None, signature: tuple[int, ...], dense: str, *, behind: bool
     ) -> Agreed:
@@ -127,7 +134,7 @@ class WindowPlanner:
         if self._routing.settle(self._ranks.agree) or self._outdated:
             self._outdated = False
             self.operators = self._find_operators()
-        self._sizes = Sizes.of(self._live, self._compute_dtype)
+        self._measure()
         agreed = self._ranks.agree_on_window(
             {
                 "iteration": iteration,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from torchmetrics import Metric
 
 from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.kept_values import ClassFinder, MissingClassError, Reviver
-from moetion_lightning.core.local import is_wrapper, local
+from moetion_lightning.core.local import local, place
+from moetion_lightning.core.module_table import joined_flags, split_flags
 from moetion_lightning.core.optimizer_parts import read_attributes, write_attributes
-from moetion_lightning.core.run_state import Rng, read_buffers, set_rng, write_buffers
+from moetion_lightning.core.run_state import Rng, set_rng, write_buffers
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.restore import PARAMETER_REFERENCE, RestorePoint
@@ -37,28 +39,29 @@ def capture_run_state(
         adapter: The adapter's part.
         generators: Random number generators of user objects.
     """
-    names = {id(p): n for n, p in live.parameters.items()}
-    weights = {n: live.weight(n) for n in live.parameters}
-    by_storage = {_place(w): n for n, w in weights.items() if w.numel()}
+    names, table = live.names_by_id, live.table
+    places: list[Mapping[tuple[Any, ...], str]] = []  # looked up if a tensor comes at all
 
     def leaf(value: object) -> Any:
         if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
-            name = by_storage.get(_place(value))
-            if name is not None and value.is_contiguous() == weights[name].is_contiguous():
+            if not places:
+                places.append(live.places())
+            name = places[0].get(place(value))
+            if name is not None and value.is_contiguous() == live.weight(name).is_contiguous():
                 return [PARAMETER_REFERENCE, name]
         return NotImplemented
 
     tree = {
         "adapter": adapter,
         "rng": Rng().packed(generators.states()),
-        "buffers": read_buffers(live.module),
-        "metrics": _read_metrics(live.module),
+        "buffers": table.buffers(),
+        "metrics": _read_metrics(live),
         "optimizers": [type(optimizer).__name__ for optimizer in live.optimizers],
         "groups": [[_read_group(group, names) for group in opt.param_groups] for opt in live.optimizers],
         # Optimizers may keep state that belongs to no parameter, and state in attributes.
         **_read_optimizers(live, names),
-        "training": [name for name, m in live.module.named_modules() if m.training],
-        "requires_grad": [name for name, p in live.parameters.items() if p.requires_grad],
+        "training": split_flags((name, m.training) for name, m in table.modules.items()),
+        "requires_grad": split_flags((name, p.requires_grad) for name, p in live.parameters.items()),
     }
     return tree, leaf
 
@@ -86,16 +89,6 @@ def build_values(point: RestorePoint | LivePoint, roots: Iterable[object]) -> No
             f"{point.name} holds state of a class that this run does not have: {error}. Undo the change, or start "
             "afresh with resume='never' or another job_id."
         ) from error
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor's values are: equal for two tensors that show the same ones."""
-    if is_wrapper(tensor):
-        wrapper: Any = tensor
-        parts = wrapper.__tensor_flatten__()[0] if hasattr(wrapper, "__tensor_flatten__") else ()
-        inner = [getattr(wrapper, part) for part in parts]
-        return (type(tensor), *map(_place, inner)) if inner else (id(tensor),)
-    return (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
 
 
 def _read_optimizers(live: LiveState, names: Mapping[int, str]) -> dict[str, Any]:
@@ -133,7 +126,8 @@ def _own_keys(optimizer: Optimizer) -> dict[str, Any]:
 def _read_group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
     settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     # Lazy parameters have no name until they are initialised: nothing is captured before.
-    return {"parameters": [names[id(p)] for p in group["params"] if id(p) in names], "settings": settings}
+    # As one text: there may be tens of thousands.
+    return {"parameters": json.dumps([names[id(p)] for p in group["params"] if id(p) in names]), "settings": settings}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,12 +163,13 @@ class EngineState:
         Raises:
             ForeignWindowError: The run has other optimizers.
         """
-        wanted = set(self.tree["requires_grad"])
+        trains = joined_flags(self.tree["requires_grad"])
         for name, parameter in live.parameters.items():
-            parameter.requires_grad_(name in wanted)
-        training = set(self.tree["training"])
-        for name, module in live.module.named_modules():
-            module.training = name in training
+            parameter.requires_grad_(trains(name))
+        training = joined_flags(self.tree["training"])
+        live.table.refresh()
+        for name, module in live.table.modules.items():
+            module.training = training(name)
         ours = [type(optimizer).__name__ for optimizer in live.optimizers]
         if self.tree["optimizers"] != ours:
             raise ForeignWindowError(
@@ -186,7 +181,7 @@ class EngineState:
                 optimizer.param_groups.append({**optimizer.param_groups[-1], "params": []})
             del optimizer.param_groups[len(groups) :]
             for group, saved in zip(optimizer.param_groups, groups):
-                group["params"] = [live.parameters[name] for name in saved["parameters"]]
+                group["params"] = [live.parameters[name] for name in json.loads(saved["parameters"])]
         for optimizer, keys in zip(live.optimizers, self.tree["optimizer_keys"]):
             if keys:  # parameters' states and the groups' settings follow
                 optimizer.load_state_dict({**optimizer.state_dict(), **keys})
@@ -199,7 +194,7 @@ class EngineState:
             Names of generators that are not there.
         """
         write_buffers(live.module, self.tree["buffers"])
-        _write_metrics(live.module, self.tree["metrics"])
+        _write_metrics(live, self.tree["metrics"])
         for optimizer, groups, extra in zip(live.optimizers, self.tree["groups"], self.tree["optimizer_extra"]):
             for group, saved in zip(optimizer.param_groups, groups):
                 for key, value in saved["settings"].items():
@@ -242,19 +237,26 @@ class EngineState:
                 table.update(entries)
 
 
-def _read_metrics(module: nn.Module) -> dict[str, Any]:
+def _is_metric(module: nn.Module) -> bool:
+    return isinstance(module, Metric)
+
+
+def _metrics(live: LiveState) -> list[tuple[str, Any]]:
+    return live.table.where(_is_metric)
+
+
+def _read_metrics(live: LiveState) -> dict[str, Any]:
     """States of torchmetrics inside the module: no buffers, in no state_dict, yet later values need them."""
     saved = {}
-    for name, metric in module.named_modules():
-        if isinstance(metric, Metric):
-            states = {key: getattr(metric, key) for key in metric._defaults}
-            saved[name] = {"states": states, "updates": metric._update_count}
+    for name, metric in _metrics(live):
+        states = {key: getattr(metric, key) for key in metric._defaults}
+        saved[name] = {"states": states, "updates": metric._update_count}
     return saved
 
 
-def _write_metrics(module: nn.Module, saved: Mapping[str, Any]) -> None:
-    for name, metric in module.named_modules():
-        if isinstance(metric, Metric) and name in saved:
+def _write_metrics(live: LiveState, saved: Mapping[str, Any]) -> None:
+    for name, metric in _metrics(live):
+        if name in saved:
             for key, value in saved[name]["states"].items():
                 current = getattr(metric, key)
                 if isinstance(value, Tensor):

@@ -169,6 +169,7 @@ class WindowWriter:
         self._pace = pace
         self._on_commit = on_commit
         self._compiled: dict[int, tuple[SlotPlan, CompiledSlot]] = {}
+        self._names: dict[int, tuple[SlotPlan, tuple[str, ...]]] = {}
         self._serial = 0
         self._newest: Manifest | None = None
         self._static_digest = ""  # of what the newest window holds; unknown for a predecessor's
@@ -240,9 +241,18 @@ class WindowWriter:
             sources = known[1].resolve(self._compute_dtype)
             if sources is not None:
                 return known[1], sources
+        self._live.forms += 1
         compiled = CompiledSlot(self._live, plan.active, plan.frozen, self._compute_dtype)
         self._compiled[slot] = (plan, compiled)
         return compiled, compiled.sources()
+
+    def names(self, slot: int, plan: SlotPlan) -> tuple[str, ...]:
+        """Training thread: the parameters of a slot."""
+        known = self._names.get(slot)
+        if known is None or known[0] is not plan:
+            pieces = (piece.parameter for op in (*plan.active, *plan.frozen) for piece in op.pieces)
+            known = self._names[slot] = (plan, tuple(dict.fromkeys(pieces)))
+        return known[1]
 
     def uid(self, iteration: int, what: str) -> str:
         """A file name that this job has never used."""
@@ -424,7 +434,8 @@ class _SlotJob:
         self._sources: SlotSources | None = None  # kept until the copies have arrived: they read from it
         self._static: tuple[HostBuffer, SnapshotLayout] | None = None
         # Taken on the training thread, at the iteration's end: copies that began late see later changes, too.
-        self._versions = writer._live.versions((*plan.active, *plan.frozen))
+        self._names = writer.names(slot, plan)
+        self._versions = writer._live.versions(self._names, iteration)
         self._whole = choose_whole(writer._live, window.plan.slots, slot)
         self._whole_versions = self._versions_of_whole()
         self._samples: OperatorSamples | None = None
@@ -446,7 +457,7 @@ class _SlotJob:
 
     def check(self) -> None:
         """User code may have changed the sources since the iteration's end: then the copies are of no use."""
-        if self._versions != self._writer._live.versions((*self._plan.active, *self._plan.frozen)):
+        if self._versions != self._writer._live.versions(self._names, self._iteration):
             self._window.broken = TORN
         elif self._whole_versions != self._versions_of_whole():
             self._samples = None  # they are not those of this iteration

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from torch import nn
-
 from moetion_lightning.core.generators import Generators
+from moetion_lightning.core.run_state import with_extra_state
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
 from moetion_lightning.engine import PlainAttributes
 from moetion_lightning.engine.users_classes import is_framework
@@ -65,7 +64,7 @@ class LoopState:
         return {
             "position": self._position.snapshot(),
             "stateful": {name: thing.state_dict() for name, thing in parts.stateful.items()},
-            "extra_states": {name: module.get_extra_state() for name, module in _with_extra_state(parts.module)},
+            "extra_states": {name: module.get_extra_state() for name, module in with_extra_state(parts.module)},
             "buckets": {prefix: bucket_order(ddp) for prefix, ddp in parts.wrappers.items()},
             # Whether the next forward takes over rank 0's buffers.
             "sync_buffers": {prefix: ddp.require_forward_param_sync for prefix, ddp in parts.wrappers.items()},
@@ -93,7 +92,7 @@ class LoopState:
             )
         for name, thing in parts.stateful.items():
             thing.load_state_dict(state["stateful"][name])
-        for name, module in _with_extra_state(parts.module):
+        for name, module in with_extra_state(parts.module):
             if name in state["extra_states"]:
                 module.set_extra_state(state["extra_states"][name])
         for prefix, ddp in parts.wrappers.items():
@@ -132,8 +131,3 @@ class LoopState:
     def remove(self) -> None:
         """Take hooks back."""
         self._gradients.remove()
-
-
-def _with_extra_state(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules that put something of their own into ``state_dict()``."""
-    return [(n, m) for n, m in module.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state]

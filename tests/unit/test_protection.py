@@ -106,7 +106,7 @@ def test_a_lasting_error_is_one_error_and_nothing_leaks(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("cast"), ValueError("layout"), torch.OutOfMemoryError("full")])
-@pytest.mark.parametrize("place", [(WindowWriter, "layout"), (HostMemoryTier, "commit")])
+@pytest.mark.parametrize("place", [(WindowWriter, "compiled"), (HostMemoryTier, "commit")])
 def test_errors_of_any_kind_give_the_window_up_and_are_said_once(
     memory_dir: Path, broken: Any, error: Exception, place: Any
 ) -> None:
