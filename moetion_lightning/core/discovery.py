@@ -2,7 +2,8 @@
 
 Rules, first match wins: the user's specs, the built-in table, the expert-parallel plan that transformers models
 publish, the name of a ``forward`` argument, and last the bare structure. The structural rule gives *candidates*: they
-are MoE layers once the first training iteration shows a routing decision (:mod:`moetion_lightning.core.calibration`).
+are cut like MoE layers, and where tokens are counted they stay so once the first training iteration shows a routing
+decision (:mod:`moetion_lightning.moe.routing.calibration`).
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.layouts import BUILT_IN_SPECS, MoELayer, MoESpec, Tap
 from moetion_lightning.core.partition import build_operators
-from moetion_lightning.core.popularity import TokenCounter
 from moetion_lightning.errors import ConfigurationError, OperatorError
+from moetion_lightning.moe.routing.counter import TokenCounter
 
 HIDDEN, INNER, EXPERTS, TOP_K, TOKENS = 12, 20, 6, 2, 10
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moetion_lightning.core.calibration import Calibration
 from moetion_lightning.core.layouts import MoELayer, Tap
-from moetion_lightning.core.routing import (
+from moetion_lightning.errors import OperatorError
+from moetion_lightning.moe.routing.calibration import Calibration
+from moetion_lightning.moe.routing.forms import (
     argument_reader,
     in_recomputation,
     item,
@@ -20,7 +21,6 @@ from moetion_lightning.core.routing import (
     site_name,
     tokens_per_expert,
 )
-from moetion_lightning.errors import OperatorError
 
 __all__ = ["TokenCounter"]
 
