@@ -311,8 +311,9 @@ def test_windows_with_and_without_counts_are_continued_by_the_other(
 
     with pytest.raises(ZeroDivisionError):
         trainer(tmp_path, capture(counted), StopAt(11, ZeroDivisionError())).fit(module(), loader())
-    resumed, whole = module(), module()
+    resumed = module()
     trainer(tmp_path, capture(not counted)).fit(resumed, loader())
+    whole = module()
     trainer(tmp_path).fit(whole, loader())
     assert states_differ(whole, resumed) == []
 

@@ -225,7 +225,7 @@ class TokenCounter:
         sites = {"experts": layer.experts_module, "router": layer.router_module, "block": layer.block_module}
         for site, name in sites.items():
             module = None if name is None else self._modules.get(name)
-            if module is None or (site == "block" and name == layer.experts_module):
+            if module is None:
                 continue
             for io in ("in",) if site == "experts" else ("out",):
                 hook = self._watching_hook(index, site, io, module)
