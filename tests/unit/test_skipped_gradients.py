@@ -79,7 +79,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("recompute", [None, "reentrant"])
 def test_why_requires_grad_is_left_alone(recompute: str | None) -> None:
-    """Other kernels run without it, which round in another way; and reentrant checkpointing gives no gradient at all."""
+    """Other kernels run without it, which round in another way; and reentrant checkpointing gives no gradient."""
     net, ids = Net(recompute), torch.arange(64).remainder(10).reshape(2, 32)
     with Operations() as trained:
         net(ids)
