@@ -17,7 +17,6 @@ from torch import Tensor
 from moetion_lightning.capture.fence import DeviceFence
 from moetion_lightning.capture.plan import CompiledSlot
 from moetion_lightning.core.discovery import discover_layers
-from moetion_lightning.core.lost_tokens import LostTokens
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.partition import build_operators
 from moetion_lightning.core.policy import PolicyContext, Sizes, SlotPlan, SparsePolicy
@@ -56,11 +55,9 @@ class _Replayed:
         live, layers = self._live, discover_layers(self._model)
         names = live.trainable()
         cut = build_operators(self._model, layers, trainable=names, sliceable=live.is_elementwise)
-        tokens = torch.ones(len(layers), 8, dtype=torch.int64)
         context = PolicyContext(
-            iteration=1, operators=cut.operators, sizes=Sizes.of(live, {}), layers=tuple(lay.name for lay in layers),
-            tokens=tokens, frequencies_changed=False, iteration_seconds=1.0, bytes_per_second=1e12,
-            capacity_bytes=2**40, lost=LostTokens(len(layers), 8),
+            iteration=1, operators=cut.operators, sizes=Sizes.of(live, {}), iteration_seconds=1.0,
+            bytes_per_second=1e12, capacity_bytes=2**40,
         )  # fmt: skip
         return SparsePolicy(window, window, 0.8).plan(context).slots
 

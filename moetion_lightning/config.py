@@ -246,7 +246,8 @@ class EngineConfig:
         max_window: Upper limit for "auto".
         overlap_target: Share of an iteration that the copies may take, in (0, 1].
         skip_frozen_gradients: While replaying, skip the weight gradients of operators that are not rebuilt yet
-            (clipping then uses the recorded norm). Has no effect with a gradient scaler ("16-mixed").
+            (clipping then uses the recorded norm). Off, because code that reads ``.grad`` finds None there. Has no
+            effect with a gradient scaler ("16-mixed"), and where several ranks replay together.
         memory_dir: Directory for windows in host memory; None takes /dev/shm.
         persist_dir: Directory or fsspec URL to which committed windows are copied in the background; None for none.
         persist_every_n_windows: Copy only every n-th window.

@@ -138,6 +138,7 @@ class EngineCallback(EarlyCallback):
             specs=self._specs,
             sinks=(*self._sinks, *_listeners(trainer)),
             events_path=self._events_path,
+            counts_tokens=any(getattr(c, "counts_tokens", False) for c in trainer.callbacks),  # type: ignore[attr-defined]
         )
         self._session = LightningSession(
             trainer,
@@ -200,5 +201,8 @@ class EngineCallback(EarlyCallback):
 
 
 def _listeners(trainer: Trainer) -> list[Sink]:
-    """Callbacks beside the capturing one that want the events of its run: those with ``on_moetion_event(event)``."""
+    """Callbacks beside the capturing one that want the events of its run: those with ``on_moetion_event(event)``.
+
+    Tokens of each expert are counted for them if one has ``counts_tokens = True``.
+    """
     return [c.on_moetion_event for c in trainer.callbacks if hasattr(c, "on_moetion_event")]  # type: ignore[attr-defined]

@@ -70,6 +70,9 @@ class FaultToleranceMonitor(Callback):
         All ranks log at the same step, together.
     """
 
+    #: Hooks on the MoE layers are there while the monitor is: the imbalance needs them.
+    counts_tokens = True
+
     def __init__(self, every_n_steps: int | None = None, progress_bar: bool = False) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ConfigurationError(f"FaultToleranceMonitor(every_n_steps={every_n_steps}): expected a number >= 1")

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moetion_lightning.core.compute_dtype import ComputeDtypeObserver
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.explain import Explanation, explain
-from moetion_lightning.core.token_counter import TokenCounter
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.moe.routing.counter import TokenCounter
 
 __all__ = ["OperatorObserver"]
 

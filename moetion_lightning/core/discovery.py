@@ -2,15 +2,17 @@
 
 Rules, first match wins: the user's specs, the built-in table, the expert-parallel plan that transformers models
 publish, the name of a ``forward`` argument, and last the bare structure. The structural rule gives *candidates*: they
-are MoE layers once the first training iteration shows a routing decision (:mod:`moetion_lightning.core.calibration`).
+are cut like MoE layers, and where tokens are counted they stay so once the first training iteration shows a routing
+decision (:mod:`moetion_lightning.moe.routing.calibration`).
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -26,9 +28,14 @@ INDEX_ARGUMENTS = (
     "selected_experts", "selected_experts_indices", "expert_idxs", "expert_indices", "expert_ids",
 )  # fmt: skip
 ROUTER_NAMES = ("gate", "router", "gates", "gating", "wg", "routing")
+SLOT_NAMES = ("slot", "slots", "phi")  # of soft mixtures
 ALSO_GATE = ("expert_bias", "e_score_correction_bias", "correction_bias", "moe_statics")
-# A router is small beside its experts; class heads and up-projections are not.
+# A router is small beside its experts; class heads and up-projections are not. One that is named so may be as large as
+# they are: experts of a few rows each (LoRA).
 MAX_ROUTER_SHARE = 0.10
+
+#: Block, router module, and parameters of the router outside of that module.
+_Router = tuple[str, str | None, list[str]]
 
 
 def discover_layers(module: nn.Module, specs: Sequence[MoESpec] = ()) -> tuple[MoELayer, ...]:
@@ -72,6 +79,11 @@ class _Found:
             known == container or known.startswith(prefix) or container.startswith(f"{known}.")
             for known in self._containers
         )
+
+    def is_gate(self, name: str) -> bool:
+        """Whether a module owns a part of the router of a layer that is already known."""
+        gates = {piece.parameter for layer in self._layers.values() for piece in layer.gate}
+        return not gates.isdisjoint(self.index.own_parameters(name))
 
     def add(
         self,
@@ -229,51 +241,81 @@ def _from_signatures(found: _Found) -> None:
 
 def _from_structure(found: _Found) -> None:
     index = found.index
-    for name in sorted(index.modules, key=lambda n: -n.count(".")):
-        if not name or found.overlaps(name):
-            continue
+    # Innermost first; of those the largest: in a hierarchy the inner routers are a bank of matrices, too.
+    for name in sorted(index.modules, key=lambda n: (-n.count("."), -index.size(n))):
         module = index.modules[name]
+        if not name or found.overlaps(name) or found.is_gate(name) or isinstance(module, nn.modules.conv._ConvNd):
+            continue  # a depthwise kernel is 3-D too
+        router: _Router | None = None
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             experts = submodules(index, [name])
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            continue  # a depthwise kernel is 3-D too
         else:
-            own = [n for n in index.own_parameters(name) if index.parameters[n].dim() == 3]
-            experts = fused(index, own) if _agree(index, own) else None
-        if experts is None:
+            experts, router = _bank(index, name)
+        if experts is not None:
+            router = router or _router_beside(index, name, len(experts.pieces))
+        if experts is None or router is None:
             continue
-        beside = _router_beside(index, name, len(experts.pieces))
-        if beside is None:
-            continue
-        block, router, loose = beside
-        found.add("structure", block, [name], experts, router, None, candidate=True,
-                  gate_parameters=[*loose, *_loose_gate(index, block)])  # fmt: skip
+        block, router_module, loose = router
+        # Kernels of more than one dimension are as deep as experts of a hierarchy: there only a name tells.
+        deep = max(index.parameters[piece.parameter].dim() for piece in experts.pieces[0]) > 3
+        if not deep or _is_named(router_module or loose[0], ROUTER_NAMES):
+            found.add("structure", block, [name], experts, router_module, None, candidate=True,
+                      gate_parameters=[*loose, *_loose_gate(index, block)])  # fmt: skip
 
 
-def _agree(index: ModuleIndex, names: Sequence[str]) -> bool:
-    return len({index.parameters[name].shape[0] for name in names}) == 1
+def _bank(index: ModuleIndex, name: str) -> tuple[Experts | None, _Router | None]:
+    """Experts that are rows of a module's own parameters, and the router if the module owns that, too.
+
+    Written so are einsum layers (GShard), mixtures of LoRAs beside a frozen matrix, and soft mixtures.
+    """
+    shapes = {n: tuple(index.parameters[n].shape) for n in index.own_parameters(name)}
+    deep = {n: shape for n, shape in shapes.items() if len(shape) >= 3 and not _is_named(n, SLOT_NAMES)}
+    if not deep:
+        return None, None
+    experts = max(deep.values(), key=math.prod)[0]
+    banks = [n for n, shape in deep.items() if shape[0] == experts]
+    # Tokens go in along one of the experts' dimensions. A matrix [E, width] is a bias, unless its name says otherwise.
+    widths = {size for n in banks for size in shapes[n][1:]}
+    routes = [
+        n for n, shape in shapes.items() if n not in banks and len(shape) >= 2 and experts in shape
+        and widths.intersection(shape) and (shape[0] != experts or _is_named(n, ROUTER_NAMES + SLOT_NAMES))
+    ]  # fmt: skip
+    if any(n not in banks and n not in routes for n in deep):
+        return None, None
+    biases = [n for n, shape in shapes.items() if len(shape) == 2 and shape[0] == experts and n not in routes]
+    return fused(index, [*banks, *biases]), (name, None, routes) if routes else _router_in(index, name, name, experts)
 
 
-def _router_beside(index: ModuleIndex, container: str, experts: int) -> tuple[str, str | None, list[str]] | None:
-    """Block, router module and loose router parameters of a container: in its parent, or its grandparent."""
-    limit = MAX_ROUTER_SHARE * sum(index.parameters[n].numel() for n in index.parameters_of(container))
+def _router_beside(index: ModuleIndex, container: str, experts: int) -> _Router | None:
+    """The router of a container: in its parent, or its grandparent."""
+    limit = MAX_ROUTER_SHARE * index.size(container)
     block = container
     for _ in range(2):
         if not block:
             return None
         block = index.parent(block)
-        matches = [c for c in _siblings(index, block, container) if _is_router(index, c, experts, limit)]
-        if matches:
-            matches.sort(key=lambda n: (n.rpartition(".")[2] not in ROUTER_NAMES, index.size(n)))
-            return block, matches[0], []
+        router = _router_in(index, block, container, experts)
+        if router is not None:
+            return router
         loose = [
             n for n in index.own_parameters(block)
-            if index.parameters[n].dim() == 2 and experts in index.parameters[n].shape
-            and index.parameters[n].numel() <= limit
+            if experts in (parameter := index.parameters[n]).shape and parameter.numel() <= limit
+            and (parameter.dim() == 2 or (parameter.dim() == 3 and _is_named(n, SLOT_NAMES)))
         ]  # fmt: skip
         if loose:
             return block, None, loose[:1]
     return None
+
+
+def _router_in(index: ModuleIndex, block: str, container: str, experts: int) -> _Router | None:
+    """The child of a block that routes to a container; in a hierarchy, with the parameters of the inner routers."""
+    size = index.size(container)
+    matches = [c for c in _siblings(index, block, container) if _is_router(index, c, experts, size)]
+    if not matches:
+        return None
+    first, *others = sorted(matches, key=lambda n: (not _is_named(n, ROUTER_NAMES), index.size(n)))
+    inner = [name for other in others if _is_named(other, ROUTER_NAMES) for name in index.parameters_of(other)]
+    return block, first, inner
 
 
 def _siblings(index: ModuleIndex, block: str, container: str) -> Iterator[str]:
@@ -283,8 +325,17 @@ def _siblings(index: ModuleIndex, block: str, container: str) -> Iterator[str]:
             yield name
 
 
-def _is_router(index: ModuleIndex, name: str, experts: int, limit: float) -> bool:
-    if any(isinstance(index.modules[n], nn.Embedding) for n in index.below(name)) or index.size(name) > limit:
+def _is_router(index: ModuleIndex, name: str, experts: int, size: int) -> bool:
+    if any(isinstance(index.modules[n], nn.Embedding) for n in index.below(name)):
+        return False
+    named = _is_named(name, ROUTER_NAMES)
+    if index.size(name) > size * (1 if named else MAX_ROUTER_SHARE):
         return False
     shapes = [index.parameters[n].shape for n in index.parameters_of(name)]
-    return any(len(shape) == 2 and experts in shape for shape in shapes)
+    return any(len(shape) in ((2, 3) if named else (2,)) and experts in shape for shape in shapes)
+
+
+def _is_named(name: str, words: Collection[str]) -> bool:
+    """Whether the last component of a name says so: ``lora_router`` does, ``gate_up_proj_bias`` does not."""
+    parts = set(name.rpartition(".")[2].lower().split("_"))
+    return not parts.isdisjoint(words) and parts.isdisjoint(("proj", "bias", "up", "down"))

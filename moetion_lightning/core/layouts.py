@@ -199,6 +199,9 @@ BUILT_IN_SPECS: tuple[MoESpec, ...] = (
     # lucidrains: st-moe-pytorch, mixture-of-experts.
     MoESpec(block=r"st_moe_pytorch\..*\.MoE", experts="experts.experts", pack="list", tap=_router(0, "dispatch")),
     MoESpec(block=r"mixture_of_experts\..*\.MoE", pack="dim0", tap=_router(0, "dispatch")),
+    # Experts [outer, inner, ...]: the outer ones are told apart.
+    MoESpec(block=r"mixture_of_experts\..*\.HeirarchicalMoE", router="gate_outer", pack="dim0",
+            tap=_router(0, "dispatch"), also_gate=("gate_inner.w_gating",)),
     MoESpec(block=r"(?!deepspeed|tutel).*\.MOELayer", router="router", pack="dim0", tap=_router(0, "load")),  # nanoMoE
     MoESpec(block=r"torchtune\..*\.MoE", router="router", pack="dim0", tap=_router(2, "load")),
     # Calls every expert, also with no rows at all; its gate differs from model to model.

@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
 
-from moetion_lightning.core.lost_tokens import LostTokens
 from moetion_lightning.core.operators import Operator, OperatorKind
 from moetion_lightning.core.schedule import (
     MAX_SHARE,
@@ -125,14 +123,15 @@ class PolicyContext:
         iteration: Completed iterations.
         operators: The operators that this rank captures.
         sizes: Their sizes.
-        layers: Names of the MoE layers, the rows of ``tokens``.
-        tokens: int64 ``[num_layers, num_experts]``, tokens in the rolling window.
-        frequencies_changed: Whether at least 25 % of the experts' frequencies changed by more than 10 % since
-            ``reference``.
         iteration_seconds: Rolling median.
         bytes_per_second: Copy bandwidth.
         capacity_bytes: Host memory that one window may take.
-        lost: Lost-token counters.
+        layers: Names of the MoE layers.
+        tokens: Tokens in the rolling window, by layer and expert. This and the next two are there where routing is
+            counted (:mod:`moetion_lightning.moe.routing`).
+        frequencies_changed: Whether at least 25 % of the experts' frequencies changed by more than 10 % since this was
+            true last.
+        unsaved: Tokens since the expert's last capture, by layer and expert.
         saved: Names of operators that an older restore point holds.
         experts: Experts of each layer, on all ranks together.
         agree: Gives every rank's value, by rank; all ranks ask in the same order.
@@ -141,13 +140,13 @@ class PolicyContext:
     iteration: int
     operators: tuple[Operator, ...]
     sizes: Sizes
-    layers: tuple[str, ...]
-    tokens: Tensor
-    frequencies_changed: bool
     iteration_seconds: float
     bytes_per_second: float
     capacity_bytes: int
-    lost: LostTokens
+    layers: tuple[str, ...] = ()
+    tokens: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    frequencies_changed: bool = False
+    unsaved: Mapping[tuple[str, int], int] = field(default_factory=dict)
     saved: frozenset[str] = field(default_factory=frozenset)
     experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     agree: Callable[[str, Any], list[Any]] = _alone
@@ -261,12 +260,7 @@ class SparsePolicy:
         sizes = context.sizes
         self._budget = context.iteration_seconds * context.bytes_per_second
         window = self._choose(context)
-        tokens = {
-            (layer, expert): count
-            for layer, row in zip(context.layers, context.tokens.tolist())
-            for expert, count in enumerate(row)
-        }
-        ordered = order_operators(context.operators, tokens)
+        ordered = order_operators(context.operators, context.tokens)
         full = list(sizes.operator_bytes(ordered, sizes.full).values())
         compute = list(sizes.operator_bytes(ordered, sizes.compute).values())
         if window > 1:
@@ -419,8 +413,8 @@ class PartialExpertsPolicy:
                 first = (self.checkpoints + row) * count
                 picked = [experts[(first + i) % len(experts)] for i in range(count)] if experts else []
             else:
-                unsaved = context.lost.unsaved[row]
-                picked = sorted(experts, key=lambda e: (-int(unsaved[e]), e))[:count]
+                unsaved = [(-context.unsaved.get((layer, e), 0), e) for e in experts]
+                picked = [expert for _, expert in sorted(unsaved)[:count]]
             chosen.update((layer, expert) for expert in picked)
         return chosen
 

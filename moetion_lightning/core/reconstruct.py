@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moetion_lightning.core.operators import Operator, OperatorKind
+from moetion_lightning.core.skipped_gradients import SkippedGradients
 from moetion_lightning.core.slot_contents import TensorLoader, write_active, write_compute
 from moetion_lightning.core.state import LiveState
 
@@ -75,8 +76,7 @@ class Reconstruction:
         self.slots = tuple(slots)
         self.carried = tuple(carried)
         self.position = 0
-        self._skip_gradients = skip_gradients
-        self._skipped: list[str] = []
+        self._skipped = SkippedGradients() if skip_gradients else None
 
     @property
     def done(self) -> bool:
@@ -114,7 +114,7 @@ class Reconstruction:
             done += 1
             if progress is not None:
                 progress(done, total)
-        self._toggle_gradients()
+        self._skip_gradients()
 
     def after_step(self, optimizer_index: int) -> None:
         """An optimizer has stepped: give its parameters the values that they had after this iteration.
@@ -130,7 +130,7 @@ class Reconstruction:
         slot = self.next_slot
         self._apply(slot, lambda name: True)
         self.position += 1
-        self._toggle_gradients()
+        self._skip_gradients()
         return slot
 
     def _apply(self, slot: SavedSlot, wanted: Callable[[str], bool]) -> None:
@@ -141,21 +141,19 @@ class Reconstruction:
         write_compute(self.live, belongs(slot.frozen), slot.load)
 
     def release(self) -> None:
-        """Undo what the replay changed on the module (gradient switches)."""
-        for name in self._skipped:
-            self.live.parameters[name].requires_grad_(True)
-        self._skipped = []
+        """The replay is over: all gradients are computed again."""
+        if self._skipped is not None:
+            self._skipped.choose(())
 
-    def _toggle_gradients(self) -> None:
+    def _skip_gradients(self) -> None:
         """Skip the weight gradients of parameters that are frozen as a whole.
 
-        Matrices of experts and shared operators only: gates, norms and biases cost nothing, and keeping their gradients
-        keeps the loss differentiable however little is active yet.
+        Matrices of experts and shared operators only: gates, norms and biases cost nothing.
         """
-        if not self._skip_gradients:
+        if self._skipped is None:
             return
-        self.release()
         if self.done:
+            self.release()
             return
         frozen = self.next_slot.frozen + self.next_slot.active  # neither has seen its activation yet
         rows: dict[str, int] = {}
@@ -166,17 +164,11 @@ class Reconstruction:
                 start, stop = piece.start or 0, self.live.rows(piece.parameter)
                 stop = stop if piece.stop is None else piece.stop
                 rows[piece.parameter] = rows.get(piece.parameter, 0) + stop - start
-        candidates = [
-            name
+        parameters = [
+            parameter
             for name, count in rows.items()
-            if self.live.parameters[name].dim() >= 2 and count == self.live.rows(name)
+            if (parameter := self.live.parameters[name]).dim() >= 2 and count == self.live.rows(name)
         ]
-        trainable = self.live.trainable()
-        if len(candidates) == len(trainable):
-            candidates = candidates[:-1]
-        for name in candidates:
-            parameter = self.live.parameters[name]
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-                self._skipped.append(name)
+        for parameter in parameters:
+            parameter.grad = None
+        self._skipped.choose(parameters)

@@ -46,7 +46,6 @@ from moetion_lightning.engine.shares import Shares
 from moetion_lightning.engine.stage_recovery import Stages
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.engine.tiers import Tiers
-from moetion_lightning.engine.token_counts import TokenCounts
 from moetion_lightning.engine.writer import BASELESS, TORN, OpenWindow, WindowHeader, WindowWriter
 from moetion_lightning.errors import NonDeterminismError, RankLostError, UnsupportedStateError
 from moetion_lightning.events import (
@@ -56,6 +55,7 @@ from moetion_lightning.events import (
     RestoreApplied,
     StepSkipped,
 )
+from moetion_lightning.moe.routing import Routing, TokenCounts
 from moetion_lightning.store.tier import Accept
 from moetion_lightning.store.tree import FlatTree, flatten_tree
 
@@ -93,6 +93,8 @@ class Engine:
         self.record = IterationRecorder(self.norms)
         self.recovery: Recovery | None = None
         self.precision = PrecisionWatch()
+        #: Whether somebody beside the engine wants to know the tokens of each expert: before :meth:`attach`.
+        self.counts_tokens = False
         #: An adapter with a gradient scaler clears this: whether a step was skipped depends on all gradients.
         self.may_skip_gradients = True
         self.living = Living(self.ranks, self.tiers)
@@ -167,7 +169,9 @@ class Engine:
             check_complete(window, live, self.ranks.control.world_size)
         devices = list(dict.fromkeys(p.device for p in live.parameters.values())) or [torch.device("cpu")]
         layers = discover_layers(module, specs) if layout.layers is None else layout.layers
-        routing = TokenCounts(module, layers, counted=layout.counted, held=layout.parameters)
+        routing = Routing(layers)
+        if self._uses_routing:
+            routing = TokenCounts(module, layers, self.bus, counted=layout.counted, held=layout.parameters)
         thread = CaptureThread(make_fence(devices))
         dtypes = self.precision.compute_dtype
         holders = {name: ranks for name, ranks in layout.holders.items() if name in live.parameters}
@@ -245,7 +249,7 @@ class Engine:
         state = EngineState.of(point)
         attached.steps.take()
         self.record.take()
-        attached.routing.load_state(state)
+        attached.routing.load_state(state.routing)
         attached.planner.restored()
         self.living.serial = int(point.extra["serial"])
         if isinstance(self.policy, PartialExpertsPolicy):
@@ -280,8 +284,10 @@ class Engine:
         if point.tier is self.tiers.host:
             attached.writer.adopt(point.manifest)
             self.tiers.offer_again(point.manifest)
-        if not self.policy.exact:
-            attached.routing.report_lost(self.policy, point, self.bus, self.iteration, self.ranks.agree)
+        if isinstance(self.policy, PartialExpertsPolicy):
+            carried = {op.name: slot.iteration for slot in point.carried() for op in slot.operators}
+            experts = {(op["layer"], op["expert"]) for op in point.manifest.operators if op["expert"] is not None}
+            attached.routing.report_lost(self.policy, self.iteration, carried, experts, self.ranks.agree)
         self.precision.start_replay(attached.live, state.compute_dtype)
         if self.recovery.done:
             self._end_recovery()
@@ -320,7 +326,7 @@ class Engine:
             raise error
         if point.window is not None:
             self.record.take()
-            attached.routing.load_state(state)
+            attached.routing.load_state(state.routing)
             state.apply_structure(attached.live)
 
     def record_loss(self, loss: Tensor) -> None:
@@ -431,6 +437,13 @@ class Engine:
     @property
     def _skips_gradients(self) -> bool:
         return self.config.skip_frozen_gradients and self.may_skip_gradients and self.ranks.alone
+
+    @property
+    def _uses_routing(self) -> bool:
+        """Whether something needs to know how many tokens each expert gets."""
+        alone = self.ranks.alone or self.ranks.link() is not None
+        skips = self.config.skip_frozen_gradients and self.may_skip_gradients and alone
+        return self.counts_tokens or not self.policy.exact or (skips and isinstance(self.policy, SparsePolicy))
 
     @property
     def converting(self) -> bool:
@@ -676,7 +689,6 @@ class Engine:
         live = self._need().live
         adapter = run_state.capture(weights=weights)
         tree, leaf = capture_run_state(live, adapter, run_state.generators())
-        tree["popularity"] = self._need().routing.popularity_state()
         return tree, leaf
 
     def _flatten(self, run_state: RunState) -> FlatTree:

@@ -12,8 +12,8 @@ from moetion_lightning.engine.planner import WindowPlanner
 from moetion_lightning.engine.shares import Shares
 from moetion_lightning.engine.stage_link import StageLink, StageReplay, StageWork
 from moetion_lightning.engine.steps import StepWatcher
-from moetion_lightning.engine.token_counts import TokenCounts
 from moetion_lightning.engine.writer import WindowWriter
+from moetion_lightning.moe.routing import Routing
 
 __all__ = ["Attached", "RunState", "StageLink", "StageReplay", "StageWork"]
 
@@ -39,7 +39,7 @@ class Attached:
     """Everything that exists once the module and its optimizers do."""
 
     live: LiveState
-    routing: TokenCounts
+    routing: Routing
     planner: WindowPlanner
     shares: Shares
     steps: StepWatcher

@@ -10,9 +10,10 @@ import torch
 
 from moetion_lightning.capture.thread import measure_bandwidth
 from moetion_lightning.core.layouts import MoELayer
+from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.partition import OperatorSet, build_operators
-from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, Sizes, SparsePolicy, WindowPlan
+from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, PolicyContext, Sizes, SparsePolicy, WindowPlan
 from moetion_lightning.core.slot_contents import describe_kept
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.ranks import Agreed, RankLayout, Ranks
@@ -20,10 +21,10 @@ from moetion_lightning.engine.restore import model_fingerprint, parameter_table
 from moetion_lightning.engine.shares import Shares
 from moetion_lightning.engine.static_state import read_static, static_bytes, static_digest
 from moetion_lightning.engine.tiers import Tiers
-from moetion_lightning.engine.token_counts import TokenCounts
 from moetion_lightning.engine.writer import StaticPart, WindowHeader
 from moetion_lightning.errors import OperatorError
-from moetion_lightning.events import EventBus, OperatorsFound, ScheduleMade, TokensCounted
+from moetion_lightning.events import EventBus, OperatorsFound, ScheduleMade
+from moetion_lightning.moe.routing import Routing
 from moetion_lightning.store.format import Manifest
 from moetion_lightning.store.tree import flatten_tree
 
@@ -37,7 +38,7 @@ class WindowPlanner:
 
     Args:
         live: The live state.
-        routing: Token counts and MoE layers.
+        routing: The MoE layers, and what is counted of them.
         tiers: Says how much memory there is.
         pace: Iteration time and bandwidth.
         compute_dtype: Dtype that the forward consumes, by parameter.
@@ -51,7 +52,7 @@ class WindowPlanner:
     def __init__(
         self,
         live: LiveState,
-        routing: TokenCounts,
+        routing: Routing,
         tiers: Tiers,
         pace: Pace,
         compute_dtype: dict[str, torch.dtype],
@@ -146,13 +147,11 @@ class WindowPlanner:
                 "behind": behind,
                 "persist": self._tiers.wants_to_persist(),
                 "dense": dense,
-                "tokens": self._routing.pending(),
                 "digests": "" if self._ranks.alone else self._shares.digest(self.operators.operators, self._sizes),
+                **self._routing.facts(),
             }
         )
-        counted = self._routing.add(agreed.tokens)
-        if counted:
-            self._bus.emit(TokensCounted(iteration=iteration, tokens=counted))
+        self._routing.add(agreed.tokens, iteration)
         return agreed
 
     def plan(self, policy: Policy, iteration: int, newest: Manifest | None, agreed: Agreed) -> WindowPlan:
@@ -165,16 +164,17 @@ class WindowPlanner:
             agreed: From :meth:`agree`, at the same iteration.
         """
         self._shares.settle(self.operators.operators, self._sizes, agreed.digests)
-        context = self._routing.context(
+        context = PolicyContext(
             iteration=iteration,
             operators=self._shares.mine,
             sizes=self._sizes,
             iteration_seconds=agreed.iteration_seconds,
             bytes_per_second=agreed.bytes_per_second,
             capacity_bytes=agreed.capacity_bytes,
-            newest=newest,
+            saved=_saved(newest, self._shares.mine),
             experts=self._experts(policy),
             agree=self._ranks.agree,
+            **self._routing.context(),
         )
         plan = policy.plan(context)
         if plan.schedule is not None and plan.changed:
@@ -187,7 +187,7 @@ class WindowPlanner:
                     reason=plan.changed,
                 )
             )
-        self._routing.captured(plan, iteration)
+        self._routing.captured(plan.experts, iteration)
         return plan
 
     def _experts(self, policy: Policy) -> dict[str, tuple[int, ...]]:
@@ -240,7 +240,7 @@ class WindowPlanner:
             extra={
                 "compute_dtype": {n: str(d).removeprefix("torch.") for n, d in self._compute_dtype.items()},
                 "policy": state,
-                "routing": self._routing.state(),
+                **self._routing.state(),
                 "serial": serial,
                 "shares": list(self._shares.ranks),
                 "holders": self._shares.holders(),
@@ -328,3 +328,11 @@ class WindowPlanner:
 
 def _digest_now(live: LiveState, names: Sequence[str]) -> str:
     return static_digest(read_static(live, names))
+
+
+def _saved(newest: Manifest | None, operators: Sequence[Operator]) -> frozenset[str]:
+    """Operators that the newest window holds in full, cut the same way."""
+    if newest is None:
+        return frozenset()
+    held = {op["name"]: op for op in newest.operators}
+    return frozenset(op.name for op in operators if held.get(op.name) == op.to_json())

@@ -48,7 +48,7 @@ class Agreed:
         behind: Whether a rank's last window is not safe yet.
         persist: Whether the newest window is to be persisted now.
         dense: Why a rank needs dense windows, else empty.
-        tokens: Every rank's token counts.
+        tokens: Every rank's token counts, where tokens are counted.
         digests: Every rank's digest of its operators.
     """
 
@@ -127,8 +127,8 @@ class Ranks:
         """Before a window may begin.
 
         Args:
-            facts: This rank's, by the names of :class:`Agreed` (``tokens`` and ``digests``: its own), but for
-                ``committed``, its committed windows, and ``held``, those that are also copied to the peers.
+            facts: This rank's, by the names of :class:`Agreed` (``digests``, and ``tokens`` if there are any: its own),
+                but for ``committed``, its committed windows, and ``held``, those that are also copied to the peers.
         """
         answers = self.agree("window", dict(facts))
         iterations = {answer["iteration"] for answer in answers}
@@ -143,7 +143,7 @@ class Ranks:
             behind=any(a["behind"] for a in answers),
             persist=all(a["persist"] is not None for a in answers) and any(a["persist"] for a in answers),
             dense=next((a["dense"] for a in answers if a["dense"]), ""),
-            tokens=[a["tokens"] for a in answers],
+            tokens=[a["tokens"] for a in answers if "tokens" in a],
             digests=[a["digests"] for a in answers],
         )
 

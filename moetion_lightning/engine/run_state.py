@@ -137,7 +137,7 @@ class EngineState:
     Args:
         tree: What :func:`capture_run_state` stored.
         compute_dtype: Compute dtypes by parameter.
-        routing: Token counts.
+        routing: Token counts; empty where none are kept.
         policy: State of the policy.
     """
 
@@ -153,7 +153,7 @@ class EngineState:
         return cls(
             tree=point.run_state(),
             compute_dtype={n: getattr(torch, d) for n, d in extra["compute_dtype"].items()},
-            routing=extra["routing"],
+            routing=extra.get("routing", {}),
             policy=extra["policy"],
         )
 

@@ -32,7 +32,7 @@ class StageWork(Protocol):
 
     @property
     def skip_gradients(self) -> bool:
-        """Whether parameters whose state is not whole yet have ``requires_grad`` off and get no gradient.
+        """Whether parameters whose state is not whole yet get no gradient.
 
         The same parameters on all replicas of a stage, and others in each iteration. The sum of the gradients' norms is
         then not that of the iteration.

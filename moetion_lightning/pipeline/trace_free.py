@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moetion_lightning.core.generators import find_generators
-from moetion_lightning.core.routing import repeated_forward
 from moetion_lightning.core.run_state import get_rng, set_rng
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.moe.routing.forms import repeated_forward
 from moetion_lightning.pipeline.specs import same_bits
 
 __all__ = ["ModuleState", "buffers_aside", "trace_free"]

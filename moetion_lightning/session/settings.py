@@ -29,6 +29,7 @@ class SessionSettings:
         specs: Descriptions of MoE blocks that are not found by themselves.
         sinks: Event sinks.
         events_path: JSONL file of events, or None.
+        counts_tokens: Whether a sink wants the tokens of each expert.
     """
 
     config: EngineConfig
@@ -36,6 +37,7 @@ class SessionSettings:
     specs: tuple[MoESpec, ...] = ()
     sinks: tuple[Sink, ...] = ()
     events_path: str | None = None
+    counts_tokens: bool = False
 
     @classmethod
     def read(cls, given: Mapping[str, Any], where: str) -> SessionSettings:

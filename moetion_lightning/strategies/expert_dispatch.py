@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetion_lightning.core.routing import repeated_forward
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.moe.routing.forms import repeated_forward
 from moetion_lightning.strategies.expert_exchange import exchange, exchange_integers, new_token, tie, touch
 from moetion_lightning.strategies.expert_layout import ExpertGroups
 

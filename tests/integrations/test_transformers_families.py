@@ -24,7 +24,7 @@ from torch import nn
 
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.partition import build_operators
-from moetion_lightning.core.popularity import TokenCounter
+from moetion_lightning.moe.routing.counter import TokenCounter
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.hf

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,11 @@ from torch.utils.data import DataLoader
 from moetion_lightning.callbacks import (
     DenseInMemoryCheckpoint,
     DenseReconstruction,
+    FaultToleranceMonitor,
     PartialExpertsCheckpoint,
     SparseExpertCheckpoint,
 )
+from moetion_lightning.callbacks._base import EngineCallback
 from moetion_lightning.errors import (
     ConfigurationError,
     ForeignWindowError,
@@ -252,6 +256,71 @@ def test_reconstruction_alone_continues_and_captures_nothing(tmp_path: Path, mem
     assert "CaptureStarted" not in kinds
     assert {info.windows for info in find_jobs(memory_dir)} == before
     assert not events
+
+
+# --- routing ---------------------------------------------------------------------------------------------------------
+
+
+class Watcher(pl.Callback):
+    """Names of the user's modules with forward hooks, and what the windows say of routing."""
+
+    def __init__(self, memory_dir: Path) -> None:
+        self.memory_dir = memory_dir
+        self.hooked: set[str] = set()
+        self.manifests: list[dict[str, Any]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        modules = dict(pl_module.named_modules()).items()
+        self.hooked |= {name for name, m in modules if m._forward_hooks or m._forward_pre_hooks}
+        for path in self.memory_dir.glob("*/rank-*/windows/*.json"):
+            self.manifests.append(json.loads(path.read_bytes()))
+
+
+EXPERTS = {"body.blocks.0.experts", "body.blocks.1.experts"}
+USERS_OF_ROUTING: dict[str, tuple[Callable[..., EngineCallback], list[Callable[[], pl.Callback]], bool]] = {
+    "default": (SparseExpertCheckpoint, [], False),
+    "dense": (DenseInMemoryCheckpoint, [], False),
+    "dense-skip": (functools.partial(DenseInMemoryCheckpoint, skip_frozen_gradients=True), [], False),
+    "monitor": (SparseExpertCheckpoint, [FaultToleranceMonitor], True),
+    "skip": (functools.partial(SparseExpertCheckpoint, skip_frozen_gradients=True), [], True),
+    "partial": (functools.partial(PartialExpertsCheckpoint, 1), [], True),
+}
+
+
+@pytest.mark.parametrize("case", USERS_OF_ROUTING)
+def test_routing_is_counted_only_where_it_is_used(tmp_path: Path, memory_dir: Path, case: str) -> None:
+    make, others, counts = USERS_OF_ROUTING[case]
+    kinds: list[str] = []
+    capture = make(memory_dir=str(memory_dir), job_id="job", sinks=[lambda event: kinds.append(event.kind)])
+    watcher = Watcher(memory_dir)
+    trainer(tmp_path, capture, watcher, *(other() for other in others)).fit(module(block="fused"), loader())
+    assert watcher.hooked == (EXPERTS if counts else set())
+    assert ("TokensCounted" in kinds) == counts
+    assert watcher.manifests
+    assert all(("routing" in manifest["extra"]) == counts for manifest in watcher.manifests)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_windows_with_and_without_counts_are_continued_by_the_other(
+    tmp_path: Path, memory_dir: Path, counted: bool
+) -> None:
+    def capture(skip: bool) -> SparseExpertCheckpoint:
+        return SparseExpertCheckpoint(
+            window=3, memory_dir=str(memory_dir), job_id="job", skip_frozen_gradients=skip, on_mismatch="raise"
+        )
+
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, capture(counted), StopAt(11, ZeroDivisionError())).fit(module(), loader())
+    resumed = module()
+    trainer(tmp_path, capture(not counted)).fit(resumed, loader())
+    whole = module()
+    trainer(tmp_path).fit(whole, loader())
+    assert states_differ(whole, resumed) == []
+
+
+def states_differ(one: pl.LightningModule, other: pl.LightningModule) -> list[str]:
+    values = other.state_dict()
+    return [name for name, value in one.state_dict().items() if not torch.equal(value, values[name])]
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------

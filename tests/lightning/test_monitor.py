@@ -146,6 +146,8 @@ def test_load_is_what_was_routed(tmp_path: Path, memory_dir: Path) -> None:
 
 
 class Listener(pl.Callback):
+    counts_tokens = True
+
     def __init__(self) -> None:
         self.kinds: set[str] = set()
 

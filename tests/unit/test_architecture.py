@@ -17,8 +17,8 @@ PACKAGE = Path(moetion_lightning.__file__).resolve().parent
 ROOT = PACKAGE.parent
 
 BELOW_ADAPTERS = (
-    "errors", "units", "config", "events", "core", "store", "capture", "distributed", "pipeline", "data", "engine",
-    "session",
+    "errors", "units", "config", "events", "core", "moe", "store", "capture", "distributed", "pipeline", "data",
+    "engine", "session",
 )  # fmt: skip
 # The rooms that each room may import, apart from itself and the root's `__version__`.
 TABLE: dict[str, set[str]] = {

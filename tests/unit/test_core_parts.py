@@ -17,10 +17,10 @@ from moetion_lightning.core.compute_dtype import ComputeDtypeObserver
 from moetion_lightning.core.digests import rng_digests
 from moetion_lightning.core.generators import find_generators
 from moetion_lightning.core.grad_norm import GradNormSeam
-from moetion_lightning.core.lost_tokens import LostTokens
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.run_state import get_rng, set_rng
 from moetion_lightning.errors import UnsupportedStateError
+from moetion_lightning.moe.routing.lost_tokens import LostTokens
 
 # --- compute dtype ---------------------------------------------------------------------------------------------------
 

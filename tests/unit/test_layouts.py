@@ -11,8 +11,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.layouts import BUILT_IN_SPECS, MoELayer, MoESpec, Tap
 from moetion_lightning.core.partition import build_operators
-from moetion_lightning.core.popularity import TokenCounter
 from moetion_lightning.errors import ConfigurationError, OperatorError
+from moetion_lightning.moe.routing.counter import TokenCounter
 
 HIDDEN, INNER, EXPERTS, TOP_K, TOKENS = 12, 20, 6, 2, 10
 
@@ -351,6 +351,105 @@ class Tutel(nn.Module):
         return run_each(x, weights, ids, lambda e, rows: F.gelu(rows @ w1[e].T + b1[e]) @ w2[e])
 
 
+class OwnRouter(nn.Module):
+    """Expert matrices and router in one module; the router is a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = IdsRouter("wi")
+        self.w_gate = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) * 0.3)
+        self.w_out = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN) * 0.3)
+        self.b_out = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.router(x)
+        return run_each(x, weights, ids, lambda e, rows: F.silu(rows @ self.w_gate[e]) @ self.w_out[e] + self.b_out[e])
+
+
+class MoELora(nn.Module):
+    """A frozen matrix, and LoRA experts beside it that are fused; their router is about as large as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(HIDDEN, HIDDEN).requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 2))
+        self.lora_B = nn.Parameter(torch.randn(EXPERTS, 2, HIDDEN))
+        self.lora_router = IdsRouter("wi")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.lora_router(x)
+        return self.base(x) + run_each(x, weights, ids, lambda e, rows: rows @ self.lora_A[e] @ self.lora_B[e])
+
+
+class Hierarchy(nn.Module):
+    """lucidrains: an outer gate chooses a group, an inner one an expert of the group; all experts in 4-D parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_outer = DispatchGate()
+        self.gate_inner = nn.Module()
+        self.gate_inner.w_gating = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 3))
+        self.experts = nn.Module()
+        self.experts.w1 = nn.Parameter(torch.randn(EXPERTS, 3, HIDDEN, INNER) * 0.3)
+        self.experts.w2 = nn.Parameter(torch.randn(EXPERTS, 3, INNER, HIDDEN) * 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dispatch, combine = self.gate_outer(x)
+        rows = torch.einsum("td,tec->ecd", x, dispatch)
+        inner = torch.einsum("ecd,edi->eci", rows, self.gate_inner.w_gating).softmax(-1)
+        hidden = F.gelu(torch.einsum("ecd,eidf->eicf", rows, self.experts.w1))
+        outputs = torch.einsum("eicf,eifd,eci->ecd", hidden, self.experts.w2, inner)
+        return torch.einsum("ecd,tec->td", outputs, combine)
+
+
+class Einsum(nn.Module):
+    """GShard in one module: no routing decision passes a module's boundary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wg = nn.Parameter(torch.randn(HIDDEN, EXPERTS))
+        self.wi = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) * 0.3)
+        self.bi = nn.Parameter(torch.zeros(EXPERTS, INNER))
+        self.wo = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN) * 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = route(x @ self.wg)
+        combine = torch.zeros(len(x), EXPERTS).scatter(1, ids, weights)
+        hidden = F.gelu(torch.einsum("td,edf->etf", x, self.wi) + self.bi[:, None])
+        return torch.einsum("etf,efd,te->td", hidden, self.wo, combine)
+
+
+class SoftList(nn.Module):
+    """A soft mixture: every expert gets a mean of all tokens for each of its slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slot_embeds = nn.Parameter(torch.randn(EXPERTS, 2, HIDDEN))
+        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = torch.einsum("td,esd->tes", x, self.slot_embeds)
+        slots = torch.einsum("td,tes->esd", x, logits.softmax(0))
+        outputs = torch.stack([expert(slots[e]) for e, expert in enumerate(self.experts)])
+        return torch.einsum("esd,tes->td", outputs, logits.flatten(1).softmax(-1).view_as(logits))
+
+
+class SoftFused(nn.Module):
+    """The same in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phi = nn.Parameter(torch.randn(HIDDEN, EXPERTS, 2))
+        self.w1 = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) * 0.3)
+        self.w2 = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN) * 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = torch.einsum("td,des->tes", x, self.phi)
+        slots = torch.einsum("td,tes->esd", x, logits.softmax(0))
+        outputs = F.gelu(slots @ self.w1) @ self.w2
+        return torch.einsum("esd,tes->td", outputs, logits.flatten(1).softmax(-1).view_as(logits))
+
+
 def named(cls: type[nn.Module], module: str, name: str) -> type[nn.Module]:
     """The class under the name that a library gives it."""
     return type(name, (cls,), {"__module__": module, "__qualname__": name})
@@ -375,6 +474,11 @@ REPLICAS: dict[str, tuple[type[nn.Module], str, str]] = {
     "torchtune": (named(LoadRouted, "torchtune.modules.moe.moe", "MoE"), "built-in", "load"),
     "nanomoe": (named(NanoMoE, "model", "MOELayer"), "built-in", "load"),
     "tutel": (named(Tutel, "tutel.impls.moe_layer", "MOELayer"), "built-in", "load"),
+    "lucidrains-hierarchy": (named(Hierarchy, "mixture_of_experts.mixture_of_experts", "HeirarchicalMoE"),
+                             "built-in", "dispatch"),
+    "hierarchy-unnamed": (Hierarchy, "structure", "dispatch"),
+    "own-router": (OwnRouter, "structure", "index"),
+    "moe-lora": (MoELora, "structure", "index"),
     "linear-gate": (LinearGate, "structure", "rows"),
     "loose-gate": (LooseGate, "structure", "rows"),
 }  # fmt: skip
@@ -426,6 +530,32 @@ def test_replica_is_found_and_counted(library: str) -> None:
     kinds = [operator.kind.value for operator in operators.operators]
     assert kinds.count("expert") == 2 * EXPERTS
     assert kinds.count("gate") == (0 if library == "scattermoe" else 2)
+
+
+@pytest.mark.parametrize(
+    ("block", "gate"),
+    [(Einsum, ["wg"]), (SoftList, ["slot_embeds"]), (SoftFused, ["phi"])],
+    ids=["einsum", "soft-list", "soft-fused"],
+)
+def test_routing_inside_of_one_module_is_found_but_cannot_be_counted(block: type[nn.Module], gate: list[str]) -> None:
+    """Its experts are cut like others; what needs counts takes them for shared state, which is always whole."""
+    model = Net(block)
+    layers = discover_layers(model)
+    assert [(layer.name, layer.num_experts) for layer in layers] == [("layers.0", EXPERTS), ("layers.1", EXPERTS)]
+    assert [piece.parameter for piece in layers[0].gate] == [f"layers.0.{name}" for name in gate]
+    operators = build_operators(
+        model, layers, trainable=dict(model.named_parameters()), sliceable=lambda name: True
+    ).operators
+    experts = [op for op in operators if op.kind.value == "expert"]
+    assert len(experts) == 2 * EXPERTS
+    owned = {piece.parameter for op in experts for piece in op.pieces}
+    assert owned == {name for name in dict(model.named_parameters()) if "layers" in name} - {
+        f"layers.{i}.{name}" for i in range(2) for name in gate
+    }
+    counter = TokenCounter(model, layers)
+    model(torch.randn(TOKENS, HIDDEN)).sum().backward()
+    assert counter.drain().shape[0] == 0
+    assert [layer.name for layer, _ in counter.rejected] == ["layers.0", "layers.1"]
 
 
 def test_numbered_parameters_leave_the_rest_to_shared() -> None:
@@ -485,6 +615,14 @@ def test_a_dense_mixture_is_a_candidate_that_calibration_rejects() -> None:
     assert all("no routing decision" in reason for _, reason in counter.rejected)
 
 
+def bank_beside_linear(shapes: dict[str, tuple[int, ...]], *linear: int) -> nn.Module:
+    block = nn.Module()
+    block.bank, block.out = nn.Module(), nn.Linear(*linear)
+    for name, shape in shapes.items():
+        block.bank.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+    return nn.Sequential(block)
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -494,8 +632,19 @@ def test_a_dense_mixture_is_a_candidate_that_calibration_rejects() -> None:
         nn.ModuleDict({"out": nn.Linear(400, 4), "heads": nn.ModuleList(Expert() for _ in range(4))}),
         nn.LSTM(4, 4),
         nn.Linear(2, 2),
+        bank_beside_linear({"w_q": (4, HIDDEN, 3), "b_q": (4, 3), "w_o": (4, 3, HIDDEN)}, HIDDEN, HIDDEN),
+        bank_beside_linear({"weight": (8, HIDDEN, 3, 3), "bias": (8,)}, 8, 2),
     ],
-    ids=["transformer", "depthwise-conv", "embedding", "large-projection", "lstm", "linear"],
+    ids=[
+        "transformer",
+        "depthwise-conv",
+        "embedding",
+        "large-projection",
+        "lstm",
+        "linear",
+        "attention-heads",
+        "kernel",
+    ],
 )
 def test_dense_models_have_no_layers(model: nn.Module) -> None:
     assert discover_layers(model) == ()

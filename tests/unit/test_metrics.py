@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from moetion_lightning.core.lost_tokens import LostTokens
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.metrics import (
     CheckpointStall,
@@ -23,6 +22,7 @@ from moetion_lightning.metrics import (
     ProportionOfLostTokens,
     functional,
 )
+from moetion_lightning.moe.routing.lost_tokens import LostTokens
 
 COUNTS = torch.tensor([[3, 1, 0, 4], [5, 5, 0, 0]])
 

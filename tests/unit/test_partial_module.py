@@ -20,8 +20,9 @@ from moetion_lightning.distributed.control import StoreControl
 from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.engine.restore import parameter_table
 from moetion_lightning.engine.run_state import capture_run_state
-from moetion_lightning.engine.token_counts import TokenCounts
 from moetion_lightning.errors import OperatorError
+from moetion_lightning.events import EventBus
+from moetion_lightning.moe.routing.counts import TokenCounts
 
 EXPERTS, WIDTH = 4, 6
 
@@ -131,14 +132,14 @@ def count_together(stand_in: bool) -> list[TokenCounts]:
     def run(stage: int) -> TokenCounts:
         ranks = Ranks(StoreControl(store, stage, 2, scope="job", timeout_seconds=20.0))
         net, held = parts[stage]
-        counts = TokenCounts(net, discover_layers(net), held=held)
+        counts = TokenCounts(net, discover_layers(net), EventBus(), held=held)
         for _ in range(2):
             net.blocks[stage](tokens * (1 + stage))
             if stand_in:
                 net.blocks[1 - stage].gate(tokens)
             counts.end_iteration()
         counts.settle(ranks.agree)
-        counts.add(ranks.agree("tokens", counts.pending()))
+        counts.add([facts["tokens"] for facts in ranks.agree("window", counts.facts())], 2)
         counts.close()
         return counts
 
@@ -151,7 +152,7 @@ def test_tokens_are_counted_where_the_layer_is_and_known_everywhere(stand_in: bo
     counted = count_together(stand_in)
     for counts in counted:
         assert [layer.name for layer in counts.layers] == ["blocks.0", "blocks.1"]
-        tokens = torch.tensor([[counts.popularity.tokens(row, e) for e in range(EXPERTS)] for row in range(2)])
+        tokens = counts.popularity.tokens()
         assert tokens.sum(1).tolist() == [64, 64]
         for row, scale in ((0, 1), (1, 2)):
             net, _ = part(row)
@@ -169,7 +170,7 @@ def test_a_layer_that_its_holders_reject_is_none_anywhere() -> None:
     def run(stage: int) -> list[str]:
         ranks = Ranks(StoreControl(store, stage, 2, scope="job", timeout_seconds=20.0))
         net, held = parts[stage]
-        counts = TokenCounts(net, discover_layers(net), held=held)
+        counts = TokenCounts(net, discover_layers(net), EventBus(), held=held)
         x = torch.randn(8, WIDTH)
         if stage == 0:
             net.blocks[0](x)
@@ -178,7 +179,7 @@ def test_a_layer_that_its_holders_reject_is_none_anywhere() -> None:
                 x = expert(x)
         counts.end_iteration()
         changed = counts.settle(ranks.agree)
-        counts.add(ranks.agree("tokens", counts.pending()))
+        counts.add([facts["tokens"] for facts in ranks.agree("window", counts.facts())], 2)
         counts.close()
         assert changed
         return [layer.name for layer in counts.layers]
@@ -189,7 +190,7 @@ def test_a_layer_that_its_holders_reject_is_none_anywhere() -> None:
 
 def test_what_a_replay_counted_is_forgotten() -> None:
     net, held = part(0)
-    counts = TokenCounts(net, discover_layers(net), held=held)
+    counts = TokenCounts(net, discover_layers(net), EventBus(), held=held)
     net.blocks[0](torch.randn(8, WIDTH))
     counts.forget()
     net.blocks[0](torch.randn(5, WIDTH))
@@ -199,6 +200,6 @@ def test_what_a_replay_counted_is_forgotten() -> None:
         return [value, [["blocks.1"], ["blocks.1"]]]
 
     counts.settle(alone)
-    counts.add([counts.pending()])
+    counts.add([counts.facts()["tokens"]], 1)
     counts.close()
-    assert sum(counts.popularity.tokens(0, e) for e in range(EXPERTS)) == 5
+    assert counts.popularity.tokens()[0].sum() == 5

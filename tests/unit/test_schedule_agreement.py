@@ -18,8 +18,8 @@ from moetion_lightning.distributed.control import StoreControl
 from moetion_lightning.engine.planner import WindowPlanner
 from moetion_lightning.engine.ranks import RankLayout, Ranks
 from moetion_lightning.engine.shares import Shares
-from moetion_lightning.engine.token_counts import TokenCounts
 from moetion_lightning.events import EventBus
+from moetion_lightning.moe.routing.counts import TokenCounts
 from tests.runs.models import Body
 
 WORLD, EXPERTS = 3, 6
@@ -54,7 +54,7 @@ class OneRank:
         everyone = tuple(range(WORLD))
         holders = dict.fromkeys(self.live.parameters, everyone)
         ranks, bus = Ranks(control), EventBus()
-        self.counts = TokenCounts(self.module, discover_layers(self.module, ()), counted=counted)
+        self.counts = TokenCounts(self.module, discover_layers(self.module, ()), bus, counted=counted)
         self.pace = Pace()
         self.planner = WindowPlanner(
             self.live, self.counts, RoomyTiers(), self.pace, {}, bus, lambda message: None, ranks,  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def test_counts_are_the_sum_over_ranks_and_equal_everywhere(closing: list[OneRan
     assert torch.equal(tokens[0], tokens[2])
     # Two experts for each of 6, 12 and 18 samples, twice.
     assert tokens[0].sum(dim=1).tolist() == [2 * 2 * (6 + 12 + 18)] * 2
-    popularity = [str(rank.counts.popularity_state()) for rank in ranks]
+    popularity = [str(rank.counts.popularity.tokens()) for rank in ranks]
     assert popularity[0] == popularity[1] == popularity[2]
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moetion_lightning.core.calibration import Calibration
 from moetion_lightning.core.layouts import MoELayer, Tap
-from moetion_lightning.core.routing import (
+from moetion_lightning.errors import OperatorError
+from moetion_lightning.moe.routing.calibration import Calibration
+from moetion_lightning.moe.routing.forms import (
     argument_reader,
     in_recomputation,
     item,
@@ -20,7 +21,6 @@ from moetion_lightning.core.routing import (
     site_name,
     tokens_per_expert,
 )
-from moetion_lightning.errors import OperatorError
 
 __all__ = ["TokenCounter"]
 
@@ -225,7 +225,7 @@ class TokenCounter:
         sites = {"experts": layer.experts_module, "router": layer.router_module, "block": layer.block_module}
         for site, name in sites.items():
             module = None if name is None else self._modules.get(name)
-            if module is None or (site == "block" and name == layer.experts_module):
+            if module is None:
                 continue
             for io in ("in",) if site == "experts" else ("out",):
                 hook = self._watching_hook(index, site, io, module)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moetion_lightning.core.layouts import MoELayer, Tap
-from moetion_lightning.core.routing import leading_rows, tokens_per_expert
+from moetion_lightning.moe.routing.forms import leading_rows, tokens_per_expert
 
 __all__ = ["Calibration", "possible_forms"]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from moetion_lightning.core.token_counter import TokenCounter
 from moetion_lightning.errors import ConfigurationError
 
-__all__ = ["Popularity", "TokenCounter"]
+__all__ = ["Popularity"]
 
 
 class Popularity:
@@ -62,9 +61,9 @@ class Popularity:
         if len(self._window) > self.num_iterations:
             self._sum -= self._window.popleft()
 
-    def tokens(self, layer: int, expert: int) -> int:
-        """Tokens of one expert in the window, 0 before the first update."""
-        return 0 if self._sum is None else int(self._sum[layer, expert])
+    def tokens(self) -> torch.Tensor:
+        """Tokens in the window: int64 ``[num_layers, max_experts]``, ``[0, 0]`` before the first update."""
+        return torch.zeros(0, 0, dtype=torch.int64) if self._sum is None else self._sum.clone()
 
     def frequencies(self) -> torch.Tensor:
         """Share of its layer's tokens that each expert received: float64 ``[num_layers, max_experts]``."""
@@ -93,15 +92,3 @@ class Popularity:
         reference = reference.to(device="cpu", dtype=torch.float64)
         moved = ((now - reference).abs() > relative_change * reference) & valid
         return bool(valid.any()) and int(moved.sum()) >= fraction * int(valid.sum())
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The window as one tensor: int64 ``[num_iterations so far, num_layers, max_experts]``."""
-        window = torch.stack(list(self._window)) if self._window else torch.zeros(0, 0, 0, dtype=torch.int64)
-        return {"window": window}
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Restore the window; of a longer one, the last ``num_iterations`` iterations."""
-        self._window.clear()
-        self._sum = None
-        for counts in state["window"]:
-            self.update(counts)

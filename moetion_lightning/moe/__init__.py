@@ -1,0 +1,1 @@
+"""Mixtures of experts: what they do while they train."""
