@@ -79,14 +79,17 @@ def _mark(module: nn.Module) -> tuple[list[int], list[int], list[str]]:
     return [*map(id, module._modules.values())], [*map(id, module._parameters.values())], [*module._buffers]
 
 
-_tables: weakref.WeakKeyDictionary[nn.Module, ModuleTable] = weakref.WeakKeyDictionary()
+# A table refers to its module: whoever uses it keeps it, and with the last of them it goes.
+_tables: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ModuleTable]] = weakref.WeakKeyDictionary()
 
 
 def module_table(module: nn.Module) -> ModuleTable:
-    """The table of a module, made at the first call; all callers share it."""
-    found = _tables.get(module)
+    """The table of a module; all who have one at the same time share it."""
+    known = _tables.get(module)
+    found = None if known is None else known()
     if found is None:
-        found = _tables[module] = ModuleTable(module)
+        found = ModuleTable(module)
+        _tables[module] = weakref.ref(found)
     return found
 
 

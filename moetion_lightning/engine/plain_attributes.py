@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from moetion_lightning.core.kept_values import ClassFinder, LiveValues, MissingClassError, Reviver
-from moetion_lightning.core.module_table import module_table
+from moetion_lightning.core.module_table import ModuleTable, module_table
 from moetion_lightning.core.packed_lists import PackedLists
 from moetion_lightning.engine.attribute_stamps import FIXED_TYPES, stamp
 from moetion_lightning.engine.users_classes import UsersClasses
@@ -39,6 +39,7 @@ class PlainAttributes:
         self._say_once = say_once
         self._owners: dict[str, _Owner] = {}
         self._generations: list[tuple[str, int]] = []
+        self._tables: list[ModuleTable] = []
         #: Names by owner: once changed, an attribute is state for the rest of the run, also in later processes.
         self._changed: dict[str, set[str]] = {}
         self._refused: dict[tuple[str, str], type] = {}
@@ -49,9 +50,9 @@ class PlainAttributes:
         """What changes from now on is state: hooks at the start of training and of an epoch may draw random values."""
         self._owners = {}
         self._users = UsersClasses(self._roots().values())
-        for root in self._roots().values():
-            if isinstance(root, nn.Module):
-                module_table(root).refresh()
+        self._hold_tables()
+        for table in self._tables:
+            table.refresh()
         self._find_owners()
 
     def start(self) -> None:
@@ -100,12 +101,16 @@ class PlainAttributes:
     def _find_owners(self) -> None:
         """All objects that there are now, with the stamps of those that were there before."""
         before, self._owners = self._owners, {}
+        self._hold_tables()
         self._generations = self._generations_now()
         for name, value in self._all_owners():
             owner = before.get(name)
             if owner is None or owner.value is not value:
                 owner = _Owner(value, self._changed.get(name, set()), self._users)
             self._owners[name] = owner
+
+    def _hold_tables(self) -> None:
+        self._tables = [module_table(root) for root in self._roots().values() if isinstance(root, nn.Module)]
 
     def _generations_now(self) -> list[tuple[str, int]]:
         """Tells whether the objects are still the same ones. The engine looks when a window begins."""
