@@ -22,6 +22,7 @@ from moetion_lightning.core.state import LiveState, state_of
 from moetion_lightning.errors import UnsupportedStateError
 from moetion_lightning.store.format import SnapshotLayout, TensorSpec
 from moetion_lightning.store.host_memory import HostBuffer
+from moetion_lightning.store.manifest import EncodedDict
 
 __all__ = ["CompiledSlot", "SlotSources"]
 
@@ -111,7 +112,7 @@ class CompiledSlot:
             dtype = compute_dtype.get(name, weight.dtype)
             places += [(_spec(f"c:{piece.key}", piece, weight, dtype), len(tensors), piece) for piece in rows]
             tensors.append(weight)
-        self._scalars = scalars
+        self._scalars = EncodedDict(scalars)
         self._form = _form(tensors)
         self.layout = SnapshotLayout([spec for spec, _, _ in places])
         self._compile(places, tensors)

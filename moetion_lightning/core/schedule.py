@@ -12,6 +12,7 @@ of by operator count.
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,17 @@ class Schedule:
 
     def frozen(self, slot: int) -> tuple[Operator, ...]:
         """Operators captured as frozen in iteration ``slot`` of the window."""
-        return tuple(op for later in self.slots[slot + 1 :] for op in later)
+        return self._frozen[slot]
+
+    @functools.cached_property
+    def _frozen(self) -> list[tuple[Operator, ...]]:
+        """Of all slots: a window of thousands of operators asks for the same ones each time."""
+        later: tuple[Operator, ...] = ()
+        found = []
+        for active in reversed(self.slots):
+            found.append(later)
+            later = active + later
+        return found[::-1]
 
 
 def order_operators(operators: Sequence[Operator], tokens: Mapping[tuple[str, int], int]) -> tuple[Operator, ...]:

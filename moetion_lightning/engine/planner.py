@@ -78,6 +78,7 @@ class WindowPlanner:
         self._static_digest = ""
         self._run_state_bytes = self._static_bytes = 0
         self._at_start = live.names()
+        self._changes: tuple[int, dict[str, list[str]]] = (-1, {})
         self._signature = live.signature()
         self._outdated = False
         self._routing_fits = True
@@ -171,7 +172,7 @@ class WindowPlanner:
             iteration_seconds=agreed.iteration_seconds,
             bytes_per_second=agreed.bytes_per_second,
             capacity_bytes=agreed.capacity_bytes,
-            saved=_saved(newest, self._shares.mine),
+            saved=_saved(newest, self._shares.mine) if isinstance(policy, PartialExpertsPolicy) else frozenset(),
             experts=self._experts(policy),
             agree=self._ranks.agree,
             **self._routing.context(),
@@ -191,14 +192,16 @@ class WindowPlanner:
         return plan
 
     def _experts(self, policy: Policy) -> dict[str, tuple[int, ...]]:
-        """Experts of each layer on all ranks together."""
+        """Experts of each layer on all ranks together, for the policy that chooses among them."""
+        if not isinstance(policy, PartialExpertsPolicy):
+            return {}
         if self._layout.layers is not None:
             return {layer.name: tuple(range(layer.num_experts)) for layer in self._layout.layers}
         found: dict[str, set[int]] = {}
         for op in self.operators.operators:
             if op.layer is not None and op.expert is not None:
                 found.setdefault(op.layer, set()).add(op.expert)
-        if self._layout.parameters is not None and isinstance(policy, PartialExpertsPolicy):  # no other one asks
+        if self._layout.parameters is not None:
             mine = {layer: sorted(experts) for layer, experts in found.items()}
             for answer in self._ranks.agree("experts", mine):
                 for layer, experts in answer.items():
@@ -244,10 +247,16 @@ class WindowPlanner:
                 "serial": serial,
                 "shares": list(self._shares.ranks),
                 "holders": self._shares.holders(),
-                "joined": sorted(self._live.names() - self._at_start),
-                "left": sorted(self._at_start - self._live.names()),
+                **self._came_and_went(),
             },
         )
+
+    def _came_and_went(self) -> dict[str, list[str]]:
+        if self._changes[0] != self._live.generation:
+            now = self._live.names()
+            joined, left = sorted(now - self._at_start), sorted(self._at_start - now)
+            self._changes = (self._live.generation, {"joined": joined, "left": left})
+        return self._changes[1]
 
     def static_part(self) -> tuple[str, StaticPart | None]:
         """Digest of the parameters that do not train; what to copy, unless the window before holds them as they are."""

@@ -22,6 +22,7 @@ from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.static_state import static_weight, write_static
 from moetion_lightning.errors import ForeignWindowError, StoreError
 from moetion_lightning.store.format import Manifest, SnapshotLayout
+from moetion_lightning.store.manifest import EncodedDict
 from moetion_lightning.store.mapping import map_fd
 from moetion_lightning.store.tier import Tier
 from moetion_lightning.store.tree import load_tree
@@ -32,13 +33,15 @@ __all__ = ["PARAMETER_REFERENCE", "RestorePoint", "map_file", "model_fingerprint
 PARAMETER_REFERENCE = "moetion-parameter"
 
 
-def parameter_table(named_parameters: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+def parameter_table(named_parameters: Mapping[str, Tensor]) -> EncodedDict:
     """Dtype and shape of every parameter in this process, as JSON; lazy ones that have no shape yet are left out."""
-    return {
-        n: [str(p.dtype).removeprefix("torch."), list(local(p).shape)]
-        for n, p in named_parameters.items()
-        if not is_lazy(p)
-    }
+    return EncodedDict(
+        {
+            n: [str(p.dtype).removeprefix("torch."), list(local(p).shape)]
+            for n, p in named_parameters.items()
+            if not is_lazy(p)
+        }
+    )
 
 
 def model_fingerprint(table: Mapping[str, Sequence[Any]]) -> str:
@@ -187,7 +190,7 @@ class RestorePoint:
         """
         lazy = {name for name, parameter in named_parameters.items() if is_lazy(parameter)}
         saved: dict[str, Any] = {n: e for n, e in self.manifest.extra["parameters"].items() if n not in lazy}
-        ours = parameter_table(named_parameters)
+        ours: dict[str, Any] = parameter_table(named_parameters)
         if not dtypes:
             saved = {name: ["", shape] for name, (_, shape) in saved.items()}
             ours = {name: ["", shape] for name, (_, shape) in ours.items()}

@@ -33,6 +33,7 @@ from moetion_lightning.events import (
 )
 from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout
 from moetion_lightning.store.host_memory import HostBuffer, HostMemoryTier
+from moetion_lightning.store.manifest import EncodedList
 from moetion_lightning.store.tree import FlatTree
 
 __all__ = ["BASELESS", "TORN", "OpenWindow", "StaticPart", "WindowHeader", "WindowWriter"]
@@ -169,6 +170,7 @@ class WindowWriter:
         self._pace = pace
         self._on_commit = on_commit
         self._compiled: dict[int, tuple[SlotPlan, CompiledSlot]] = {}
+        self._table = _OperatorTable()
         self._names: dict[int, tuple[SlotPlan, tuple[str, ...]]] = {}
         self._serial = 0
         self._newest: Manifest | None = None
@@ -237,7 +239,7 @@ class WindowWriter:
             UnsupportedStateError: An optimizer keeps something that cannot be captured.
         """
         known = self._compiled.get(slot)
-        if known is not None and known[0] is plan:
+        if known is not None and _same(known[0], plan):
             sources = known[1].resolve(self._compute_dtype)
             if sources is not None:
                 return known[1], sources
@@ -249,7 +251,7 @@ class WindowWriter:
     def names(self, slot: int, plan: SlotPlan) -> tuple[str, ...]:
         """Training thread: the parameters of a slot."""
         known = self._names.get(slot)
-        if known is None or known[0] is not plan:
+        if known is None or not _same(known[0], plan):
             pieces = (piece.parameter for op in (*plan.active, *plan.frozen) for piece in op.pieces)
             known = self._names[slot] = (plan, tuple(dict.fromkeys(pieces)))
         return known[1]
@@ -314,7 +316,7 @@ class WindowWriter:
             iteration: Its last iteration.
             following: Record of the batch behind it.
         """
-        operators, index = _operator_table(window.plan)
+        operators, index = self._table.of(window.plan)
         carried = self._carried(window.plan, index)
         carried_files = {entry["file"] for entry in carried}
         files = [*window.records, *[r for r in self._records_of_newest() if r.name in carried_files]]
@@ -322,9 +324,8 @@ class WindowWriter:
         files.append(window.rest_record)
         if window.static_record is not None:
             files.append(window.static_record)
-        for slot in window.slots:
-            slot["active"] = [index[name] for name in slot["active"]]
-            slot["frozen"] = [index[name] for name in slot["frozen"]]
+        for slot, plan in zip(window.slots, window.plan.slots):
+            slot["active"], slot["frozen"] = self._table.numbers(plan.active), self._table.numbers(plan.frozen)
         manifest = Manifest(
             job=self._tier.job,
             rank=self._tier.rank,
@@ -334,7 +335,7 @@ class WindowWriter:
             last_iteration=iteration,
             created_at=time.time(),
             fingerprint=window.header.fingerprint,
-            operators=[op.to_json() for op in operators],
+            operators=operators,
             slots=window.slots,
             files=tuple(files),
             rest=window.rest_record.name,
@@ -406,9 +407,38 @@ class WindowWriter:
         return result
 
 
-def _operator_table(plan: WindowPlan) -> tuple[list[Operator], dict[str, int]]:
-    operators = [op for slot in plan.slots for op in slot.active] + list(plan.carried)
-    return operators, {op.name: i for i, op in enumerate(operators)}
+def _same(first: SlotPlan, second: SlotPlan) -> bool:
+    """Whether two plans of a slot are of the same schedule."""
+    return first is second or (first.active is second.active and first.frozen is second.frozen)
+
+
+class _OperatorTable:
+    """The operators of a window as JSON, and their numbers in it: the same as long as the schedule is."""
+
+    def __init__(self) -> None:
+        self._groups: list[tuple[Operator, ...]] = []
+        self._operators = EncodedList([])
+        self._index: dict[str, int] = {}
+        self._numbers: dict[int, tuple[tuple[Operator, ...], EncodedList]] = {}
+
+    def of(self, plan: WindowPlan) -> tuple[EncodedList, dict[str, int]]:
+        """All operators, and their numbers by name."""
+        groups = [*(slot.active for slot in plan.slots), plan.carried]
+        if len(groups) != len(self._groups) or any(new is not old for new, old in zip(groups, self._groups)):
+            operators = [op for group in groups for op in group]
+            self._groups = groups
+            self._operators = EncodedList(op.to_json() for op in operators)
+            self._index = {op.name: number for number, op in enumerate(operators)}
+            self._numbers = {}
+        return self._operators, self._index
+
+    def numbers(self, operators: tuple[Operator, ...]) -> EncodedList:
+        """The numbers of some of them."""
+        known = self._numbers.get(id(operators))
+        if known is None or known[0] is not operators:
+            known = (operators, EncodedList(self._index[op.name] for op in operators))
+            self._numbers[id(operators)] = known
+        return known[1]
 
 
 class _SlotJob:
@@ -530,8 +560,6 @@ class _SlotJob:
             {
                 "iteration": self._iteration,
                 "file": record.name,
-                "active": [op.name for op in self._plan.active],
-                "frozen": [op.name for op in self._plan.frozen],
                 "scalars": sources.scalars,
                 "record": {**replay_record, "weights": self._weights()},
             }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,7 +17,17 @@ import xxhash
 
 from moetion_lightning.errors import CorruptSnapshotError, VersionError
 
-__all__ = ["FILE_NAME", "MAX_MANIFEST_BYTES", "FileRecord", "Manifest", "bytes_checksum", "parse_json"]
+__all__ = [
+    "FILE_NAME",
+    "MAX_MANIFEST_BYTES",
+    "EncodedDict",
+    "EncodedList",
+    "FileRecord",
+    "Manifest",
+    "bytes_checksum",
+    "encode_json",
+    "parse_json",
+]
 
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,120}\.safetensors")
 """Names of snapshot files (``fullmatch``): no separator can occur, so that a name never leaves its directory."""
@@ -28,6 +38,7 @@ MAX_MANIFEST_BYTES = 256 * 1024 * 1024
 _FORMAT = "moetion-window"
 # 1 knew nothing of other ranks, 2 nothing of the optimizer state of frozen parameters, 3 of several optimizers of one.
 _VERSION = 4
+_FEW = 64  # longer containers are encoded in one go
 _MAX_INT_DIGITS = 40  # far above any size, seed or step; keeps int() from going quadratic on hostile input
 _CHECKSUM = re.compile(r"xxh3:[0-9a-f]{32}")
 _REMEDY = "The file was altered or cut short; delete it and restore from another window or tier."
@@ -68,6 +79,48 @@ def _bounded_int(text: str) -> int:
     if len(text) > _MAX_INT_DIGITS:
         raise ValueError(f"integer of {len(text)} digits")
     return int(text)
+
+
+class EncodedList(list[Any]):
+    """A list that goes into many manifests as it is: checked and encoded once. It must not be changed.
+
+    Args:
+        values: JSON.
+
+    Raises:
+        ValueError: It is not JSON, or would not come back equal.
+    """
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        super().__init__(values)
+        plain = list(self)
+        _check_json(plain, "list")
+        self.text = _dumps(plain)
+
+
+class EncodedDict(dict[str, Any]):
+    """The same for a dict."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        plain = dict(self)
+        _check_json(plain, "dict")
+        self.text = _dumps(plain)
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def encode_json(value: object) -> str:
+    """Compact JSON; what is encoded already is taken as it is."""
+    if isinstance(value, (EncodedList, EncodedDict)):
+        return value.text
+    if type(value) is dict and len(value) <= _FEW:
+        return "{" + ",".join(f"{_dumps(key)}:{encode_json(item)}" for key, item in value.items()) + "}"
+    if type(value) is list and len(value) <= _FEW:
+        return "[" + ",".join(map(encode_json, value)) + "]"
+    return _dumps(value)
 
 
 @dataclass(frozen=True)
@@ -194,7 +247,7 @@ class Manifest:
         values["files"] = [[r.name, r.nbytes, r.checksum] for r in self.files]
         for name in ("operators", "slots", "extra"):
             _check_json(values[name], name)
-        body = json.dumps({"format": self.format, "version": self.version, **values}, separators=(",", ":"))
+        body = encode_json({"format": self.format, "version": self.version, **values})
         head = body[:-1].encode()
         return head + f',"checksum":"{bytes_checksum(head)}"}}'.encode()
 
@@ -249,6 +302,8 @@ def _check_json(value: object, where: str) -> None:
     stack = [value]
     while stack:
         item = stack.pop()
+        if isinstance(item, (EncodedList, EncodedDict)):
+            continue
         if type(item) is dict:
             if not all(type(key) is str for key in item):
                 raise ValueError(f"Manifest field {where!r} has a dict key that is not a string. Use string keys.")
@@ -282,7 +337,7 @@ _FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "created_at": (lambda v: type(v) in (int, float) and math.isfinite(v), "seconds since the epoch"),
     "fingerprint": (lambda v: isinstance(v, str), "a digest"),
     "complete": (lambda v: type(v) is bool, "true or false"),
-    "operators": (lambda v: type(v) is list, "a list"),
+    "operators": (lambda v: isinstance(v, list), "a list"),
     "slots": (lambda v: type(v) is list and all(type(slot) is dict for slot in v), "a list of objects"),
     "files": (lambda v: type(v) is tuple and all(isinstance(r, FileRecord) for r in v), "file records"),
     "rest": (_is_name, "a file name or null"),
