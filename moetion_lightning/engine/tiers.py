@@ -279,7 +279,7 @@ class Tiers:
         if not isinstance(point, RestorePoint):
             return point
         for tier in self._tiers():
-            self.trained = self.trained or tier.trained
+            self.trained = self.trained or tier.is_trained()
             tier.mark_continued()
         manifest = point.manifest
         self._count_restore(manifest)

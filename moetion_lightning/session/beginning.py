@@ -159,14 +159,21 @@ def of_schedulers(schedulers: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def of_loaders(loaders: Iterable[Any]) -> Beginning:
-    """``data``, and the ``settings`` of the training loaders."""
+def of_loaders(loaders: Iterable[Any], *, reloaded: bool = False) -> Beginning:
+    """``data``, and the ``settings`` of the training loaders.
+
+    Args:
+        loaders: The loaders.
+        reloaded: Whether they are made again while training: then they may grow from epoch to epoch, and their sizes
+            say nothing of how the fit began.
+    """
     known = list(loaders)
     lists: dict[str, list[Any]] = {
         "batches an epoch": [_length(loader) for loader in known],
         "batch size": [plain(getattr(loader, "batch_size", None)) for loader in known],
     }
-    settings = {key: found for key, found in lists.items() if any(value is not None for value in found)}
+    sizes = {} if reloaded else lists
+    settings = {key: found for key, found in sizes.items() if any(value is not None for value in found)}
     return {
         **of_datasets([getattr(loader, "dataset", None) for loader in known]),
         "settings": {"loaders": len(known), **settings},

@@ -165,8 +165,13 @@ class Fit:
 
     def _courses(self) -> list[Course]:
         found: dict[str, Course] = {}
-        for job in self._jobs():
-            for course in self._courses_of(job):
+        opened: dict[str, float] = {}
+        for neighbour in self._neighbours():
+            opened[neighbour.job] = max(neighbour.opened_at, opened.get(neighbour.job, 0.0))
+        jobs = self._jobs()
+        for job in jobs:
+            others = {_place(self._base, other): at for other, at in opened.items() if other in jobs and other != job}
+            for course in self._courses_of(job, others):
                 known = found.get(course.name)
                 if known is None or course.created_at > known.created_at:
                     found[course.name] = course
@@ -186,7 +191,8 @@ class Fit:
         given = self._config.memory_dir
         return Path(given) if given is not None else default_memory_dir()
 
-    def _courses_of(self, job: str) -> list[Course]:
+    def _courses_of(self, job: str, others: Mapping[int, float]) -> list[Course]:
+        """The courses of one name; ``others``: when the other fits of this command were begun last, by their place."""
         rank, world = self._ranks.control.rank, self._ranks.control.world_size
         host = HostMemoryTier(self._memory_dir, job, rank, world)
         tiers: list[HostMemoryTier | DirectoryTier] = [host]
@@ -197,7 +203,7 @@ class Fit:
         for tier in tiers:
             try:
                 for folder in (*([] if tier.completed else [""]), *tier.courses_aside()):
-                    found += _newest_of(tier, folder, busy=busy)
+                    found += _newest_of(tier, folder, others, busy=busy)
             except MoEtionError as error:
                 _log.warning("passed over: job %s in %s: %s", job, tier.name, error)
         return found
@@ -274,8 +280,10 @@ class Fit:
             return
         changed = differences(course.beginning, self._here)
         wrong = structure_difference(changed)
-        if course.mine and changed and not wrong and self._config.resume == "auto":
-            wrong = f"was begun by this very process with other settings: {changed[0]}"
+        is_past = course.mine or (course.left and not course.trained)
+        if is_past and changed and not wrong and self._config.resume == "auto":
+            who = "this very process" if course.mine else "an earlier fit of this script"
+            wrong = f"was begun by {who} with other settings: {changed[0]}"
         if wrong:
             raise ForeignWindowError(f"the window of {course} {wrong}. {REMEDY}")
 
@@ -338,7 +346,14 @@ def _job_name(base: str, ordinal: int) -> str:
     return base if ordinal == 1 else f"{base}-fit{ordinal}"
 
 
-def _newest_of(tier: HostMemoryTier | DirectoryTier, folder: str, *, busy: bool) -> list[Course]:
+def _place(base: str, job: str) -> int:
+    """The inverse of :func:`_job_name`."""
+    return 1 if job == base else int(job.removeprefix(f"{base}-fit"))
+
+
+def _newest_of(
+    tier: HostMemoryTier | DirectoryTier, folder: str, others: Mapping[int, float], *, busy: bool
+) -> list[Course]:
     """The courses whose windows lie in a folder of a tier, each by its newest window."""
     found: dict[str, Course] = {}
     for iteration in tier.windows(folder):
@@ -349,15 +364,18 @@ def _newest_of(tier: HostMemoryTier | DirectoryTier, folder: str, *, busy: bool)
         lineage = manifest.extra.get("lineage", {})
         name = str(lineage.get("name", ""))
         if name and name not in found:
+            ordinal = int(lineage.get("ordinal", 1))
+            later = [at for place, at in others.items() if folder or place > ordinal]
             found[name] = Course(
                 job=tier.job,
                 name=name,
-                ordinal=int(lineage.get("ordinal", 1)),
+                ordinal=ordinal,
                 beginning=_beginning_of(manifest, lineage),
                 step=int(lineage.get("step", 0)),
                 last_iteration=manifest.last_iteration,
                 created_at=manifest.created_at,
-                trained=not folder and tier.trained,
+                trained=tier.is_trained(folder),
+                left=any(at > manifest.created_at for at in later),
                 mine=name in _mine,
                 busy=busy,
             )

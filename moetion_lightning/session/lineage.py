@@ -59,6 +59,7 @@ class Course:
         last_iteration: Of its newest window.
         created_at: When that was committed, seconds since the epoch.
         trained: Whether training came to its end.
+        left: Whether its script has gone on to another fit since its newest window: it failed, or was stopped.
         mine: Whether this very process began or continued it.
         busy: Whether a live process owns it.
     """
@@ -71,6 +72,7 @@ class Course:
     last_iteration: int
     created_at: float
     trained: bool = False
+    left: bool = False
     mine: bool = False
     busy: bool = False
 
@@ -111,7 +113,8 @@ def decide(
        initial values differ (a script that sets no seed begins with others each time), or if nothing but settings do,
        which are named. In a sweep over settings those are not the same fit.
     3. Else none. Of what this very process has begun only 1. counts, and only what is not complete: there the user's
-       code decides, and runs a cell or a trial again.
+       code decides, and runs a cell or a trial again. The same of what a script has left for another fit, without
+       completing it: a trial that was stopped.
 
     Args:
         here: How this fit begins; what is not known yet is left out.
@@ -136,6 +139,8 @@ def decide(
             if named and not course.trained and not sweeping:
                 _refuse_another_model(course, compared)
             refused.append((course, compared.why_not() or "this very process has begun it"))
+        elif course.left and not course.trained and resume == "auto" and (compared.code or not compared.equal):
+            refused.append((course, compared.why_not(sweeping=True) or "its script went on to another fit"))
         else:
             possible.append((course, compared))
     if resume == "newest":
