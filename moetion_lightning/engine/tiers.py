@@ -282,7 +282,8 @@ class Tiers:
             self.trained = self.trained or tier.is_trained()
             tier.mark_continued()
         manifest = point.manifest
-        self._count_restore(manifest)
+        if not self.trained:  # else the run has gone further than any window
+            self._count_restore(manifest)
         age = max(0.0, time.time() - manifest.created_at)
         _log.log(
             logging.INFO if manifest.rank == 0 else logging.DEBUG,

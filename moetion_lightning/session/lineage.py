@@ -15,6 +15,7 @@ from moetion_lightning.session.beginning import Beginning, Difference, differenc
 
 __all__ = [
     "ANOTHER_CHECKPOINT",
+    "MOVING_CHECKPOINTS",
     "REMEDY",
     "SCRIPT_COUNTS",
     "Course",
@@ -31,7 +32,7 @@ SCRIPT_COUNTS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm"),
 )
 #: Words in place of a path that stand for whatever is the newest at that time.
-_MOVING_CHECKPOINTS = ("last", "latest", "best", "hpc")
+MOVING_CHECKPOINTS = ("last", "latest", "best", "hpc")
 ANOTHER_CHECKPOINT = "it began from another checkpoint"
 #: Settings with which a window cannot be restored if they differ.
 _STRUCTURE = {
@@ -187,7 +188,7 @@ def same_checkpoint(there: Any, here: Any) -> bool:
     there, here = there or {}, here or {}
     if there.get("given") != here.get("given"):
         return False
-    if here.get("given") in (None, *_MOVING_CHECKPOINTS):
+    if here.get("given") in (None, *MOVING_CHECKPOINTS):
         return True
     return bool(there.get("stamp") == here.get("stamp"))
 

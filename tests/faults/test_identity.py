@@ -92,6 +92,27 @@ def test_trials_of_other_widths_do_not_end_a_sweep(drill: Drill) -> None:
     assert story.differences(story.twin()) == []
 
 
+GRIDS: dict[str, dict[str, Any]] = {
+    "rates": {"lrs": (0.1, 0.01, 0.003)},
+    "optimizers": {"optimizers": ("AdamW", "SGD", "RMSprop"), "lrs": (0.01, 0.01, 0.01)},
+    "widths": {"widths": (16, 8, 4)},
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_trial_that_was_stopped_is_not_taken_for_the_next_one(drill: Drill, grid: str, window: int) -> None:
+    """The next one is killed before its first window, more than once, and is the first fit of its process then."""
+    story = Story(drill, "sweep", fails=True, skip=True, seeds=(1, 1, 1), window=window, **GRIDS[grid])
+    story.start(kill="t2-0")
+    story.start(kill="t2-0")
+    story.start(kill="t3-0")
+    story.start(kill="t3-0")
+    text = story.start()
+    assert story.differences(story.twin()) == []
+    assert "the run ended" not in text
+
+
 def test_a_killed_trial_of_a_study_is_not_taken_for_the_next_one(drill: Drill) -> None:
     story = Story(drill, "study")
     story.start(kill="t1-9")
@@ -271,6 +292,14 @@ def test_a_window_of_the_run_that_began_from_a_checkpoint_is_newer_than_it(drill
     text = story.start()
     assert "is newer, and is of the run that began there" in text
     assert "7" not in story.steps(1)
+    assert story.differences(story.twin()) == []
+
+
+def test_a_window_wins_over_a_checkpoint_of_its_own_run_that_is_hardly_newer(drill: Drill) -> None:
+    story = Story(drill, "checkpoints", given="last")
+    story.start(kill="6")
+    text = story.start()
+    assert "is of the same run and 1 steps older, but exact" in text
     assert story.differences(story.twin()) == []
 
 
