@@ -26,7 +26,7 @@ from moetion_lightning.config import (
 )
 from moetion_lightning.engine import Engine, LivePoint, Ranks, RestorePoint
 from moetion_lightning.errors import ForeignWindowError, MoEtionError
-from moetion_lightning.session.beginning import Beginning, Difference, adopt, differences, merged
+from moetion_lightning.session.beginning import Beginning, Difference, adopt, differences, later, merged
 from moetion_lightning.session.lineage import (
     ANOTHER_CHECKPOINT,
     REMEDY,
@@ -307,6 +307,8 @@ class Fit:
             there = lineage.get("beginning", {})
             self._lineage = {key: value for key, value in lineage.items() if key != "beginning"}
         changed = differences(there, here, SCRIPT_COUNTS)
+        if self._config.on_changed_settings == "script":
+            changed = [later(difference) for difference in changed]
         settings = dict(here.get("settings", {}))
         if self._config.on_changed_settings == "window":
             settings |= {d.name: there["settings"][d.name] for d in changed if d.counts == "window"}
@@ -319,8 +321,8 @@ class Fit:
         self, changed: Sequence[Difference], optimizers: Sequence[Optimizer], schedulers: Sequence[Any]
     ) -> Callable[[], None] | None:
         """What lets this script's settings count once the state is whole; None if the window's do."""
-        names = [difference.name for difference in changed if difference.counts == "window"]
-        if self._config.on_changed_settings == "window" or not names:
+        names = [difference.name for difference in changed if difference.counts == "script later"]
+        if not names:
             return None
         return functools.partial(adopt, names, self._here, optimizers, schedulers)
 

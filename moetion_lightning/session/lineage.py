@@ -15,6 +15,7 @@ from moetion_lightning.session.beginning import Beginning, Difference, differenc
 
 __all__ = [
     "ANOTHER_CHECKPOINT",
+    "LIMITS",
     "MOVING_CHECKPOINTS",
     "REMEDY",
     "SCRIPT_COUNTS",
@@ -26,9 +27,9 @@ __all__ = [
 ]
 
 #: Settings that end or pace a fit: the script's values are used, also where training is complete already.
-_LIMITS = ("max_epochs", "max_steps", "min_epochs", "min_steps", "num_train_epochs")
+LIMITS = ("max_epochs", "max_steps", "min_epochs", "min_steps", "num_train_epochs")
 SCRIPT_COUNTS = (
-    *(*_LIMITS, "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "precision"),
+    *(*LIMITS, "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "precision"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm"),
 )
 #: Words in place of a path that stand for whatever is the newest at that time.
@@ -232,7 +233,7 @@ class _Comparison:
     @property
     def extended(self) -> bool:
         """Whether nothing but the limits differ: training that was complete goes on."""
-        only_limits = all(change.name in _LIMITS for change in self.settings)
+        only_limits = all(change.name in LIMITS for change in self.settings)
         return only_limits and not (self.model or self.initial or self.seed or self.checkpoint)
 
     def why_not(self, *, sweeping: bool = False) -> str:

@@ -20,6 +20,7 @@ from moetion_lightning.errors import ConfigurationError, HostMemoryError
 from moetion_lightning.events import EventBus, JsonlSink, Sink
 from moetion_lightning.session.beginning import Beginning, of_optimizers
 from moetion_lightning.session.fits import Fit
+from moetion_lightning.session.lineage import LIMITS
 from moetion_lightning.session.settings import SessionSettings
 
 __all__ = ["TrainingSession"]
@@ -235,6 +236,7 @@ class TrainingSession:
         changed = self._fit.complete(point, step)
         for difference in changed:
             engine.say_once(f"changed since the window was captured: {difference}", warning=True)
+        engine.changed_settings = [d.name for d in changed if d.counts == "script" and d.name not in LIMITS]
         engine.lineage = self._fit.lineage
         self._trained = True
         if point is None:

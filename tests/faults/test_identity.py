@@ -197,10 +197,19 @@ def test_a_changed_learning_rate_can_count(drill: Drill) -> None:
     story = Story(drill, "plain", settings=settings, changes={"1": {"net": {"lr": 0.001}}})
     story.start(kill="9")
     text = story.start()
-    assert "lr of AdamW is 0.01 in the window and 0.001 in this script" in text
+    assert "lr of AdamW is 0.01 in the window and 0.001 in this script (this script's counts, once" in text
     twin = story.twin()
     assert "step 8" not in story.differences(twin)  # the replay is exact
     assert "step 9" in story.differences(twin)
+
+
+def test_a_changed_setting_that_a_replay_cannot_undo_is_its_likely_cause(drill: Drill) -> None:
+    story = Story(drill, "plain", changes={"1": {"trainer": {"gradient_clip_val": 0.001}}})
+    story.start(kill="9")
+    text = story.start()
+    assert "APPROXIMATE" in text
+    assert "Likely cause: what was changed since the window was captured (gradient_clip_val" in text
+    assert "outside of its .state" not in text
 
 
 def test_more_steps_are_possible_and_said(drill: Drill) -> None:
