@@ -78,6 +78,8 @@ class Tiers:
         self._accept: Accept | None = None
         self._fresh = False
         self._asked_for = False
+        #: Whether the script has gone on from this run to another one, each time: it does not end where it was left.
+        self.left = False
 
     def open(
         self,
@@ -282,7 +284,7 @@ class Tiers:
             self.trained = self.trained or tier.is_trained()
             tier.mark_continued()
         manifest = point.manifest
-        if not self.trained:  # else the run has gone further than any window
+        if not (self.trained or self.left):  # else it did not end the process
             self._count_restore(manifest)
         age = max(0.0, time.time() - manifest.created_at)
         _log.log(

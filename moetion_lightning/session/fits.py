@@ -156,6 +156,12 @@ class Fit:
         """Whether no window is to be restored at all."""
         return self._decision.course is None and not self._ranks.replaced
 
+    @property
+    def continues_what_was_left(self) -> bool:
+        """Whether the script has gone on to another fit from the course that is continued."""
+        course = self._decision.course
+        return course is not None and course.left
+
     def _wait_for_the_dying(self) -> None:
         """A process that was killed may own its windows for an instant more."""
         deadline = time.monotonic() + _DYING_SECONDS

@@ -108,6 +108,7 @@ class TrainingSession:
             fit.decide(beginning)
             self._engine = Engine(settings.config, settings.policy, bus=self._bus, job=fit.job, ranks=self.ranks)
             self._engine.counts_tokens = settings.counts_tokens
+        self._engine.tiers.left = fit.continues_what_was_left
         self._point = self._engine.open(fit.accept, fresh=fit.is_fresh)
         self._is_open = True
         fit.found(self._point)

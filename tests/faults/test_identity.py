@@ -113,6 +113,16 @@ def test_a_trial_that_was_stopped_is_not_taken_for_the_next_one(drill: Drill, gr
     assert "the run ended" not in text
 
 
+def test_a_trial_that_is_stopped_in_each_process_is_no_run_that_ends_there(drill: Drill) -> None:
+    story = Story(drill, "sweep", fails=True)
+    story.start(kill="t2-9")
+    story.start(kill="t3-9")
+    text = story.start()
+    assert "the run ended" not in text
+    assert story.differences(story.twin()) == []
+    assert "t1-0" not in story.steps(2)
+
+
 def test_a_killed_trial_of_a_study_is_not_taken_for_the_next_one(drill: Drill) -> None:
     story = Story(drill, "study")
     story.start(kill="t1-9")
