@@ -195,7 +195,7 @@ class LightningSession:
 
     def on_train_start(self) -> None:
         """The loops are set up."""
-        reloaded = bool(self._trainer.reload_dataloaders_every_n_epochs)
+        reloaded = bool(self._trainer.reload_dataloaders_every_n_epochs)  # type: ignore[attr-defined]
         self._session.learn(of_loaders(self._need_data().loaders().values(), reloaded=reloaded))
         self._run_state.begin()
         if not cuts_at_first_batch(self._trainer):

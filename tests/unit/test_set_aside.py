@@ -91,6 +91,7 @@ def test_notes_of_a_course_go_aside_and_come_back_with_it(tier):
     tier.mark_resumed(4)
     course = tier.set_aside()
     assert not tier.is_trained()
+    assert tier.is_trained(course)
     assert tier.resumed is None
     tier.take_back(course)
     assert tier.is_trained()
