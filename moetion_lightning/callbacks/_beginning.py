@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from moetion_lightning.session.beginning import (
     of_module,
     plain,
 )
+from moetion_lightning.session.lineage import MOVING_CHECKPOINTS
 
 __all__ = ["FitCall", "of_trainer"]
 
@@ -51,6 +53,16 @@ class FitCall:
                 given = frame.f_locals.get("ckpt_path")
                 break
         return cls(given=None if given is None else str(given), path=None if path is None else str(path))
+
+    def is_of_the_run(self, began: float) -> bool:
+        """Whether the checkpoint is most likely one that this run has written itself: the newest of its folder.
+
+        Args:
+            began: When the run began, seconds since the epoch.
+        """
+        if self.given not in (None, *MOVING_CHECKPOINTS) or self.path is None or not os.path.exists(self.path):
+            return False
+        return os.stat(self.path).st_mtime >= began
 
     @property
     def shown(self) -> str:

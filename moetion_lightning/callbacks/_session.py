@@ -98,12 +98,9 @@ class LightningSession:
         joins = self._ranks.replaced and point is not None  # the job that this process joins is past any checkpoint
         if checkpoint and not joins:
             step = int(checkpoint.get("global_step", 0))
-            if point is None or self._last_step(point) < step:
+            if point is None or not self._wins_over(point, step):
                 self._session.prefer(self._call.shown, step)
                 return None
-            self._session.engine.say_once(
-                f"{self._call.shown} is at step {step}: {point.name} is newer, and is of the run that began there"
-            )
         if point is None:
             return None
         parameters = dict(self._module.named_parameters())
@@ -111,6 +108,29 @@ class LightningSession:
             point.check_model(parameters, dtypes=False)
         self._loops.epoch_start.make_up()
         return self._position(point)
+
+    def _wins_over(self, point: RestorePoint | LivePoint, step: int) -> bool:
+        """Whether the state that was found is taken in place of the checkpoint, which is at ``step``.
+
+        A checkpoint that this very run has written holds no random numbers: with a window that is hardly older,
+        training ends as it would have without the failure.
+        """
+        last, shown = self._last_step(point), self._call.shown
+        if step <= last:
+            said = f"{shown} is at step {step}: {point.name} is newer, and is of the run that began there"
+        elif isinstance(point, RestorePoint) and step - last < 2 * point.num_slots and self._is_of_the_run(point):
+            said = (
+                f"{shown} is at step {step}: {point.name} is of the same run and {step - last} steps older, but exact, "
+                "with random numbers and the place in the data: it is taken. For the checkpoint name its path"
+            )
+        else:
+            return False
+        self._session.engine.say_once(said)
+        return True
+
+    def _is_of_the_run(self, point: RestorePoint) -> bool:
+        began = float(point.extra.get("lineage", {}).get("began", float("inf")))
+        return bool(self._ranks.agree("checkpoint", self._call.is_of_the_run(began))[0])
 
     def _last_step(self, point: RestorePoint | LivePoint) -> int:
         """Optimizer steps at the end of the state that was found, as Lightning counts them."""
@@ -175,7 +195,8 @@ class LightningSession:
 
     def on_train_start(self) -> None:
         """The loops are set up."""
-        self._session.learn(of_loaders(self._need_data().loaders().values()))
+        reloaded = bool(self._trainer.reload_dataloaders_every_n_epochs)  # type: ignore[attr-defined]
+        self._session.learn(of_loaders(self._need_data().loaders().values(), reloaded=reloaded))
         self._run_state.begin()
         if not cuts_at_first_batch(self._trainer):
             self._session.check(self._run_state)

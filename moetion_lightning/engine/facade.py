@@ -100,6 +100,8 @@ class Engine:
         self.living = Living(self.ranks, self.tiers)
         #: What the windows say of the course of training that they belong to.
         self.lineage: Mapping[str, Any] = {}
+        #: Settings that the user has changed since the window was captured, and whose new values are in use.
+        self.changed_settings: Sequence[str] = ()
         #: Called when a restored state is whole, before training goes on.
         self.on_recovered: Callable[[], None] | None = None
         self._attached: Attached | None = None
@@ -278,6 +280,7 @@ class Engine:
             bus=self.bus,
             on_mismatch=self.config.on_mismatch,
             gradients_skipped=skip,
+            changed=self.changed_settings,
         )
         self.recovery.begin(attached.live, run_state.generators())
         self.norms.give(self.recovery.norms_to_give() if skip else None)

@@ -63,6 +63,7 @@ class Recovery:
         bus: EventBus,
         on_mismatch: Literal["warn", "raise"],
         gradients_skipped: bool,
+        changed: Sequence[str] = (),
     ) -> None:
         self._reconstruction = reconstruction
         self._live = live
@@ -71,6 +72,7 @@ class Recovery:
         self._bus = bus
         self._on_mismatch = on_mismatch
         self._gradients_skipped = gradients_skipped
+        self._changed = tuple(changed)
         slots = reconstruction.slots
         self._next: Mapping[str, Any] = point.extra.get("next", {})
         self._verdict = Verdict(num_operators=sum(len(slot.active) for slot in slots))
@@ -198,6 +200,7 @@ class Recovery:
         return Suspects(
             elementwise=tuple(self._live.declared_elementwise()),
             generators=tuple(self._lost_generators),
+            changed=self._changed,
         )
 
     def _say(self, found: Comparison, iteration: int, what: str) -> None:

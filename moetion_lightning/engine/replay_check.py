@@ -134,10 +134,12 @@ class Suspects:
     Args:
         elementwise: Optimizers in use that the user has declared to work element by element.
         generators: Random generators that the window has the state of and that are not there.
+        changed: Settings that the user has changed since the window was captured, and whose new values are in use.
     """
 
     elementwise: tuple[str, ...] = ()
     generators: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 def likely_causes(differences: Sequence[Difference], compared: Sequence[str], suspects: Suspects) -> list[str]:
@@ -150,6 +152,8 @@ def likely_causes(differences: Sequence[Difference], compared: Sequence[str], su
     """
     keys = {difference.quantity for difference in differences}
     causes = []
+    if suspects.changed:
+        causes.append(f"what was changed since the window was captured ({', '.join(suspects.changed)})")
     if keys & {"batches", "indices"}:
         causes.append(_data_cause(keys, compared))
     if suspects.generators and keys - {"lrs"}:

@@ -78,6 +78,8 @@ class Tiers:
         self._accept: Accept | None = None
         self._fresh = False
         self._asked_for = False
+        #: Whether the script has gone on from this run to another one, each time: it does not end where it was left.
+        self.left = False
 
     def open(
         self,
@@ -279,10 +281,11 @@ class Tiers:
         if not isinstance(point, RestorePoint):
             return point
         for tier in self._tiers():
-            self.trained = self.trained or tier.trained
+            self.trained = self.trained or tier.is_trained()
             tier.mark_continued()
         manifest = point.manifest
-        self._count_restore(manifest)
+        if not (self.trained or self.left):  # else it did not end the process
+            self._count_restore(manifest)
         age = max(0.0, time.time() - manifest.created_at)
         _log.log(
             logging.INFO if manifest.rank == 0 else logging.DEBUG,

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import CellType
 from typing import Any, Literal
@@ -40,6 +40,7 @@ __all__ = [
     "Difference",
     "adopt",
     "differences",
+    "later",
     "merged",
     "of_attributes",
     "of_checkpoint",
@@ -72,16 +73,20 @@ class Difference:
         name: The setting.
         there: Its value in the window.
         here: Its value in this script.
-        counts: Whose value training goes on with.
+        counts: Whose value training goes on with; ``"script later"``: this script's, once a restored state is whole.
     """
 
     name: str
     there: str
     here: str
-    counts: Literal["window", "script"]
+    counts: Literal["window", "script", "script later"]
 
     def __str__(self) -> str:
-        whose = "the window's counts" if self.counts == "window" else "this script's counts"
+        whose = {
+            "window": "the window's counts",
+            "script": "this script's counts",
+            "script later": "this script's counts, once the state is whole",
+        }[self.counts]
         return f"{self.name} is {self.there} in the window and {self.here} in this script ({whose})"
 
 
@@ -159,14 +164,21 @@ def of_schedulers(schedulers: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def of_loaders(loaders: Iterable[Any]) -> Beginning:
-    """``data``, and the ``settings`` of the training loaders."""
+def of_loaders(loaders: Iterable[Any], *, reloaded: bool = False) -> Beginning:
+    """``data``, and the ``settings`` of the training loaders.
+
+    Args:
+        loaders: The loaders.
+        reloaded: Whether they are made again while training: then they may grow from epoch to epoch, and their sizes
+            say nothing of how the fit began.
+    """
     known = list(loaders)
     lists: dict[str, list[Any]] = {
         "batches an epoch": [_length(loader) for loader in known],
         "batch size": [plain(getattr(loader, "batch_size", None)) for loader in known],
     }
-    settings = {key: found for key, found in lists.items() if any(value is not None for value in found)}
+    sizes = {} if reloaded else lists
+    settings = {key: found for key, found in sizes.items() if any(value is not None for value in found)}
     return {
         **of_datasets([getattr(loader, "dataset", None) for loader in known]),
         "settings": {"loaders": len(known), **settings},
@@ -196,6 +208,12 @@ def differences(there: Beginning, here: Beginning, script_counts: Collection[str
                 )
                 found.append(Difference(name=name, there=_shown(theirs[name]), here=_shown(ours[name]), counts=whose))
     return found
+
+
+def later(difference: Difference) -> Difference:
+    """The same, where the script lets its own settings of optimizers and schedulers count (:func:`adopt`)."""
+    is_adopted = difference.counts == "window" and " of " in difference.name
+    return replace(difference, counts="script later") if is_adopted else difference
 
 
 def merged(first: Beginning, then: Beginning) -> Beginning:

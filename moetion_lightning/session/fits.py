@@ -26,7 +26,7 @@ from moetion_lightning.config import (
 )
 from moetion_lightning.engine import Engine, LivePoint, Ranks, RestorePoint
 from moetion_lightning.errors import ForeignWindowError, MoEtionError
-from moetion_lightning.session.beginning import Beginning, Difference, adopt, differences, merged
+from moetion_lightning.session.beginning import Beginning, Difference, adopt, differences, later, merged
 from moetion_lightning.session.lineage import (
     ANOTHER_CHECKPOINT,
     REMEDY,
@@ -156,6 +156,12 @@ class Fit:
         """Whether no window is to be restored at all."""
         return self._decision.course is None and not self._ranks.replaced
 
+    @property
+    def continues_what_was_left(self) -> bool:
+        """Whether the script has gone on to another fit from the course that is continued."""
+        course = self._decision.course
+        return course is not None and course.left
+
     def _wait_for_the_dying(self) -> None:
         """A process that was killed may own its windows for an instant more."""
         deadline = time.monotonic() + _DYING_SECONDS
@@ -165,8 +171,13 @@ class Fit:
 
     def _courses(self) -> list[Course]:
         found: dict[str, Course] = {}
-        for job in self._jobs():
-            for course in self._courses_of(job):
+        opened: dict[str, float] = {}
+        for neighbour in self._neighbours():
+            opened[neighbour.job] = max(neighbour.opened_at, opened.get(neighbour.job, 0.0))
+        jobs = self._jobs()
+        for job in jobs:
+            others = {_place(self._base, other): at for other, at in opened.items() if other in jobs and other != job}
+            for course in self._courses_of(job, others):
                 known = found.get(course.name)
                 if known is None or course.created_at > known.created_at:
                     found[course.name] = course
@@ -186,7 +197,8 @@ class Fit:
         given = self._config.memory_dir
         return Path(given) if given is not None else default_memory_dir()
 
-    def _courses_of(self, job: str) -> list[Course]:
+    def _courses_of(self, job: str, others: Mapping[int, float]) -> list[Course]:
+        """The courses of one name; ``others``: when the other fits of this command were begun last, by their place."""
         rank, world = self._ranks.control.rank, self._ranks.control.world_size
         host = HostMemoryTier(self._memory_dir, job, rank, world)
         tiers: list[HostMemoryTier | DirectoryTier] = [host]
@@ -197,7 +209,7 @@ class Fit:
         for tier in tiers:
             try:
                 for folder in (*([] if tier.completed else [""]), *tier.courses_aside()):
-                    found += _newest_of(tier, folder, busy=busy)
+                    found += _newest_of(tier, folder, others, busy=busy)
             except MoEtionError as error:
                 _log.warning("passed over: job %s in %s: %s", job, tier.name, error)
         return found
@@ -274,8 +286,10 @@ class Fit:
             return
         changed = differences(course.beginning, self._here)
         wrong = structure_difference(changed)
-        if course.mine and changed and not wrong and self._config.resume == "auto":
-            wrong = f"was begun by this very process with other settings: {changed[0]}"
+        is_past = course.mine or (course.left and not course.trained)
+        if is_past and changed and not wrong and self._config.resume == "auto":
+            who = "this very process" if course.mine else "an earlier fit of this script"
+            wrong = f"was begun by {who} with other settings: {changed[0]}"
         if wrong:
             raise ForeignWindowError(f"the window of {course} {wrong}. {REMEDY}")
 
@@ -299,6 +313,8 @@ class Fit:
             there = lineage.get("beginning", {})
             self._lineage = {key: value for key, value in lineage.items() if key != "beginning"}
         changed = differences(there, here, SCRIPT_COUNTS)
+        if self._config.on_changed_settings == "script":
+            changed = [later(difference) for difference in changed]
         settings = dict(here.get("settings", {}))
         if self._config.on_changed_settings == "window":
             settings |= {d.name: there["settings"][d.name] for d in changed if d.counts == "window"}
@@ -311,8 +327,8 @@ class Fit:
         self, changed: Sequence[Difference], optimizers: Sequence[Optimizer], schedulers: Sequence[Any]
     ) -> Callable[[], None] | None:
         """What lets this script's settings count once the state is whole; None if the window's do."""
-        names = [difference.name for difference in changed if difference.counts == "window"]
-        if self._config.on_changed_settings == "window" or not names:
+        names = [difference.name for difference in changed if difference.counts == "script later"]
+        if not names:
             return None
         return functools.partial(adopt, names, self._here, optimizers, schedulers)
 
@@ -338,7 +354,14 @@ def _job_name(base: str, ordinal: int) -> str:
     return base if ordinal == 1 else f"{base}-fit{ordinal}"
 
 
-def _newest_of(tier: HostMemoryTier | DirectoryTier, folder: str, *, busy: bool) -> list[Course]:
+def _place(base: str, job: str) -> int:
+    """The inverse of :func:`_job_name`."""
+    return 1 if job == base else int(job.removeprefix(f"{base}-fit"))
+
+
+def _newest_of(
+    tier: HostMemoryTier | DirectoryTier, folder: str, others: Mapping[int, float], *, busy: bool
+) -> list[Course]:
     """The courses whose windows lie in a folder of a tier, each by its newest window."""
     found: dict[str, Course] = {}
     for iteration in tier.windows(folder):
@@ -349,15 +372,18 @@ def _newest_of(tier: HostMemoryTier | DirectoryTier, folder: str, *, busy: bool)
         lineage = manifest.extra.get("lineage", {})
         name = str(lineage.get("name", ""))
         if name and name not in found:
+            ordinal = int(lineage.get("ordinal", 1))
+            later = [at for place, at in others.items() if folder or place > ordinal]
             found[name] = Course(
                 job=tier.job,
                 name=name,
-                ordinal=int(lineage.get("ordinal", 1)),
+                ordinal=ordinal,
                 beginning=_beginning_of(manifest, lineage),
                 step=int(lineage.get("step", 0)),
                 last_iteration=manifest.last_iteration,
                 created_at=manifest.created_at,
-                trained=not folder and tier.trained,
+                trained=tier.is_trained(folder),
+                left=any(at > manifest.created_at for at in later),
                 mine=name in _mine,
                 busy=busy,
             )

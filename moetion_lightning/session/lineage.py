@@ -15,6 +15,8 @@ from moetion_lightning.session.beginning import Beginning, Difference, differenc
 
 __all__ = [
     "ANOTHER_CHECKPOINT",
+    "LIMITS",
+    "MOVING_CHECKPOINTS",
     "REMEDY",
     "SCRIPT_COUNTS",
     "Course",
@@ -25,13 +27,13 @@ __all__ = [
 ]
 
 #: Settings that end or pace a fit: the script's values are used, also where training is complete already.
-_LIMITS = ("max_epochs", "max_steps", "min_epochs", "min_steps", "num_train_epochs")
+LIMITS = ("max_epochs", "max_steps", "min_epochs", "min_steps", "num_train_epochs")
 SCRIPT_COUNTS = (
-    *(*_LIMITS, "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "precision"),
+    *(*LIMITS, "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "precision"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm"),
 )
 #: Words in place of a path that stand for whatever is the newest at that time.
-_MOVING_CHECKPOINTS = ("last", "latest", "best", "hpc")
+MOVING_CHECKPOINTS = ("last", "latest", "best", "hpc")
 ANOTHER_CHECKPOINT = "it began from another checkpoint"
 #: Settings with which a window cannot be restored if they differ.
 _STRUCTURE = {
@@ -59,6 +61,7 @@ class Course:
         last_iteration: Of its newest window.
         created_at: When that was committed, seconds since the epoch.
         trained: Whether training came to its end.
+        left: Whether its script has gone on to another fit since its newest window: it failed, or was stopped.
         mine: Whether this very process began or continued it.
         busy: Whether a live process owns it.
     """
@@ -71,6 +74,7 @@ class Course:
     last_iteration: int
     created_at: float
     trained: bool = False
+    left: bool = False
     mine: bool = False
     busy: bool = False
 
@@ -111,7 +115,8 @@ def decide(
        initial values differ (a script that sets no seed begins with others each time), or if nothing but settings do,
        which are named. In a sweep over settings those are not the same fit.
     3. Else none. Of what this very process has begun only 1. counts, and only what is not complete: there the user's
-       code decides, and runs a cell or a trial again.
+       code decides, and runs a cell or a trial again. The same of what a script has left for another fit, without
+       completing it: a trial that was stopped.
 
     Args:
         here: How this fit begins; what is not known yet is left out.
@@ -136,6 +141,8 @@ def decide(
             if named and not course.trained and not sweeping:
                 _refuse_another_model(course, compared)
             refused.append((course, compared.why_not() or "this very process has begun it"))
+        elif course.left and not course.trained and resume == "auto" and (compared.code or not compared.equal):
+            refused.append((course, compared.why_not(sweeping=True) or "its script went on to another fit"))
         else:
             possible.append((course, compared))
     if resume == "newest":
@@ -182,7 +189,7 @@ def same_checkpoint(there: Any, here: Any) -> bool:
     there, here = there or {}, here or {}
     if there.get("given") != here.get("given"):
         return False
-    if here.get("given") in (None, *_MOVING_CHECKPOINTS):
+    if here.get("given") in (None, *MOVING_CHECKPOINTS):
         return True
     return bool(there.get("stamp") == here.get("stamp"))
 
@@ -226,7 +233,7 @@ class _Comparison:
     @property
     def extended(self) -> bool:
         """Whether nothing but the limits differ: training that was complete goes on."""
-        only_limits = all(change.name in _LIMITS for change in self.settings)
+        only_limits = all(change.name in LIMITS for change in self.settings)
         return only_limits and not (self.model or self.initial or self.seed or self.checkpoint)
 
     def why_not(self, *, sweeping: bool = False) -> str:

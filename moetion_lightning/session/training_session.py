@@ -20,6 +20,7 @@ from moetion_lightning.errors import ConfigurationError, HostMemoryError
 from moetion_lightning.events import EventBus, JsonlSink, Sink
 from moetion_lightning.session.beginning import Beginning, of_optimizers
 from moetion_lightning.session.fits import Fit
+from moetion_lightning.session.lineage import LIMITS
 from moetion_lightning.session.settings import SessionSettings
 
 __all__ = ["TrainingSession"]
@@ -107,6 +108,7 @@ class TrainingSession:
             fit.decide(beginning)
             self._engine = Engine(settings.config, settings.policy, bus=self._bus, job=fit.job, ranks=self.ranks)
             self._engine.counts_tokens = settings.counts_tokens
+        self._engine.tiers.left = fit.continues_what_was_left
         self._point = self._engine.open(fit.accept, fresh=fit.is_fresh)
         self._is_open = True
         fit.found(self._point)
@@ -235,6 +237,7 @@ class TrainingSession:
         changed = self._fit.complete(point, step)
         for difference in changed:
             engine.say_once(f"changed since the window was captured: {difference}", warning=True)
+        engine.changed_settings = [d.name for d in changed if d.counts == "script" and d.name not in LIMITS]
         engine.lineage = self._fit.lineage
         self._trained = True
         if point is None:

@@ -394,10 +394,9 @@ class HostMemoryTier:
         """The course of the current windows goes on: it is neither at its end nor completed."""
         self._set.mark_continued()
 
-    @property
-    def trained(self) -> bool:
-        """Whether the course of the current windows came to its end (:meth:`mark_trained`)."""
-        return self._set.trained
+    def is_trained(self, aside: str = "") -> bool:
+        """Whether a course came to its end (:meth:`mark_trained`): the current one, or one that lies aside."""
+        return self._set.is_trained(aside)
 
     @property
     def completed(self) -> bool:

@@ -42,6 +42,7 @@ class Neighbour:
         pid: process that owned it last, if known.
         alive: whether a live process owns it (of storage: as far as this machine can tell).
         age_seconds: since the last commit where that is known, else since it was opened.
+        opened_at: when a process last opened it to write, seconds since the epoch; 0 if unknown.
         nbytes: size of all files in bytes.
         windows: iterations of current windows, newest first.
         aside: iterations of windows of earlier courses of training.
@@ -60,6 +61,7 @@ class Neighbour:
     pid: int | None
     alive: bool
     age_seconds: float
+    opened_at: float
     nbytes: int
     windows: tuple[int, ...]
     aside: tuple[int, ...]
@@ -127,8 +129,9 @@ def _describe(root: Root, job: str, rank_name: str, tier: str, alive: bool, age:
     note = _note(root)
     found = WindowSet(root, job=None, rank=None)
     pid, created = note.get("pid"), note.get("created")
+    opened_at = float(created) if isinstance(created, (int, float)) else 0.0
     if age is None:
-        age = max(0.0, time.time() - created) if isinstance(created, (int, float)) else 0.0
+        age = max(0.0, time.time() - opened_at) if opened_at else 0.0
     argv = note.get("argv")
     return Neighbour(
         job=job,
@@ -142,10 +145,11 @@ def _describe(root: Root, job: str, rank_name: str, tier: str, alive: bool, age:
         pid=pid if isinstance(pid, int) else None,
         alive=alive,
         age_seconds=age,
+        opened_at=opened_at,
         nbytes=sum(root.files().values()),
         windows=tuple(found.windows()),
         aside=tuple(iteration for course in found.courses_aside() for iteration in found.windows(course)),
-        trained=found.trained,
+        trained=found.is_trained(),
         completed=found.completed,
         read=found.read_manifest,
     )

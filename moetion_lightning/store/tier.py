@@ -66,9 +66,8 @@ class Tier(Protocol):
     def count_restore(self, iteration: int, *, asked_for: bool = False) -> int:
         """A window is restored. Returns how often in a row; 0 for one that was asked for, although there are others."""
 
-    @property
-    def trained(self) -> bool:
-        """Whether the course of the current windows came to its end."""
+    def is_trained(self, aside: str = "") -> bool:
+        """Whether a course came to its end: that of the current windows, or one that lies aside."""
 
     def mark_continued(self) -> None:
         """The course of the current windows goes on: it is neither at its end nor completed."""

@@ -191,10 +191,9 @@ class WindowSet:
             if self.root.read_note(note) is not None:
                 self.root.write_note(note, None)
 
-    @property
-    def trained(self) -> bool:
-        """Whether training came to its end."""
-        return self.root.read_note(TRAINED) is not None
+    def is_trained(self, aside: str = "") -> bool:
+        """Whether training came to its end; of a course that lies aside when one is named."""
+        return self.root.read_note(f"{aside}/{TRAINED.partition('/')[2]}" if aside else TRAINED) is not None
 
     @property
     def completed(self) -> bool:

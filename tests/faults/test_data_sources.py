@@ -50,6 +50,8 @@ EXACT: dict[str, dict[str, Any]] = {
     "loader-of-its-epoch": {"source": "epoch", "reload": 1, **ONE},
     "loader-of-an-earlier-epoch": {"source": "epoch", "reload": 2, **ONE},
     "loader-of-the-first-epoch": {"source": "epoch", **ONE},
+    "loader-that-grows": {"source": "growing", "reload": 1},
+    "loader-that-grows-window-1": {"source": "growing", "reload": 1, **ONE},
     "validation-workers-live-on": {"validation": "persistent"},
     "validation-workers-draw": {"validation": "augmented", **ONE},
 }

@@ -92,6 +92,37 @@ def test_trials_of_other_widths_do_not_end_a_sweep(drill: Drill) -> None:
     assert story.differences(story.twin()) == []
 
 
+GRIDS: dict[str, dict[str, Any]] = {
+    "rates": {"lrs": (0.1, 0.01, 0.003)},
+    "optimizers": {"optimizers": ("AdamW", "SGD", "RMSprop"), "lrs": (0.01, 0.01, 0.01)},
+    "widths": {"widths": (16, 8, 4)},
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_trial_that_was_stopped_is_not_taken_for_the_next_one(drill: Drill, grid: str, window: int) -> None:
+    """The next one is killed before its first window, more than once, and is the first fit of its process then."""
+    story = Story(drill, "sweep", fails=True, skip=True, seeds=(1, 1, 1), window=window, **GRIDS[grid])
+    story.start(kill="t2-0")
+    story.start(kill="t2-0")
+    story.start(kill="t3-0")
+    story.start(kill="t3-0")
+    text = story.start()
+    assert story.differences(story.twin()) == []
+    assert "the run ended" not in text
+
+
+def test_a_trial_that_is_stopped_in_each_process_is_no_run_that_ends_there(drill: Drill) -> None:
+    story = Story(drill, "sweep", fails=True)
+    story.start(kill="t2-9")
+    story.start(kill="t3-9")
+    text = story.start()
+    assert "the run ended" not in text
+    assert story.differences(story.twin()) == []
+    assert "t1-0" not in story.steps(2)
+
+
 def test_a_killed_trial_of_a_study_is_not_taken_for_the_next_one(drill: Drill) -> None:
     story = Story(drill, "study")
     story.start(kill="t1-9")
@@ -176,10 +207,19 @@ def test_a_changed_learning_rate_can_count(drill: Drill) -> None:
     story = Story(drill, "plain", settings=settings, changes={"1": {"net": {"lr": 0.001}}})
     story.start(kill="9")
     text = story.start()
-    assert "lr of AdamW is 0.01 in the window and 0.001 in this script" in text
+    assert "lr of AdamW is 0.01 in the window and 0.001 in this script (this script's counts, once" in text
     twin = story.twin()
     assert "step 8" not in story.differences(twin)  # the replay is exact
     assert "step 9" in story.differences(twin)
+
+
+def test_a_changed_setting_that_a_replay_cannot_undo_is_its_likely_cause(drill: Drill) -> None:
+    story = Story(drill, "plain", changes={"1": {"trainer": {"gradient_clip_val": 0.001}}})
+    story.start(kill="9")
+    text = story.start()
+    assert "APPROXIMATE" in text
+    assert "Likely cause: what was changed since the window was captured (gradient_clip_val" in text
+    assert "outside of its .state" not in text
 
 
 def test_more_steps_are_possible_and_said(drill: Drill) -> None:
@@ -271,6 +311,14 @@ def test_a_window_of_the_run_that_began_from_a_checkpoint_is_newer_than_it(drill
     text = story.start()
     assert "is newer, and is of the run that began there" in text
     assert "7" not in story.steps(1)
+    assert story.differences(story.twin()) == []
+
+
+def test_a_window_wins_over_a_checkpoint_of_its_own_run_that_is_hardly_newer(drill: Drill) -> None:
+    story = Story(drill, "checkpoints", given="last")
+    story.start(kill="6")
+    text = story.start()
+    assert "is of the same run and 1 steps older, but exact" in text
     assert story.differences(story.twin()) == []
 
 

@@ -300,10 +300,19 @@ class EpochModule(ConsumedModule):
         return DataLoader(Subset(self.samples, order), self.batch_size)
 
 
+class GrowingModule(ConsumedModule):
+    """Begins with few samples, and adds some in every epoch; their order is drawn when the loader is made."""
+
+    def train_dataloader(self) -> Any:
+        count = 20 + 4 * self.trainer.current_epoch  # type: ignore[union-attr]
+        return DataLoader(Subset(self.samples, torch.randperm(count).tolist()), self.batch_size, shuffle=True)
+
+
 DATAMODULES: dict[str, type[ConsumedModule]] = {
     "consumed": ConsumedModule,
     "cut": CutModule,
     "epoch": EpochModule,
+    "growing": GrowingModule,
 }
 
 

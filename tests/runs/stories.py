@@ -139,17 +139,22 @@ def plain(script: Script) -> None:
 
 
 def sweep(script: Script) -> None:
-    """Trials with other learning rates and seeds; the first one fails."""
+    """Trials with other learning rates and seeds; the first one fails. Tried ones may be skipped."""
+    kinds = script.spec.get("optimizers", ("AdamW",) * 3)
     for number, lr in enumerate(script.spec.get("lrs", (10.0, 0.01, 0.003)), 1):
+        if script.spec.get("skip") and (script.out / f"tried{number}").exists():
+            continue
         pl.seed_everything(script.spec.get("seeds", (1, 2, 3))[number - 1], verbose=False)
-        module = Net(script, lr, f"t{number}-", width=script.spec.get("widths", (8, 8, 8))[number - 1])
+        width = script.spec.get("widths", (8, 8, 8))[number - 1]
+        module = Net(script, lr, f"t{number}-", width, kinds[number - 1])
         trainer = script.trainer(callbacks=(_Fails(9),) if number == 1 and script.spec.get("fails") else ())
         try:
             trainer.fit(module, loader())
         except (RuntimeError, KeyboardInterrupt, SystemExit) as error:
             print("TRIAL ENDED BY", repr(error))
-            continue
-        script.finish(module, trainer, f"final{number}")
+        else:
+            script.finish(module, trainer, f"final{number}")
+        (script.out / f"tried{number}").touch()
 
 
 class _Fails(pl.Callback):

@@ -46,7 +46,7 @@ def _began(**changes: Any) -> dict[str, Any]:
 
 
 def _course(name: str = "a", ordinal: int = 1, age: float = 10.0, **more: Any) -> Course:
-    flags = {key: more.pop(key) for key in ("trained", "mine", "busy") if key in more}
+    flags = {key: more.pop(key) for key in ("trained", "mine", "busy", "left") if key in more}
     return Course(
         job=f"job-{name}", name=name, ordinal=ordinal, beginning=_began(**more), step=0, last_iteration=8,
         created_at=1000.0 - age, **flags,
@@ -141,6 +141,25 @@ def test_a_process_does_not_continue_what_it_has_begun_itself() -> None:
     with pytest.raises(ForeignWindowError, match="another model"):
         _taken([_course(mine=True, model="m2")], named=True)
     assert _taken([_course(mine=True, settings={"lr of AdamW": 0.1})], resume="newest") == "a"
+
+
+def test_a_trial_that_its_script_has_left_is_taken_by_the_same_beginning_only() -> None:
+    """Sweeps without a library: a pruned trial is not complete, and the next one may have the same place."""
+    assert _taken([_course(left=True)]) == "a"
+    assert _taken([_course(left=True)], ordinal=2) == "a"
+    assert _taken([_course(left=True, settings={"lr of AdamW": 0.1})]) == ""
+    assert _taken([_course(left=True, settings={"optimizers": "Lion"})]) == ""
+    assert _taken([_course(left=True, weights="w0", data="d0", seed=None)]) == ""
+    assert _taken([_course(left=True, model="m2")]) == ""
+    assert decide({**HERE, "code": "d"}, 1, [_course(left=True, code="c")]).course is None
+    assert _taken([_course(left=True, settings={"lr of AdamW": 0.1})], resume="newest") == "a"
+    refused = decide(HERE, 1, [_course(left=True, weights="w0", seed=None)]).refused
+    assert [reason for _, reason in refused] == ["its script went on to another fit"]
+
+
+def test_complete_training_that_was_left_is_found_again() -> None:
+    assert _taken([_course(left=True, trained=True)]) == "a"
+    assert _taken([_course(left=True, trained=True, settings={"max_steps": 5})]) == "a"
 
 
 def test_a_course_of_a_live_process_is_left_to_it() -> None:

@@ -36,8 +36,8 @@ def compare(changed: dict[str, Any], recorded: dict[str, Any] = RECORD, **option
     return compare_records(recorded, {**recorded, **changed}, **options)
 
 
-def causes(changed: dict[str, Any], recorded: dict[str, Any] = RECORD, **suspects: tuple[str, ...]) -> list[str]:
-    found = compare(changed, recorded)
+def causes(other: dict[str, Any], recorded: dict[str, Any] = RECORD, **suspects: tuple[str, ...]) -> list[str]:
+    found = compare(other, recorded)
     return likely_causes(found.differences, found.compared, Suspects(**suspects))
 
 
@@ -102,6 +102,15 @@ def test_gradients_that_a_replay_skips_are_no_difference() -> None:
 OTHER_BATCH = {"batches": ["x", "d2"]}
 OTHER_LOSS = {"losses": [(9.0).hex()]}
 KERNELS = "kernels that are not deterministic"
+
+
+def test_cause_what_the_user_has_changed_comes_first() -> None:
+    first, *others = causes({"weights": {"op1": "x"}}, changed=("gradient_clip_val",))
+    assert first == "what was changed since the window was captured (gradient_clip_val)"
+    assert others == []
+    first, data = causes(OTHER_BATCH, changed=("batch size",))
+    assert first.startswith("what was changed")
+    assert data.startswith("the data differ")
 
 
 def test_cause_data_with_other_indices() -> None:

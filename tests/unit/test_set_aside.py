@@ -90,13 +90,14 @@ def test_notes_of_a_course_go_aside_and_come_back_with_it(tier):
     tier.mark_trained()
     tier.mark_resumed(4)
     course = tier.set_aside()
-    assert not tier.trained
+    assert not tier.is_trained()
+    assert tier.is_trained(course)
     assert tier.resumed is None
     tier.take_back(course)
-    assert tier.trained
+    assert tier.is_trained()
     assert tier.resumed == 4
     tier.mark_continued()
-    assert not tier.trained
+    assert not tier.is_trained()
 
 
 def test_only_later_windows_go_aside_when_an_older_one_is_wanted(tier):
