@@ -132,6 +132,7 @@ class LiveState:
         self._lazy = any(is_lazy(parameter) for _, parameter in named)
         self._shared.clear()
         self._coupled.clear()
+        self._coupled_shards: list[str] | None = None
         self.parameters = {name: parameter for name, parameter in named if not is_lazy(parameter)}
         #: Names of the parameters by ``id``.
         names = self.names_by_id = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -254,14 +255,16 @@ class LiveState:
 
         The shards of one parameter are then to be captured at the same iteration on all ranks.
         """
-        found = {
-            type(self.optimizers[index]).__name__
-            for name, indices in self.owners.items()
-            if hasattr(self.parameters[name], "to_local")
-            for index in indices
-            if not self._updates_elementwise(self.optimizers[index])
-        }
-        return sorted(found)
+        if self._coupled_shards is None:
+            found = {
+                type(self.optimizers[index]).__name__
+                for name, indices in self.owners.items()
+                if hasattr(self.parameters[name], "to_local")
+                for index in indices
+                if not self._updates_elementwise(self.optimizers[index])
+            }
+            self._coupled_shards = sorted(found)
+        return self._coupled_shards
 
     def shares_parameters(self, first: int, second: int) -> bool:
         """Whether two optimizers have a parameter in common, and neither is made of the other."""
