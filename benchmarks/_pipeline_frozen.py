@@ -62,11 +62,11 @@ class _Replayed:
         return SparsePolicy(window, window, 0.8).plan(context).slots
 
     def _capture(self, iteration: int, plan: SlotPlan) -> SavedSlot:
-        compiled = CompiledSlot(self._live, plan.active, plan.frozen, {})
+        compiled = CompiledSlot(self._live, plan.active, plan.frozen, {}, DeviceFence())
         sources = compiled.sources()
         with tempfile.TemporaryDirectory() as folder:
             buffer = HostBuffer(Path(folder) / "slot.safetensors", compiled.layout.nbytes)
-            compiled.copy(sources, buffer, DeviceFence())
+            compiled.copy(sources, buffer)
             saved = StoredTensors({name: view.clone() for name, view in compiled.layout.views(buffer.tensor).items()})
         return SavedSlot(
             iteration=iteration, active=plan.active, frozen=plan.frozen, scalars=sources.scalars, record={},

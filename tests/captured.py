@@ -24,7 +24,7 @@ def file_of(compiled: CompiledSlot, sources: Any = None) -> dict[str, Tensor]:
     """The tensors of the file that a compiled slot fills now, by name."""
     with tempfile.TemporaryDirectory() as folder:
         buffer = HostBuffer(Path(folder) / "slot.safetensors", compiled.layout.nbytes)
-        compiled.copy(sources or compiled.sources(), buffer, DeviceFence())
+        compiled.copy(sources or compiled.sources(), buffer)
         return {name: view.clone() for name, view in compiled.layout.views(buffer.tensor).items()}
 
 
@@ -35,5 +35,5 @@ def capture(
     compute_dtype: Mapping[str, torch.dtype] | None = None,
 ) -> tuple[StoredTensors, Mapping[str, Any]]:
     """What a slot holds, and its scalars."""
-    compiled = CompiledSlot(live, active, frozen, compute_dtype or {})
+    compiled = CompiledSlot(live, active, frozen, compute_dtype or {}, DeviceFence())
     return StoredTensors(file_of(compiled)), compiled.sources().scalars

@@ -64,6 +64,7 @@ class CompiledSlot:
         active: Operators captured in full.
         frozen: Operators of which only the compute weights are captured.
         compute_dtype: Dtype that the forward consumes, by parameter name; missing means the parameter's own.
+        fence: Copies from the devices on which work is queued.
 
     Raises:
         UnsupportedStateError: An optimizer keeps something that cannot be captured.
@@ -75,8 +76,10 @@ class CompiledSlot:
         active: Sequence[Operator],
         frozen: Sequence[Operator],
         compute_dtype: Mapping[str, torch.dtype],
+        fence: DeviceFence,
     ) -> None:
         self._live = live
+        self._fence = fence
         self._generation = live.generation
         self._compute_dtype = dict(compute_dtype)
         self._parts: list[_Part] = []
@@ -127,7 +130,12 @@ class CompiledSlot:
         for spec in self.layout.specs:
             number, piece = by_name[spec.name]
             tensor, size, place = tensors[number], spec.nbytes, self.layout.offset(spec.name)
-            if tensor.device.type != "cpu" or tensor.dtype != spec.dtype or not tensor.is_contiguous():
+            if (
+                self._fence.orders(tensor.device)
+                or tensor.device.type != "cpu"
+                or tensor.dtype != spec.dtype
+                or not tensor.is_contiguous()
+            ):
                 self._copied.append((spec, number, piece))
                 continue
             skipped = 0
@@ -198,7 +206,7 @@ class CompiledSlot:
             raise UnsupportedStateError("what the optimizers keep changes while it is looked at")
         return found
 
-    def copy(self, sources: SlotSources, buffer: HostBuffer, fence: DeviceFence, progress: Any = None) -> None:
+    def copy(self, sources: SlotSources, buffer: HostBuffer, progress: Any = None) -> None:
         """Fill a buffer of :attr:`layout`'s size; on an accelerator this only queues the copies.
 
         Raises:
@@ -221,7 +229,7 @@ class CompiledSlot:
             copy_tensors(
                 [self.layout.view(memory, spec) for spec, _, _ in self._copied],
                 [_piece_of(tensors[number], piece) for _, number, piece in self._copied],
-                fence,
+                self._fence,
                 progress,
             )
 

@@ -244,7 +244,7 @@ class WindowWriter:
             if sources is not None:
                 return known[1], sources
         self._live.forms += 1
-        compiled = CompiledSlot(self._live, plan.active, plan.frozen, self._compute_dtype)
+        compiled = CompiledSlot(self._live, plan.active, plan.frozen, self._compute_dtype, self._thread.fence)
         self._compiled[slot] = (plan, compiled)
         return compiled, compiled.sources()
 
@@ -479,7 +479,7 @@ class _SlotJob:
         bus.emit(CaptureStarted(iteration=self._iteration, slot=self._slot, num_slots=num_slots))
         self._compiled, self._sources = writer.compiled(self._slot, self._plan)
         buffer = self._buffer = writer.acquire(self._iteration, self._slot, self._compiled.layout.nbytes)
-        self._compiled.copy(self._sources, buffer, writer._thread.fence, self._progress() if bus.fine_grained else None)
+        self._compiled.copy(self._sources, buffer, self._progress() if bus.fine_grained else None)
         self._samples = OperatorSamples(writer._live, self._whole, self._iteration, writer._thread.fence)
         self.check()
         if self._slot == 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moetion_lightning.capture import copies
+from moetion_lightning.capture.fence import DeviceFence
 from moetion_lightning.capture.plan import CompiledSlot
 from moetion_lightning.core.operators import Operator, OperatorKind, Piece
 from moetion_lightning.core.slot_contents import StoredTensors
@@ -51,7 +52,7 @@ def whole(live: LiveState) -> list[Operator]:
 
 def test_every_byte_of_whole_parameters_and_their_state_arrives() -> None:
     live, optimizer = trained()
-    stored = StoredTensors(file_of(CompiledSlot(live, whole(live), [], {})))
+    stored = StoredTensors(file_of(CompiledSlot(live, whole(live), [], {}, DeviceFence())))
     for name, parameter in live.parameters.items():
         assert torch.equal(stored.load(f"w:{name}"), parameter)
         for key, value in optimizer.state[parameter].items():
@@ -66,7 +67,7 @@ def test_neighbouring_rows_are_one_tensor_and_each_is_found_in_it(
         monkeypatch.setattr(copies, "_pwritev", None)
     live, optimizer = trained()
     active, frozen = [*rows("up", 7, 5, 6, 30), *rows("wide", 1, 3)], rows("up", 0, 1, 39)
-    tensors = file_of(CompiledSlot(live, active, frozen, {"up": torch.bfloat16}))
+    tensors = file_of(CompiledSlot(live, active, frozen, {"up": torch.bfloat16}, DeviceFence()))
     up = live.parameters["up"]
     assert {name for name in tensors if "up" in name} == {
         *(f"{kind}:up[{span}]{path}" for span in ("5:8", "30:31")
@@ -100,7 +101,7 @@ def test_parts_of_a_write_that_was_cut_short_are_written_again(monkeypatch: pyte
 
     monkeypatch.setattr(copies, "_pwritev", short)
     live, _ = trained()
-    stored = file_of(CompiledSlot(live, whole(live), [], {}))
+    stored = file_of(CompiledSlot(live, whole(live), [], {}, DeviceFence()))
     assert all(torch.equal(stored[f"w:{name}"], parameter) for name, parameter in live.parameters.items())
     assert len(calls) > 2
 
@@ -113,12 +114,12 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "_pwritev", full)
     live, _ = trained()
     with pytest.raises(OSError, match="No space left"):
-        file_of(CompiledSlot(live, whole(live), [], {}))
+        file_of(CompiledSlot(live, whole(live), [], {}, DeviceFence()))
 
 
 def test_new_values_and_new_tensors_of_the_same_form_are_followed() -> None:
     live, optimizer = trained()
-    compiled = CompiledSlot(live, whole(live), [], {})
+    compiled = CompiledSlot(live, whole(live), [], {}, DeviceFence())
     up = live.parameters["up"]
     with torch.no_grad():
         up.add_(1)
@@ -159,17 +160,17 @@ def _looked_again(live: LiveState, optimizer: Any, up: Tensor) -> None:
 @pytest.mark.parametrize("change", [_grow, _drop, _number, _other_dtype, _other_layout, _looked_again])
 def test_another_form_is_compiled_again(change: Any) -> None:
     live, optimizer = trained()
-    compiled = CompiledSlot(live, whole(live), [], {})
+    compiled = CompiledSlot(live, whole(live), [], {}, DeviceFence())
     assert compiled.resolve({}) is not None
     change(live, optimizer, live.parameters["up"])
     assert compiled.resolve({}) is None
-    again = CompiledSlot(live, whole(live), [], {})
+    again = CompiledSlot(live, whole(live), [], {}, DeviceFence())
     assert torch.equal(file_of(again)["w:up"], live.parameters["up"])
 
 
 def test_another_compute_dtype_is_compiled_again() -> None:
     live, _ = trained()
-    compiled = CompiledSlot(live, [], whole(live), {"up": torch.bfloat16})
+    compiled = CompiledSlot(live, [], whole(live), {"up": torch.bfloat16}, DeviceFence())
     assert compiled.resolve({"up": torch.bfloat16}) is not None
     assert compiled.resolve({"up": torch.float16}) is None
 
@@ -178,7 +179,7 @@ def test_state_that_is_more_than_tensors_is_described_each_time() -> None:
     live, optimizer = trained()
     up = live.parameters["up"]
     optimizer.state[up]["count"] = 1
-    compiled = CompiledSlot(live, rows("up", 0), [], {})
+    compiled = CompiledSlot(live, rows("up", 0), [], {}, DeviceFence())
     first = compiled.sources().scalars
     optimizer.state[up]["count"] = 2
     sources = compiled.resolve({})
