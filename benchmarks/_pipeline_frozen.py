@@ -101,9 +101,9 @@ class _Replayed:
         try:
             while not reconstruction.done:
                 slot = reconstruction.next_slot
-                skipped.append(sum(p.numel() for p in self._model.parameters() if not p.requires_grad) / total)
                 frozen.append(sum(map(self._elements, (*slot.active, *slot.frozen))) / total)
                 seconds = self._iterate(slot.iteration)
+                skipped.append(sum(p.numel() for p in self._model.parameters() if p.grad is None) / total)
                 reconstruction.after_step(0)
                 reconstruction.finish_iteration()
                 passes.append(seconds[0])

@@ -7,12 +7,13 @@ path), compiled code is specialized to it, and reentrant checkpointing gives no 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
 
 __all__ = ["SkippedGradients"]
 
@@ -60,33 +61,33 @@ class SkippedGradients:
             torch.autograd.backward = self._original
         self._original = self._replacement = None
 
-    def _wanted(self, roots: Sequence[Any]) -> list[Tensor] | None:
-        """Leaves below the roots whose gradients are wanted; None: all."""
-        above: dict[Any, list[Any]] = {}
-        open_nodes: list[Any] = [
-            root.grad_fn for root in roots if isinstance(root, Tensor) and root.grad_fn is not None
-        ]
-        above.update((node, []) for node in open_nodes)
-        leaves: dict[Any, Tensor] = {}
-        custom: list[Any] = []
+    def _wanted(self, tensors: Iterable[Any]) -> list[Tensor] | None:
+        """Leaves of the graphs of these whose gradients are wanted; None: all."""
+        roots = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.requires_grad]
+        open_nodes: list[Any] = [get_gradient_edge(root).node for root in roots]
+        below: dict[Any, list[Any]] = {None: []}
         while open_nodes:
-            node: Any = open_nodes.pop()
-            if isinstance(node, BackwardCFunction):
-                if "Checkpoint" in type(node).__name__:
-                    return None
-                custom.append(node)
-            if hasattr(node, "variable"):
-                leaves[node] = node.variable
-            for below, _ in node.next_functions:
-                if below is not None and below not in above:
-                    above[below] = []
-                    open_nodes.append(below)
-                if below is not None:
-                    above[below].append(node)
+            node = open_nodes.pop()
+            if node not in below:
+                below[node] = nodes = [following for following, _ in node.next_functions]
+                open_nodes += nodes
+        leaves = {node: node.variable for node, nodes in below.items() if not nodes and hasattr(node, "variable")}
         wanted = {node: leaf for node, leaf in leaves.items() if id(leaf) not in self._skipped}
-        runs, open_nodes = set(wanted), list(wanted)
-        while open_nodes:
-            new = set(above[open_nodes.pop()]) - runs
-            runs |= new
-            open_nodes += new
-        return list(wanted.values()) if wanted and runs.issuperset(custom) else None
+        custom = {node for node in below if isinstance(node, BackwardCFunction)}
+        if not wanted or any("Checkpoint" in type(node).__name__ for node in custom):
+            return None
+        return list(wanted.values()) if not custom or custom <= _run_for(wanted, below) else None
+
+
+def _run_for(leaves: Iterable[Any], below: Mapping[Any, Iterable[Any]]) -> set[Any]:
+    """Nodes that run if the gradients of these leaves are wanted."""
+    above: dict[Any, list[Any]] = {node: [] for node in below}
+    for node, nodes in below.items():
+        for following in nodes:
+            above[following].append(node)
+    found, open_nodes = set(leaves), list(leaves)
+    while open_nodes:
+        new = set(above[open_nodes.pop()]) - found
+        found |= new
+        open_nodes += new
+    return found

@@ -444,8 +444,8 @@ class Engine:
     @property
     def _uses_routing(self) -> bool:
         """Whether something needs to know how many tokens each expert gets."""
-        alone = self.ranks.alone or self.ranks.link() is not None
-        skips = self.config.skip_frozen_gradients and self.may_skip_gradients and alone
+        replays_alone = self.ranks.alone or self.ranks.link() is not None
+        skips = self.config.skip_frozen_gradients and self.may_skip_gradients and replays_alone
         return self.counts_tokens or not self.policy.exact or (skips and isinstance(self.policy, SparsePolicy))
 
     @property

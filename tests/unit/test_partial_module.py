@@ -203,3 +203,35 @@ def test_what_a_replay_counted_is_forgotten() -> None:
     counts.add([counts.facts()["tokens"]], 1)
     counts.close()
     assert counts.popularity.tokens()[0].sum() == 5
+
+
+@pytest.mark.parametrize("state", ["own", "none", "other"])
+def test_counts_continue_those_of_a_window_with_the_same_layers(state: str) -> None:
+    asked: list[str] = []
+
+    def alone(topic: str, value: Any) -> list[Any]:
+        asked.append(topic)
+        return [value]
+
+    def train(counts: TokenCounts, net: nn.Module) -> None:
+        for block in net.blocks:
+            block(torch.randn(8, WIDTH))
+        counts.end_iteration()
+        counts.settle(alone)
+        counts.add([counts.facts()["tokens"]], 1)
+        counts.close()
+
+    net, _ = part(0)
+    earlier = TokenCounts(net, discover_layers(net), EventBus())
+    train(earlier, net)
+    asked.clear()
+    own = earlier.state()["routing"]
+    later = TokenCounts(net, discover_layers(net), EventBus())
+    later.load_state({"own": own, "none": {}, "other": {**own, "layers": ["elsewhere"]}}[state])
+    train(later, net)
+    # All ranks restore the same window: they ask each other together, or not at all.
+    assert asked == (
+        [] if state == "own" else ["layers"]
+    )  # all ranks restore the same: they ask together, or not at all
+    assert later.lost.total.tolist() == [16 if state == "own" else 8] * 2
+    assert later.popularity.tokens().sum(1).tolist() == [8, 8]

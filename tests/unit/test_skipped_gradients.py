@@ -143,6 +143,18 @@ def test_a_pass_of_which_all_would_be_skipped_is_whole() -> None:
     assert found["weight"] is not None
 
 
+def test_a_leaf_that_is_a_root_gets_its_gradient() -> None:
+    net, skip, leaf = nn.Linear(4, 4), SkippedGradients(), torch.ones(4, requires_grad=True)
+    skip.choose([net.weight])
+    try:
+        torch.autograd.backward([leaf, net(torch.ones(4))], [torch.ones(4), torch.ones(4)])
+    finally:
+        skip.choose(())
+    assert leaf.grad is not None
+    assert net.weight.grad is None
+    assert net.bias.grad is not None
+
+
 def test_calls_that_say_what_they_want_get_it() -> None:
     net, skip = nn.Linear(4, 4), SkippedGradients()
     skip.choose([net.weight])
