@@ -25,6 +25,7 @@ from moetion_lightning.store.disk import DirectoryTier
 from moetion_lightning.store.format import Manifest
 from moetion_lightning.store.host_memory import HostMemoryTier, clean_stale
 from moetion_lightning.store.jobs import remove_if_ours
+from moetion_lightning.store.room import reserve_bytes_at
 from moetion_lightning.store.tier import Accept, Refusal, Tier, choose_window
 from moetion_lightning.units import age_text, bytes_text, span_text
 
@@ -457,8 +458,12 @@ class Tiers:
                 f"host memory at {self.host.base_dir} has {bytes_text(room)} for this job; "
                 f"{self._num_windows} windows of {bytes_text(window_bytes)}{frozen} need {bytes_text(needed)}. "
                 "Use a smaller window, a larger /dev/shm (docker: --shm-size), or another memory_dir=."
-                f"{self.host.who_holds_memory()}"
+                f"{self._reserve_text()}{self.host.who_holds_memory()}"
             )
+
+    def _reserve_text(self) -> str:
+        reserve = reserve_bytes_at(self.host.base_dir)
+        return f" {bytes_text(reserve)} of /dev/shm are left to workers of data loaders." if reserve else ""
 
     @property
     def _num_windows(self) -> int:
