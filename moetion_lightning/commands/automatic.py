@@ -23,7 +23,7 @@ __all__ = ["Automatic", "callbacks_of", "for_trainer", "loop_settings"]
 
 _log = logging.getLogger(__name__)
 _DEFAULT = ("1", "default", "true", "on", "yes")
-_OF_THE_WINDOW = ("window", "max_window", "overlap_target")
+_OF_THE_WINDOW = ("window", "max_window", "overlap_target", "mtbf")
 
 
 def for_trainer(setting: str) -> list[Callback]:

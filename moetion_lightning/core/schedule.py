@@ -1,4 +1,4 @@
-"""Window size, order of the operators and byte-balanced slots. Pure functions: same input, same output, on every rank.
+"""Order of the operators and byte-balanced slots. Pure functions: same input, same output, on every rank.
 
 An operator is seen here only through its costs: ``full_bytes`` (master weights and optimizer state, captured once, when
 the operator is *active*) and ``compute_bytes`` (the weights that the forward consumes, captured in every iteration of
@@ -6,8 +6,8 @@ the window before that, while the operator is *frozen*). Iteration ``k`` of a wi
 
     cost(k) = sum(full_bytes of G_k) + sum(compute_bytes of G_{k+1} .. G_{W-1}).
 
-Source: MoEtion / MoEvement, Algorithm 1 (FindWindowSize, OrderOperators, GenerateSchedule); balanced by bytes instead
-of by operator count.
+Source: MoEtion / MoEvement, Algorithm 1 (OrderOperators, GenerateSchedule); balanced by bytes instead of by operator
+count.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from moetion_lightning.errors import ConfigurationError
 
 __all__ = [
     "Schedule",
-    "choose_window",
     "fractional_bound",
     "make_schedule",
     "order_operators",
@@ -280,29 +279,3 @@ def _pack(costs: _Prefix, window: int, cap: int) -> list[int] | None:
         edges.append(end)
         index = end
     return edges
-
-
-def choose_window(
-    heaviest_bytes: Mapping[int, int],
-    *,
-    iteration_seconds: float,
-    bytes_per_second: float,
-    overlap_target: float,
-) -> int:
-    """The smallest window whose heaviest iteration can be captured within one iteration.
-
-    If none fits, the smallest window that is within 5 % of the lightest one: beyond it a longer window costs replay and
-    memory and buys almost nothing.
-
-    Args:
-        heaviest_bytes: Bytes of the heaviest iteration for each candidate window.
-        iteration_seconds: Rolling median of the iteration time.
-        bytes_per_second: Measured copy bandwidth.
-        overlap_target: Share of the iteration that the copies may take, in (0, 1].
-    """
-    budget = iteration_seconds * bytes_per_second * overlap_target
-    for window in sorted(heaviest_bytes):
-        if heaviest_bytes[window] <= budget:
-            return window
-    lightest = min(heaviest_bytes.values())
-    return min(window for window, nbytes in heaviest_bytes.items() if nbytes <= 1.05 * lightest)

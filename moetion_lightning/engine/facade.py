@@ -113,6 +113,7 @@ class Engine:
         self._unsteady = 0  # windows in a row within which other parameters began to train
         self._synchronous = False
         self._stall = 0.0
+        self._slot: int | None = None  # what is captured behind the iteration under way
         self._started_at = 0.0
         self._said: set[str] = set()
         self.protection = Protection(bus, self._say)
@@ -412,6 +413,9 @@ class Engine:
         seconds, stall = now - self._started_at, self._stall
         self._started_at, self._stall = now, 0.0
         self.pace.iteration(seconds)
+        slot, self._slot = self._slot, None
+        if self.recovery is None and isinstance(self.policy, SparsePolicy):
+            self.policy.iteration(self.iteration, seconds, slot)
         attached.routing.end_iteration()
         record = self.record.take(attached.live.optimizers)
         misread = self.precision.end_iteration(self.iteration, replaying=self.recovery is not None)
@@ -428,6 +432,7 @@ class Engine:
             self._window.broken = f"{misread[0]} was read in full precision, not only cast to 16 bits"
         window = self._open_window(run_state, steps)
         if window is not None:
+            self._slot = window.next_slot
             attached.writer.capture(window, self.iteration, record.read)
             if window.complete and self._records_batches:
                 self._to_come = window.to_come

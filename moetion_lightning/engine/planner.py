@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -177,7 +178,7 @@ class WindowPlanner:
             agree=self._ranks.agree,
             **self._routing.context(),
         )
-        plan = policy.plan(context)
+        plan = policy.plan(dataclasses.replace(context, protected=agreed.committed >= 0))
         if plan.schedule is not None and plan.changed:
             self._bus.emit(
                 ScheduleMade(
@@ -186,6 +187,7 @@ class WindowPlanner:
                     total_bytes=plan.schedule.total_bytes,
                     dense_bytes=plan.schedule.dense_bytes,
                     reason=plan.changed,
+                    measured=plan.measured,
                 )
             )
         self._routing.captured(plan.experts, iteration)

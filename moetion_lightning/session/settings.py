@@ -15,7 +15,7 @@ from moetion_lightning.events import Sink
 
 __all__ = ["SessionSettings"]
 
-_OF_THE_WINDOW = ("window", "max_window", "overlap_target")
+_OF_THE_WINDOW = ("window", "max_window", "overlap_target", "mtbf")
 _OWN = ("policy", "specs", "sinks", "events_path")
 
 
@@ -45,7 +45,7 @@ class SessionSettings:
 
         Args:
             given: The fields of :class:`~moetion_lightning.config.EngineConfig`, ``specs``, ``sinks``, ``events_path``,
-                and ``policy``, which takes the place of ``window``, ``max_window`` and ``overlap_target``:
+                and ``policy``, which takes the place of ``window``, ``max_window``, ``overlap_target`` and ``mtbf``:
                 ``DensePolicy(every_n_steps)`` or ``PartialExpertsPolicy(num_experts)`` of
                 :mod:`moetion_lightning.core.policy`.
             where: The call in which it was given, for messages.
@@ -62,9 +62,11 @@ class SessionSettings:
             )
         values = {name: value for name, value in given.items() if name not in _OWN}
         config = read_config(values if policy is None else {**values, "window": 1}, where, _OWN)
+        if policy is None:
+            policy = SparsePolicy(config.window, config.max_window, config.overlap_target, config.mtbf)
         return cls(
             config=config,
-            policy=SparsePolicy(config.window, config.max_window, config.overlap_target) if policy is None else policy,
+            policy=policy,
             specs=tuple(given.get("specs") or ()),
             sinks=tuple(given.get("sinks") or ()),
             events_path=given.get("events_path"),

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from moetion_lightning.core.operators import Operator, OperatorKind, Piece
 from moetion_lightning.core.schedule import (
     MAX_SHARE,
-    choose_window,
     fractional_bound,
     make_schedule,
     order_operators,
@@ -137,18 +136,6 @@ def test_longer_window_never_makes_the_heaviest_iteration_heavier() -> None:
     bounds = [fractional_bound(full, compute, w) for w in range(1, 17)]
     assert bounds == sorted(bounds, reverse=True)
     assert bounds[0] == pytest.approx(sum(full))  # a bisection of floats, not a recovered state
-
-
-def test_auto_window_is_the_smallest_that_fits_behind_an_iteration() -> None:
-    heaviest = {1: 1000, 2: 600, 3: 450, 4: 400, 5: 390}
-    chosen = choose_window(heaviest, iteration_seconds=1.0, bytes_per_second=500.0, overlap_target=1.0)
-    assert chosen == 3
-    assert choose_window(heaviest, iteration_seconds=1.0, bytes_per_second=500.0, overlap_target=0.8) == 4
-
-
-def test_auto_window_stops_where_longer_ones_buy_nothing() -> None:
-    heaviest = {1: 1000, 2: 600, 3: 450, 4: 400, 5: 390}
-    assert choose_window(heaviest, iteration_seconds=1.0, bytes_per_second=1.0, overlap_target=1.0) == 4
 
 
 @pytest.mark.parametrize("window", [0, -1])
