@@ -14,6 +14,7 @@ from moetion_lightning.errors import ConfigurationError
 __all__ = [
     "AUTOMATIC_VARIABLE",
     "DEFAULT_MTBF",
+    "OF_THE_WINDOW",
     "OTHER_LIGHTNING",
     "EngineConfig",
     "LaunchedProcess",
@@ -39,6 +40,8 @@ __all__ = [
 DEFAULT_MTBF = 10_000.0
 #: Set this to a recipe's name, a YAML file's path, or "default": every Lightning Trainer then gets these callbacks.
 AUTOMATIC_VARIABLE = "MOETION"
+#: Settings that only the sparse policy has.
+OF_THE_WINDOW = ("window", "max_window", "overlap_target", "mtbf")
 #: What to do where a Trainer comes from the package's other name.
 OTHER_LIGHTNING = (
     "this Trainer is pytorch_lightning's, whose classes are others than those of the package lightning: write `import "

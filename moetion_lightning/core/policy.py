@@ -26,6 +26,7 @@ from moetion_lightning.core.schedule import (
 )
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.core.window_choice import Facts, choose, describe
+from moetion_lightning.core.window_memory import longest_window
 from moetion_lightning.errors import ConfigurationError
 
 __all__ = [
@@ -289,10 +290,8 @@ class SparsePolicy:
             return self._chosen
         self._budget, self._cost.news = budget, False
         self._is_measured = bool(self._cost.measured())
-        full, compute = self._sums
-        # A window of w slots takes about the dense state and (w - 1) / 2 times the compute weights.
-        fitting = (context.capacity_bytes - full) * 2 // max(1, compute) + 1
-        return choose(self._facts(context), self._chosen or None, longest=fitting)
+        longest = longest_window(*self._sums, context.capacity_bytes)
+        return choose(self._facts(context), self._chosen or None, longest=longest)
 
     def _weigh(self, context: PolicyContext) -> None:
         """Bytes of the heaviest iteration of each window."""

@@ -17,6 +17,7 @@ from moetion_lightning.core.partition import OperatorSet, build_operators
 from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, PolicyContext, Sizes, SparsePolicy, WindowPlan
 from moetion_lightning.core.slot_contents import describe_kept
 from moetion_lightning.core.state import LiveState
+from moetion_lightning.core.window_memory import window_bytes
 from moetion_lightning.engine.ranks import Agreed, RankLayout, Ranks
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
 from moetion_lightning.engine.shares import Shares
@@ -111,7 +112,7 @@ class WindowPlanner:
             weight = self._live.weight(name)
             full += self._live.full_bytes(name) // holders
             compute += weight.numel() * weight.element_size() // holders
-        self._check_memory(full + compute * (slots - 1) // 2)
+        self._check_memory(window_bytes(full, compute, slots))
 
     def _measure(self) -> None:
         """Sizes are looked at when they may have changed: it takes long if there are many parameters."""

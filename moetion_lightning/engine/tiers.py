@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moetion_lightning.config import EngineConfig, default_memory_dir, launched_run
+from moetion_lightning.core.window_memory import held_windows
 from moetion_lightning.distributed.restore_choice import Live, Rollback
 from moetion_lightning.distributed.stable_store import STORE_ERRORS
 from moetion_lightning.engine.group_restore import GroupRestore, LiveReport, Part
@@ -467,11 +468,8 @@ class Tiers:
 
     @property
     def _num_windows(self) -> int:
-        """The committed one, the one being captured and, with a storage tier, those being or to be persisted."""
-        held = 3 * len(self.peers.holds) if self.peers is not None else 0
-        if self.disk is None:
-            return 2 + held
-        return held + (3 if self._config.persist_every_n_windows == 1 else 4)
+        owners = len(self.peers.holds) if self.peers is not None else 0
+        return held_windows(owners, persist_every=self._config.persist_every_n_windows if self.disk else None)
 
     def _room(self) -> int:
         # Free buffers of this process count as free there and as used here.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moetion_lightning.config import EngineConfig
+from moetion_lightning.config import OF_THE_WINDOW, EngineConfig
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.policy import Policy, SparsePolicy
 from moetion_lightning.errors import ConfigurationError
@@ -15,7 +15,6 @@ from moetion_lightning.events import Sink
 
 __all__ = ["SessionSettings"]
 
-_OF_THE_WINDOW = ("window", "max_window", "overlap_target", "mtbf")
 _OWN = ("policy", "specs", "sinks", "events_path")
 
 
@@ -54,7 +53,7 @@ class SessionSettings:
             ConfigurationError: A setting is unknown or out of range.
         """
         policy = given.get("policy")
-        contradicting = [name for name in _OF_THE_WINDOW if policy is not None and name in given]
+        contradicting = [name for name in OF_THE_WINDOW if policy is not None and name in given]
         if contradicting:
             raise ConfigurationError(
                 f"{where}: {contradicting[0]}={given[contradicting[0]]!r} has no effect with "

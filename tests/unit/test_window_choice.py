@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_the_reason_says_what_was_measured() -> None:
     assert "assumed until it is measured" in training.reasons[0]
     first = next(reason for reason in training.reasons if "(measured)" in reason)
     assert first.startswith("what captures cost is measured now; auto: captures cost 2")
-    assert "% of an iteration of 100.0 ms, 6" in first  # percent with W = 1
+    assert re.search(r"2\.\d+% of an iteration of 100\.0 ms, [56]\.\d+% with W = 1", first)
     assert "a failure every 2.8 h" in first
 
 
