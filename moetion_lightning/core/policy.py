@@ -253,7 +253,7 @@ class SparsePolicy:
         resized, self._chosen = chosen != self._chosen, chosen
         reasons = [str(answer[0]) for answer in answers if answer[0]][:1]
         if not reasons and resized:
-            reasons = ["what captures cost has changed"]
+            reasons = ["the expected costs have changed"]
         elif not reasons and context.frequencies_changed:
             reasons = ["the experts' popularity changed"]
         if reasons and self.window == "auto":
@@ -290,16 +290,16 @@ class SparsePolicy:
             return self._chosen
         self._budget, self._cost.news = budget, False
         self._is_measured = bool(self._cost.measured())
-        longest = longest_window(*self._sums, context.capacity_bytes)
+        longest = longest_window(*self._sums, self.max_window, context.capacity_bytes)
         return choose(self._facts(context), self._chosen or None, longest=longest)
 
     def _weigh(self, context: PolicyContext) -> None:
-        """Bytes of the heaviest iteration of each window."""
+        """Bytes of the heaviest iteration of each window, as if all operators were alike: that is quick, and enough."""
         sizes = context.sizes
-        full = list(sizes.operator_bytes(context.operators, sizes.full).values())
-        compute = list(sizes.operator_bytes(context.operators, sizes.compute).values())
-        self._sums = sum(full), sum(compute)
-        self._heaviest = {w: int(fractional_bound(full, compute, w)) for w in range(1, self.max_window + 1)}
+        full = sum(sizes.operator_bytes(context.operators, sizes.full).values())
+        compute = sum(sizes.operator_bytes(context.operators, sizes.compute).values())
+        self._sums = full, compute
+        self._heaviest = {w: int(fractional_bound([full], [compute], w)) for w in range(1, self.max_window + 1)}
         self._cost.forget_samples()
 
     def _facts(self, context: PolicyContext) -> Facts:

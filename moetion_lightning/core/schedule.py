@@ -28,6 +28,7 @@ __all__ = [
     "make_schedule",
     "order_operators",
     "split_operators",
+    "window_bytes",
 ]
 
 #: An operator may take at most this share of the heaviest iteration's bytes; larger ones are cut into row ranges.
@@ -247,6 +248,29 @@ def make_schedule(
         )
     full = [full_bytes[op.name] for op in operators]
     compute = [compute_bytes[op.name] for op in operators]
+    edges = _balance(full, compute, window)
+    slots = tuple(tuple(operators[a:b]) for a, b in zip([0, *edges], edges))
+    return Schedule(slots=slots, slot_bytes=_slot_bytes(full, compute, edges), dense_bytes=sum(full))
+
+
+def window_bytes(full_bytes: int, compute_bytes: int, window: int) -> int:
+    """About what a window takes, if operators are alike and can be cut.
+
+    Args:
+        full_bytes: Master weights and optimizer state of everything.
+        compute_bytes: The weights of the same, as the forward consumes them; at most ``full_bytes``.
+        window: Its iterations; no more are used than make it lighter.
+    """
+    if not full_bytes:
+        return 0
+    heaviest = fractional_bound([full_bytes], [compute_bytes], window)
+    parts = math.ceil(full_bytes / (MAX_SHARE * heaviest)) if window > 1 else 1
+    full, compute = [full_bytes // parts] * parts, [compute_bytes // parts] * parts
+    return sum(_slot_bytes(full, compute, _balance(full, compute, window)))
+
+
+def _balance(full: Sequence[int], compute: Sequence[int], window: int) -> list[int]:
+    """Ends of at most ``window`` slots, so that the heaviest iteration is as light as possible."""
     prefix = _Prefix(full, compute)
     low, high = max(full), sum(full)
     while low < high:
@@ -257,11 +281,11 @@ def make_schedule(
             high = middle
     edges = _pack(prefix, window, high)
     assert edges is not None  # a cap of sum(full) always fits
-    slots = tuple(tuple(operators[a:b]) for a, b in zip([0, *edges], edges))
-    costs = []
-    for a, b in zip([0, *edges], edges):
-        costs.append(sum(full[a:b]) + sum(compute[b:]))
-    return Schedule(slots=slots, slot_bytes=tuple(costs), dense_bytes=sum(full))
+    return edges
+
+
+def _slot_bytes(full: Sequence[int], compute: Sequence[int], edges: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sum(full[a:b]) + sum(compute[b:]) for a, b in zip([0, *edges], edges))
 
 
 def _pack(costs: _Prefix, window: int, cap: int) -> list[int] | None:

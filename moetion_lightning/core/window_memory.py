@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["gib_text", "held_windows", "longest_window", "memory_table", "window_bytes"]
+from moetion_lightning.core.schedule import window_bytes
+
+__all__ = ["gib_text", "held_windows", "longest_window", "memory_table"]
 
 
-def window_bytes(full_bytes: int, compute_bytes: int, window: int) -> int:
-    """About what a window takes: everything in full once, and half of the compute weights in each iteration but one.
+def longest_window(full_bytes: int, compute_bytes: int, max_window: int, capacity_bytes: int) -> int:
+    """The longest window that fits into ``capacity_bytes``; 1 if none does.
 
     Args:
         full_bytes: Master weights and optimizer state of what a rank captures.
         compute_bytes: The weights of the same, as the forward consumes them.
-        window: Its iterations.
+        max_window: The longest one that is looked for.
+        capacity_bytes: Host memory for one window.
     """
-    return full_bytes + compute_bytes * (window - 1) // 2
-
-
-def longest_window(full_bytes: int, compute_bytes: int, capacity_bytes: int) -> int:
-    """The longest window that :func:`window_bytes` fits into ``capacity_bytes``; less than 1 if none does."""
-    return (capacity_bytes - full_bytes) * 2 // max(1, compute_bytes) + 1
+    fitting = (w for w in range(max_window, 1, -1) if window_bytes(full_bytes, compute_bytes, w) <= capacity_bytes)
+    return next(fitting, 1)
 
 
 def held_windows(num_owners: int = 0, *, persist_every: int | None = None) -> int:
@@ -43,8 +42,8 @@ def memory_table(
     """Host memory of one rank, for windows (rows) and replicas (columns): ``[window, GiB, GiB, ...]``.
 
     Args:
-        full_bytes: As for :func:`window_bytes`.
-        compute_bytes: As for :func:`window_bytes`.
+        full_bytes: As for :func:`longest_window`.
+        compute_bytes: As for :func:`longest_window`.
         windows: Iterations of a window.
         replicas: Copies of each rank's windows in other ranks' memory.
     """

@@ -15,9 +15,9 @@ from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.partition import OperatorSet, build_operators
 from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, PolicyContext, Sizes, SparsePolicy, WindowPlan
+from moetion_lightning.core.schedule import window_bytes
 from moetion_lightning.core.slot_contents import describe_kept
 from moetion_lightning.core.state import LiveState
-from moetion_lightning.core.window_memory import window_bytes
 from moetion_lightning.engine.ranks import Agreed, RankLayout, Ranks
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
 from moetion_lightning.engine.shares import Shares

@@ -14,6 +14,7 @@ import yaml
 from moetion_lightning import __version__
 from moetion_lightning.cli import HELP, main
 from moetion_lightning.commands.arguments import expand_recipes
+from moetion_lightning.core.schedule import window_bytes
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import list_recipes, recipe_path
 
@@ -243,12 +244,13 @@ def test_explain_shows_how_much_host_memory_windows_take(capsys: pytest.CaptureF
     assert main(["explain", "torch.nn:Linear", "--init", sizes, "--meta", "--window", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     table = [line.split() for line in lines[lines.index("window  no replicas  1 replica  2 replicas") + 1 :][:6]]
-    full, compute = 12 * 100_001_000 / 2**30, 4 * 100_001_000 / 2**30
+    full, compute = 12 * 100_001_000, 4 * 100_001_000
+    window_sizes = {w: window_bytes(full, compute, w) / 2**30 for w in (1, 2, 3, 4, 8, 16)}
+    assert window_sizes[1] == full / 2**30
     for words in table:
         window = int(words[0])
         for replicas, word in enumerate(words[1:]):
-            expected = (2 + 3 * replicas) * (full + compute * (window - 1) / 2)
-            assert float(word) == pytest.approx(expected, rel=0.005)
+            assert float(word) == pytest.approx((2 + 3 * replicas) * window_sizes[window], rel=0.005)
     assert [words[0] for words in table] == ["1", "2", "3", "4", "8", "16"]
 
 

@@ -13,6 +13,7 @@ from moetion_lightning.core.schedule import (
     make_schedule,
     order_operators,
     split_operators,
+    window_bytes,
 )
 from moetion_lightning.errors import ConfigurationError
 
@@ -136,6 +137,33 @@ def test_longer_window_never_makes_the_heaviest_iteration_heavier() -> None:
     bounds = [fractional_bound(full, compute, w) for w in range(1, 17)]
     assert bounds == sorted(bounds, reverse=True)
     assert bounds[0] == pytest.approx(sum(full))  # a bisection of floats, not a recovered state
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 8, 12, 16, 32])
+@pytest.mark.parametrize("share", [0.0, 1 / 6, 1 / 3, 1.0])
+def test_what_a_window_takes_is_known_before_it_is_planned(window: int, share: float) -> None:
+    full = {f"p{i}": 1_000_000 + 50_000 * (i % 3) for i in range(40)}
+    compute = {name: int(share * nbytes) for name, nbytes in full.items()}
+    whole = [operator(i) for i in range(40)]
+    bound = fractional_bound(list(full.values()), list(compute.values()), window)
+    rows = dict.fromkeys(full, 1000)
+    parts = whole
+    if window > 1:
+        sliceable = dict.fromkeys(full, True)
+        most = max(1, int(MAX_SHARE * bound))
+        parts = list(split_operators(whole, full_bytes=full, rows=rows, sliceable=sliceable, max_bytes=most))
+
+    def cost(table: dict[str, int]) -> dict[str, int]:
+        return {
+            op.name: sum(
+                table[p.parameter] * ((1000 if p.stop is None else p.stop) - (p.start or 0)) // 1000 for p in op.pieces
+            )
+            for op in parts
+        }
+
+    schedule = make_schedule(parts, window, full_bytes=cost(full), compute_bytes=cost(compute))
+    estimate = window_bytes(sum(full.values()), sum(compute.values()), window)
+    assert estimate == pytest.approx(schedule.total_bytes, rel=0.12)
 
 
 @pytest.mark.parametrize("window", [0, -1])
