@@ -6,7 +6,6 @@ exact, W = 1) and partial experts (MoC-System: lossy, all non-expert state and K
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -25,7 +24,7 @@ from moetion_lightning.core.schedule import (
     split_operators,
 )
 from moetion_lightning.core.state import LiveState
-from moetion_lightning.core.window_choice import Facts, choose, describe
+from moetion_lightning.core.window_choice import Facts, choose, dense_interval, describe
 from moetion_lightning.core.window_memory import longest_window
 from moetion_lightning.errors import ConfigurationError
 
@@ -359,15 +358,16 @@ class DensePolicy:
 
 
 class PacedDensePolicy(DensePolicy):
-    """Everything in full, as often as the copies are hidden behind training: where no sparse window would be exact.
+    """Everything in full, as often as it pays: where no sparse window would be exact.
 
     Args:
-        overlap_target: Share of the time that the copies may take.
+        overlap_target: Share of an iteration behind which copies can hide.
+        mtbf: Seconds between two failures.
     """
 
-    def __init__(self, overlap_target: float) -> None:
+    def __init__(self, overlap_target: float, mtbf: float) -> None:
         super().__init__()
-        self._overlap_target = overlap_target
+        self._overlap_target, self._mtbf = overlap_target, mtbf
         self._next = 0
         self._nbytes = 0
 
@@ -376,12 +376,19 @@ class PacedDensePolicy(DensePolicy):
         return iteration >= self._next
 
     def plan(self, context: PolicyContext) -> WindowPlan:
-        """A snapshot of everything; the next one follows after as many iterations as this one costs."""
+        """A snapshot of everything; the next one follows after as many iterations as this one is worth."""
         nbytes = sum(context.sizes.operator_bytes(context.operators, context.sizes.full).values())
         nbytes = int(max(context.agree("dense", nbytes)))
-        seconds = context.iteration_seconds * self._overlap_target
-        hidden = seconds * context.bytes_per_second
-        self.every_n_steps = max(1, math.ceil(nbytes / hidden)) if hidden > 0 else 1
+        self.every_n_steps = dense_interval(
+            Facts(
+                heaviest_bytes={1: nbytes},
+                iteration_seconds=context.iteration_seconds,
+                bytes_per_second=context.bytes_per_second,
+                overlap_target=self._overlap_target,
+                mtbf=self._mtbf,
+                measured={},
+            )
+        )
         self._next = context.iteration + self.every_n_steps
         grown, self._nbytes = nbytes > 1.1 * self._nbytes, max(nbytes, self._nbytes)
         reason = "the dense state grew" if grown else ""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from moetion_lightning.core.capture_cost import Measured
 from moetion_lightning.units import age_text
 
-__all__ = ["Facts", "WindowCost", "choose", "describe", "expected_costs"]
+__all__ = ["Facts", "WindowCost", "choose", "dense_interval", "describe", "expected_costs"]
 
 #: Share of a copy's time that training loses although the copy runs beside it, as long as nothing is measured.
 _ASSUMED_SHARE = 0.25
@@ -120,6 +120,28 @@ def _is_worth(now: WindowCost, other: WindowCost, slack: float, is_measured: boo
     doubt = _DOUBT * abs(now.doubt - other.doubt) if is_measured else 0.0
     gain = now.total - other.total
     return gain > 2 * slack + doubt or (now.window > 2 * other.window and gain >= doubt - slack)
+
+
+def dense_interval(facts: Facts) -> int:
+    """Iterations from one dense snapshot to the next, where windows have to be dense: those of the least expected cost.
+
+    A snapshot's cost is spread over the iterations until the next one; a failure throws away half of them. Of intervals
+    that cost about the same, the shortest.
+
+    Args:
+        facts: What costs follow from; ``heaviest_bytes[1]`` is a snapshot's.
+    """
+    visible = facts.visible_seconds(facts.heaviest_bytes[1])
+    lost = facts.iteration_seconds**2 / facts.mtbf  # per iteration of distance
+    if not lost:
+        return 1
+    best = max(1, round(math.sqrt(2 * visible / lost)))  # Young's formula
+    slack = _NEGLIGIBLE * facts.iteration_seconds
+
+    def cost(interval: int) -> float:
+        return visible / interval + lost * (interval + 1) / 2
+
+    return next(n for n in range(1, best + 1) if cost(n) <= cost(best) + slack)
 
 
 def describe(facts: Facts, window: int) -> str:

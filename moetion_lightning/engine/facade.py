@@ -569,10 +569,10 @@ class Engine:
             self.on_recovered()
 
     def _fall_back_to_dense(self, reason: str) -> None:
-        self.policy = PacedDensePolicy(self.config.overlap_target)
+        self.policy = PacedDensePolicy(self.config.overlap_target, self.config.mtbf)
         self.say_once(
             f"{reason}: a sparse window could not be replayed exactly, so windows are dense now: one iteration each, "
-            "as often as the copies are hidden behind training",
+            "and as many iterations apart as a copy is worth",
             warning=True,
         )
 

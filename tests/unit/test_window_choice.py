@@ -11,8 +11,8 @@ import pytest
 
 from moetion_lightning.core.capture_cost import CaptureCost, Measured
 from moetion_lightning.core.operators import Operator, OperatorKind, Piece
-from moetion_lightning.core.policy import PolicyContext, Sizes, SparsePolicy
-from moetion_lightning.core.window_choice import Facts, choose, describe, expected_costs
+from moetion_lightning.core.policy import PacedDensePolicy, PolicyContext, Sizes, SparsePolicy
+from moetion_lightning.core.window_choice import Facts, choose, dense_interval, describe, expected_costs
 
 MB = 1 << 20
 PARAMETERS, ROWS = 24, 100
@@ -348,3 +348,51 @@ def test_description_has_the_numbers() -> None:
     text = describe(facts({8: Measured(seconds=0.004, error=0.00001, rounds=8)}), 8)
     assert text.startswith("captures cost 4.00% of an iteration of 100.0 ms, ")
     assert "with W = 1 (measured), a failure every 2.8 h 0.01%" in text
+
+
+# --- where windows have to be dense ----------------------------------------------------------------------------------
+
+
+def dense_run(
+    megabytes: int, *, iteration_seconds: float = 0.3, mtbf: float = 1e4, bandwidth: float = 5e9
+) -> list[int]:
+    """Iterations after which a snapshot begins, of 400."""
+    policy, begun = PacedDensePolicy(0.8, mtbf), []
+    for iteration in range(1, 401):
+        if policy.begins(iteration):
+            begun.append(iteration)
+            policy.plan(
+                PolicyContext(
+                    iteration=iteration, operators=OPERATORS, sizes=sizes(megabytes), layers=("layer",),
+                    tokens=torch.zeros(1, PARAMETERS, dtype=torch.int64), frequencies_changed=False,
+                    iteration_seconds=iteration_seconds, bytes_per_second=bandwidth, capacity_bytes=1 << 40,
+                    lost=LostTokens(1, PARAMETERS),
+                )
+            )  # fmt: skip
+    return begun
+
+
+def test_dense_snapshots_of_a_large_state_pace_themselves_although_each_fits_behind_an_iteration() -> None:
+    begun = dense_run(684)
+    gaps = {b - a for a, b in zip(begun, begun[1:])}
+    assert len(gaps) == 1
+    assert 10 <= gaps.pop() <= 60
+    assert len(dense_run(6840)) < len(begun) < len(dense_run(68)) < len(dense_run(1)) == 400
+
+
+def test_frequent_failures_and_slow_copies_change_the_pace_of_dense_snapshots() -> None:
+    assert len(dense_run(684, mtbf=60.0)) > len(dense_run(684))
+    assert len(dense_run(684, bandwidth=5e8)) < len(dense_run(684))
+
+
+def test_dense_interval_is_within_half_a_percent_of_the_least_cost() -> None:
+    given = facts(heaviest_bytes={1: 684 * MB}, iteration_seconds=0.3, mtbf=200.0)
+    visible = given.visible_seconds(684 * MB)
+
+    def cost(interval: int) -> float:
+        return visible / interval + 0.3 * 0.3 / 200 * (interval + 1) / 2
+
+    least = min(range(1, 1000), key=cost)
+    chosen = dense_interval(given)
+    assert chosen < least
+    assert cost(chosen) <= cost(least) + 0.005 * 0.3 < cost(chosen - 1)
