@@ -127,7 +127,7 @@ def _explain_module(
 ) -> Explanation:
     import torch
 
-    from moetion_lightning.core.capture import measure_bandwidth
+    from moetion_lightning.capture.thread import measure_bandwidth
     from moetion_lightning.core.explain import explain as explain_module
 
     return explain_module(

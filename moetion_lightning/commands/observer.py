@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moetion_lightning.core.capture import measure_bandwidth
+from moetion_lightning.capture.thread import measure_bandwidth
 from moetion_lightning.core.compute_dtype import ComputeDtypeObserver
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.explain import Explanation, explain

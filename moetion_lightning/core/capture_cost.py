@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["CaptureCost", "Measured"]
+__all__ = ["CaptureCost", "Measured", "compare"]
 
 #: Iterations of a pause. The first one is not counted: the window before it is still being committed.
 _PAUSE = 6
@@ -37,6 +37,23 @@ class Measured:
     seconds: float
     error: float
     rounds: int
+
+
+def compare(captured: Sequence[float], plain: Sequence[float]) -> Measured | None:
+    """What captures add where iterations with and without them alternate; None before there are enough of both.
+
+    Args:
+        captured: Seconds of iterations with a capture behind them.
+        plain: Seconds of those without.
+    """
+    if min(len(captured), len(plain)) < _BESIDE:
+        return None
+    middle, base = statistics.median(captured), statistics.median(plain)
+    error = math.hypot(_error([s - middle for s in captured]), _error([s - base for s in plain]))
+    rounds = min(len(captured), len(plain)) // _BESIDE
+    return Measured(
+        seconds=middle - base, error=max(error * (1 + 2 / rounds), _LEAST_ERROR * base), rounds=rounds
+    )  # fmt: skip
 
 
 class CaptureCost:

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.layouts import MoELayer, MoESpec
-from moetion_lightning.core.lost_tokens import LostTokens
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.partition import build_operators
 from moetion_lightning.core.policy import PolicyContext, Sizes, SparsePolicy
@@ -141,20 +140,16 @@ def explain(
             "there is no trainable parameter to checkpoint: every parameter is frozen or belongs to no optimizer"
         )
     sizes = Sizes.of(live, compute_dtype or {})
-    num_experts = max((layer.num_experts for layer in found), default=0)
-    rows = [[(tokens or {}).get((layer.name, e), 0) for e in range(num_experts)] for layer in found]
     plan = policy.plan(
         PolicyContext(
             iteration=1,
             operators=ops.operators,
             sizes=sizes,
-            layers=tuple(layer.name for layer in found),
-            tokens=torch.tensor(rows, dtype=torch.int64).reshape(len(found), num_experts),
-            frequencies_changed=False,
             iteration_seconds=iteration_seconds,
             bytes_per_second=bytes_per_second,
             capacity_bytes=_UNLIMITED,
-            lost=LostTokens(len(found), num_experts),
+            layers=tuple(layer.name for layer in found),
+            tokens=dict(tokens or {}),
         )
     )
     schedule = plan.schedule

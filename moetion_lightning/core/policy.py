@@ -6,6 +6,7 @@ exact, W = 1) and partial experts (MoC-System: lossy, all non-expert state and K
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from moetion_lightning.config import DEFAULT_MTBF
-from moetion_lightning.core.capture_cost import CaptureCost
+from moetion_lightning.core.capture_cost import CaptureCost, compare
 from moetion_lightning.core.operators import Operator, OperatorKind
 from moetion_lightning.core.schedule import (
     MAX_SHARE,
@@ -40,6 +41,11 @@ __all__ = [
     "SparsePolicy",
     "WindowPlan",
 ]
+
+
+#: Of dense fallbacks: how many follow each other at once, and then with an iteration between, to see what they cost.
+_FIRST_SNAPSHOTS, _COMPARED_SNAPSHOTS = 24, 12
+_DENSE_SAMPLES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +366,9 @@ class DensePolicy:
 class PacedDensePolicy(DensePolicy):
     """Everything in full, as often as it pays: where no sparse window would be exact.
 
+    What a snapshot costs is measured: the iterations between two of them have none behind them. The first snapshots
+    follow each other at once, and then with an iteration between, to compare.
+
     Args:
         overlap_target: Share of an iteration behind which copies can hide.
         mtbf: Seconds between two failures.
@@ -370,6 +379,13 @@ class PacedDensePolicy(DensePolicy):
         self._overlap_target, self._mtbf = overlap_target, mtbf
         self._next = 0
         self._nbytes = 0
+        self._snapshots = 0
+        self._captured: deque[float] = deque(maxlen=_DENSE_SAMPLES)
+        self._plain: deque[float] = deque(maxlen=_DENSE_SAMPLES)
+
+    def iteration(self, iteration: int, seconds: float, slot: int | None) -> None:
+        """An iteration has ended, see :meth:`SparsePolicy.iteration`."""
+        (self._plain if slot is None else self._captured).append(seconds)
 
     def begins(self, iteration: int) -> bool:
         """When the last snapshot is paid for."""
@@ -379,20 +395,26 @@ class PacedDensePolicy(DensePolicy):
         """A snapshot of everything; the next one follows after as many iterations as this one is worth."""
         nbytes = sum(context.sizes.operator_bytes(context.operators, context.sizes.full).values())
         nbytes = int(max(context.agree("dense", nbytes)))
-        self.every_n_steps = dense_interval(
-            Facts(
-                heaviest_bytes={1: nbytes},
-                iteration_seconds=context.iteration_seconds,
-                bytes_per_second=context.bytes_per_second,
-                overlap_target=self._overlap_target,
-                mtbf=self._mtbf,
-                measured={},
-            )
-        )
+        self._snapshots += 1
+        interval = dense_interval(self._facts(context, nbytes))
+        if self._snapshots <= _FIRST_SNAPSHOTS + _COMPARED_SNAPSHOTS:
+            interval = 1 if self._snapshots <= _FIRST_SNAPSHOTS else min(interval, 2)
+        self.every_n_steps = int(max(context.agree("interval", interval)))
         self._next = context.iteration + self.every_n_steps
         grown, self._nbytes = nbytes > 1.1 * self._nbytes, max(nbytes, self._nbytes)
         reason = "the dense state grew" if grown else ""
         return WindowPlan(slots=(SlotPlan(active=context.operators),), changed=reason)
+
+    def _facts(self, context: PolicyContext, nbytes: int) -> Facts:
+        measured = compare(self._captured, self._plain)
+        return Facts(
+            heaviest_bytes={1: nbytes},
+            iteration_seconds=context.iteration_seconds,
+            bytes_per_second=context.bytes_per_second,
+            overlap_target=self._overlap_target,
+            mtbf=self._mtbf,
+            measured={} if measured is None else {1: measured},
+        )
 
 
 class PartialExpertsPolicy:

@@ -131,15 +131,16 @@ def dense_interval(facts: Facts) -> int:
     Args:
         facts: What costs follow from; ``heaviest_bytes[1]`` is a snapshot's.
     """
-    visible = facts.visible_seconds(facts.heaviest_bytes[1])
+    snapshot = expected_costs(facts)[1]
+    overhead = snapshot.overhead + snapshot.doubt
     lost = facts.iteration_seconds**2 / facts.mtbf  # per iteration of distance
     if not lost:
         return 1
-    best = max(1, round(math.sqrt(2 * visible / lost)))  # Young's formula
+    best = max(1, round(math.sqrt(2 * overhead / lost)))  # Young's formula
     slack = _NEGLIGIBLE * facts.iteration_seconds
 
     def cost(interval: int) -> float:
-        return visible / interval + lost * (interval + 1) / 2
+        return overhead / interval + lost * (interval + 1) / 2
 
     return next(n for n in range(1, best + 1) if cost(n) <= cost(best) + slack)
 

@@ -414,7 +414,7 @@ class Engine:
         self._started_at, self._stall = now, 0.0
         self.pace.iteration(seconds)
         slot, self._slot = self._slot, None
-        if self.recovery is None and isinstance(self.policy, SparsePolicy):
+        if self.recovery is None and isinstance(self.policy, (SparsePolicy, PacedDensePolicy)):
             self.policy.iteration(self.iteration, seconds, slot)
         attached.routing.end_iteration()
         record = self.record.take(attached.live.optimizers)

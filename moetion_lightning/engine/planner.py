@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -177,9 +176,10 @@ class WindowPlanner:
             saved=_saved(newest, self._shares.mine) if isinstance(policy, PartialExpertsPolicy) else frozenset(),
             experts=self._experts(policy),
             agree=self._ranks.agree,
+            protected=agreed.committed >= 0,
             **self._routing.context(),
         )
-        plan = policy.plan(dataclasses.replace(context, protected=agreed.committed >= 0))
+        plan = policy.plan(context)
         if plan.schedule is not None and plan.changed:
             self._bus.emit(
                 ScheduleMade(

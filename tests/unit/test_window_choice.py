@@ -354,43 +354,57 @@ def test_description_has_the_numbers() -> None:
 
 
 def dense_run(
-    megabytes: int, *, iteration_seconds: float = 0.3, mtbf: float = 1e4, bandwidth: float = 5e9
+    megabytes: int,
+    cost: float,
+    *,
+    iteration_seconds: float = 0.3,
+    mtbf: float = 1e4,
+    bandwidth: float = 5e9,
+    iterations: int = 600,
 ) -> list[int]:
-    """Iterations after which a snapshot begins, of 400."""
-    policy, begun = PacedDensePolicy(0.8, mtbf), []
-    for iteration in range(1, 401):
+    """Iterations after which a snapshot begins; each adds ``cost`` seconds to the iteration behind it."""
+    policy, begun, slot = PacedDensePolicy(0.8, mtbf), [], None
+    for iteration in range(1, iterations + 1):
+        policy.iteration(iteration, iteration_seconds + (0.0 if slot is None else cost), slot)
+        slot = None
         if policy.begins(iteration):
+            slot = 0
             begun.append(iteration)
             policy.plan(
                 PolicyContext(
-                    iteration=iteration, operators=OPERATORS, sizes=sizes(megabytes), layers=("layer",),
-                    tokens=torch.zeros(1, PARAMETERS, dtype=torch.int64), frequencies_changed=False,
+                    iteration=iteration, operators=OPERATORS, sizes=sizes(megabytes),
                     iteration_seconds=iteration_seconds, bytes_per_second=bandwidth, capacity_bytes=1 << 40,
-                    lost=LostTokens(1, PARAMETERS),
                 )
             )  # fmt: skip
     return begun
 
 
+def last_gap(begun: list[int]) -> int:
+    return begun[-1] - begun[-2]
+
+
 def test_dense_snapshots_of_a_large_state_pace_themselves_although_each_fits_behind_an_iteration() -> None:
-    begun = dense_run(684)
-    gaps = {b - a for a, b in zip(begun, begun[1:])}
-    assert len(gaps) == 1
-    assert 10 <= gaps.pop() <= 60
-    assert len(dense_run(6840)) < len(begun) < len(dense_run(68)) < len(dense_run(1)) == 400
+    begun = dense_run(684, 0.05)
+    assert begun[:37] == [*range(1, 25), *range(25, 50, 2)], "closely at first, and then to compare"
+    assert 15 <= last_gap(begun) <= 60
+    assert last_gap(dense_run(684, 0.3)) > last_gap(begun)
 
 
-def test_frequent_failures_and_slow_copies_change_the_pace_of_dense_snapshots() -> None:
-    assert len(dense_run(684, mtbf=60.0)) > len(dense_run(684))
-    assert len(dense_run(684, bandwidth=5e8)) < len(dense_run(684))
+def test_dense_snapshots_that_were_measured_to_cost_nothing_come_often() -> None:
+    assert last_gap(dense_run(684, 0.0)) == 1
+    assert last_gap(dense_run(1, 0.0)) == 1
+
+
+def test_frequent_failures_get_frequent_dense_snapshots() -> None:
+    assert last_gap(dense_run(684, 0.05, mtbf=30.0)) < last_gap(dense_run(684, 0.05))
 
 
 def test_dense_interval_is_within_half_a_percent_of_the_least_cost() -> None:
     given = facts(heaviest_bytes={1: 684 * MB}, iteration_seconds=0.3, mtbf=200.0)
-    visible = given.visible_seconds(684 * MB)
+    overhead = expected_costs(given)[1].overhead + expected_costs(given)[1].doubt
 
     def cost(interval: int) -> float:
-        return visible / interval + 0.3 * 0.3 / 200 * (interval + 1) / 2
+        return overhead / interval + 0.3 * 0.3 / 200 * (interval + 1) / 2
 
     least = min(range(1, 1000), key=cost)
     chosen = dense_interval(given)
