@@ -208,6 +208,7 @@ class SparsePolicy:
         self._schedule: Schedule | None = None
         self._known: tuple[object, ...] = ()
         self._heaviest: dict[int, int] = {}
+        self._full_bytes = 0  # of all parameters, also of those that other ranks capture
         self._sums = (0, 0)  # bytes of all operators, in full and as compute weights
         self._chosen = 0
         self._budget = 0.0
@@ -274,8 +275,7 @@ class SparsePolicy:
         if known != self._known:
             self._known = known
             return "the operators or their compute weights changed"
-        full = sum(context.sizes.full.values())
-        if abs(full - self._schedule.dense_bytes) > 0.1 * self._schedule.dense_bytes:
+        if abs(sum(context.sizes.full.values()) - self._full_bytes) > 0.1 * self._full_bytes:
             return "the optimizer's state changed its size"
         return ""
 
@@ -319,6 +319,7 @@ class SparsePolicy:
 
     def _make(self, context: PolicyContext) -> None:
         sizes, window = context.sizes, self._chosen
+        self._full_bytes = sum(sizes.full.values())
         ordered = order_operators(context.operators, context.tokens)
         full = list(sizes.operator_bytes(ordered, sizes.full).values())
         compute = list(sizes.operator_bytes(ordered, sizes.compute).values())
