@@ -80,13 +80,17 @@ class OperatorsFound(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleMade(Event):
-    """A schedule for the next windows was made (first one, re-sized or re-ordered)."""
+    """A schedule for the next windows was made (first one, re-sized or re-ordered).
+
+    ``measured``: whether its length follows from what captures were measured to cost (``window="auto"``).
+    """
 
     window: int
     heaviest_bytes: int
     total_bytes: int
     dense_bytes: int
     reason: str
+    measured: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

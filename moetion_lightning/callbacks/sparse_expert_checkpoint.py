@@ -18,8 +18,8 @@ class SparseExpertCheckpoint(EngineCallback):
     optimizer state, losses and samples of the run that never failed.
 
     Args:
-        window: Iterations over which the state is spread; "auto" takes the smallest window whose copies are hidden
-            behind training.
+        window: Iterations over which the state is spread; "auto" measures what captures cost, and takes the window
+            with the least expected cost.
         **settings: ``specs``, ``sinks``, ``events_path`` and ``log_metrics`` as of
             :class:`~moetion_lightning.callbacks._base.EngineCallback`, and all of
             :class:`~moetion_lightning.config.EngineConfig`.
@@ -34,4 +34,5 @@ class SparseExpertCheckpoint(EngineCallback):
         super().__init__(window=window, **settings)
 
     def _policy(self) -> Policy:
-        return SparsePolicy(self.config.window, self.config.max_window, self.config.overlap_target)
+        config = self.config
+        return SparsePolicy(config.window, config.max_window, config.overlap_target, config.mtbf)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moetion_lightning.config import launched_process
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.store.room import memory_limit_bytes
 from moetion_lightning.strategies.pipeline_link import PipelineLink
 from moetion_lightning.strategies.pipeline_strategy import PipelineStrategy
 
@@ -32,7 +32,7 @@ class StageBoundaryLogging(Callback):
     Args:
         max_bytes: Host memory that the log of one rank may take. When it is full the oldest iterations are given up,
             which is said once: a stage that needs them is then recovered by a rollback of all. None: a tenth of the
-            node's memory, shared by its ranks.
+            node's memory (of what its control groups allow), shared by its ranks.
         log_metrics: Whether the bytes of an iteration go to the loggers.
 
     Raises:
@@ -70,9 +70,8 @@ class StageBoundaryLogging(Callback):
                 "Remove the callback, or change the strategy"
             )
         if self._link is None:
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             ranks = max(1, trainer.world_size // max(1, trainer.num_nodes))
-            bound = int(_SHARE_OF_MEMORY * memory / ranks) if self.max_bytes is None else self.max_bytes
+            bound = int(_SHARE_OF_MEMORY * memory_limit_bytes() / ranks) if self.max_bytes is None else self.max_bytes
             self._link = strategy.link = PipelineLink(strategy, bound, _log.warning)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

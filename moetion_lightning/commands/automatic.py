@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from moetion_lightning.callbacks import SparseExpertCheckpoint
 from moetion_lightning.callbacks._base import EngineCallback
 from moetion_lightning.callbacks._before_setup import EarlyCallback
-from moetion_lightning.config import AUTOMATIC_VARIABLE
+from moetion_lightning.config import AUTOMATIC_VARIABLE, OF_THE_WINDOW
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import PREFIX, recipe_path
 
@@ -23,7 +23,6 @@ __all__ = ["Automatic", "callbacks_of", "for_trainer", "loop_settings"]
 
 _log = logging.getLogger(__name__)
 _DEFAULT = ("1", "default", "true", "on", "yes")
-_OF_THE_WINDOW = ("window", "max_window", "overlap_target")
 
 
 def for_trainer(setting: str) -> list[Callback]:
@@ -83,7 +82,7 @@ def loop_settings(setting: str, source: str = AUTOMATIC_VARIABLE) -> dict[str, A
             f"{source}={setting!r}: {len(capturing)} of its callbacks capture; expected one of "
             "SparseExpertCheckpoint, PartialExpertsCheckpoint, DenseInMemoryCheckpoint"
         )
-    return {name: value for name, value in capturing[0].engine_settings().items() if name not in _OF_THE_WINDOW}
+    return {name: value for name, value in capturing[0].engine_settings().items() if name not in OF_THE_WINDOW}
 
 
 class Automatic(EarlyCallback):

@@ -1,8 +1,9 @@
 """``moetion explain``: the table of operators of a recipe, a YAML file, or any importable module.
 
-A recipe or YAML file is really run for one optimizer step, without any of its callbacks and loggers, so that tokens,
-optimizer state and the dtypes that the forward consumes are observed. Of a pipeline the table shows the whole module,
-and which stage would hold what. A bare module is looked at as it is.
+A recipe or YAML file is really run for a few optimizer steps, without any of its callbacks and loggers, so that tokens,
+optimizer state, the dtypes that the forward consumes and the time of an iteration are observed; the window is the one
+that its callback's policy begins with here. Of a pipeline the table shows the whole module, and which stage would hold
+what. A bare module is looked at as it is.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from moetion_lightning.config import OF_THE_WINDOW, EngineConfig
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import PREFIX, recipe_path
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moetion_lightning.core.explain import Explanation
+    from moetion_lightning.core.policy import SparsePolicy
 
 __all__ = ["Observed", "explain", "load_module", "observe_recipe"]
 
@@ -38,7 +41,7 @@ _LEFT_OUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """What one step of a configuration showed.
+    """What a few steps of a configuration showed.
 
     Args:
         explanation: Its operators.
@@ -65,22 +68,26 @@ def explain(args: Sequence[str]) -> int:
     parser.add_argument("target", help="recipe:NAME, FILE.yaml, or package.module:ClassOrFactory")
     parser.add_argument("--init", metavar="JSON", help="arguments of an importable class or factory")
     parser.add_argument("--meta", action="store_true", help="build an importable module without memory (meta device)")
-    parser.add_argument("--window", type=int, default=4, help="iterations of a window (4)")
+    parser.add_argument(
+        "--window", type=_window, help='iterations of a window, or "auto" (else: the callback\'s; or 4)'
+    )
+    parser.add_argument("--mtbf", type=float, help="seconds between two failures, for auto (else: the callback's)")
+    parser.add_argument("--iteration-seconds", type=float, help="of an importable module, for auto")
     parser.add_argument("--all", action="store_true", help="one line for each operator, however many there are")
     options, overrides = parser.parse_known_args(args)
 
     target: str = options.target
     stages = ""
     if target.startswith(PREFIX) or target.endswith((".yaml", ".yml")):
-        if options.init is not None or options.meta:
+        if options.init is not None or options.meta or options.iteration_seconds is not None:
             parser.error(
-                "--init and --meta are for an importable class or factory; override a field of a recipe or file by its "
-                "name, e.g. --model.init_args.num_experts 16"
+                "--init, --meta and --iteration-seconds are for an importable class or factory; override a field of a "
+                "recipe or file by its name, e.g. --model.init_args.num_experts 16"
             )
         path = recipe_path(target) if target.startswith(PREFIX) else Path(target)
         if not path.is_file():
             raise ConfigurationError(f"no such file: {path}")
-        observed = observe_recipe(path, overrides, window=options.window)
+        observed = observe_recipe(path, overrides, window=options.window, mtbf=options.mtbf)
         result = observed.explanation
         if observed.pipeline is not None:
             from moetion_lightning.commands.stages import describe_stages
@@ -89,16 +96,46 @@ def explain(args: Sequence[str]) -> int:
     else:
         if overrides:
             parser.error(f"unrecognized arguments: {' '.join(overrides)} (arguments of a class go into --init)")
-        from moetion_lightning.core.explain import explain as explain_module
-
+        if options.window == "auto" and options.iteration_seconds is None:
+            parser.error("--window auto needs --iteration-seconds: an importable module is not trained here")
         init = "{}" if options.init is None else options.init
-        result = explain_module(load_module(target, init, meta=options.meta), window=options.window)
+        module = load_module(target, init, meta=options.meta)
+        result = _explain_module(module, options.window or 4, options.mtbf, options.iteration_seconds or 0.0)
     from moetion_lightning.core.explain import format_explanation
 
     print(format_explanation(result, max_rows=None if options.all else 60))
     if stages:
         print(stages)
     return 0
+
+
+def _window(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
+
+
+def _policy(given: Mapping[str, Any], window: int | Literal["auto"] | None, mtbf: float | None) -> SparsePolicy:
+    """The policy of a callback's settings, but for what the command line says."""
+    from moetion_lightning.core.policy import SparsePolicy
+
+    said = {"window": window, "mtbf": mtbf}
+    config = EngineConfig(**{**given, **{name: value for name, value in said.items() if value is not None}})
+    return SparsePolicy(config.window, config.max_window, config.overlap_target, config.mtbf)
+
+
+def _explain_module(
+    module: nn.Module, window: int | Literal["auto"], mtbf: float | None, iteration_seconds: float
+) -> Explanation:
+    import torch
+
+    from moetion_lightning.capture.thread import measure_bandwidth
+    from moetion_lightning.core.explain import explain as explain_module
+
+    return explain_module(
+        module,
+        policy=_policy({}, window, mtbf),
+        iteration_seconds=iteration_seconds,
+        bytes_per_second=measure_bandwidth(torch.empty(16 << 20, dtype=torch.uint8), torch.device("cpu")),
+    )
 
 
 def load_module(target: str, init: str = "{}", *, meta: bool = False) -> nn.Module:
@@ -146,14 +183,21 @@ def load_module(target: str, init: str = "{}", *, meta: bool = False) -> nn.Modu
     return found
 
 
-def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4) -> Observed:
-    """Run one optimizer step of a configuration and explain the model that it trained.
+def observe_recipe(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    window: int | Literal["auto"] | None = None,
+    mtbf: float | None = None,
+) -> Observed:
+    """Run a few optimizer steps of a configuration and explain the model that it trained.
 
     Args:
         path: A LightningCLI configuration of ``fit``. Its strategy, callbacks, loggers and limits are left out: it runs
             in this process alone.
         overrides: Further command-line arguments.
-        window: Iterations of the window.
+        window: Iterations of the window; None: as its SparseExpertCheckpoint says.
+        mtbf: Seconds between two failures; None: the same.
 
     Raises:
         ConfigurationError: It cannot be read, or configures no model.
@@ -175,11 +219,18 @@ def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4
     config.pop("ckpt_path", None)
     trainer = config["trainer"] = dict(config.get("trainer") or {})
     strategy = trainer.get("strategy")
+    policy = _policy(_window_settings(trainer.get("callbacks")), window, mtbf)
     for key in _LEFT_OUT:
         trainer.pop(key, None)
-    observer = OperatorObserver(window=window)
+    observer = OperatorObserver(policy)
     with tempfile.TemporaryDirectory(prefix="moetion-explain-") as folder:
-        trainer.update(max_steps=1, limit_val_batches=0, num_sanity_val_steps=0, default_root_dir=folder, logger=False)
+        trainer.update(
+            max_steps=OperatorObserver.STEPS,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            default_root_dir=folder,
+            logger=False,
+        )
         trainer.update(devices=1, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
         stripped = Path(folder, "config.yaml")
         stripped.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -187,6 +238,15 @@ def observe_recipe(path: Path, overrides: Sequence[str] = (), *, window: int = 4
             cli = LightningCLI(run=False, save_config_callback=None, trainer_defaults={"callbacks": [observer]})
             cli.trainer.fit(cli.model, cli.datamodule)
     return Observed(explanation=observer.explanation, module=cli.model, pipeline=_pipeline(strategy))
+
+
+def _window_settings(callbacks: Any) -> Mapping[str, Any]:
+    """Settings of the window, as a configuration's SparseExpertCheckpoint has them."""
+    for entry in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(entry, Mapping) and str(entry.get("class_path", "")).endswith("SparseExpertCheckpoint"):
+            given = entry.get("init_args") or {}
+            return {name: given[name] for name in OF_THE_WINDOW if name in given}
+    return {}
 
 
 def _pipeline(strategy: Any) -> Mapping[str, Any] | None:

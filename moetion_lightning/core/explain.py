@@ -1,12 +1,13 @@
 """The table of a module's operators: what a window would capture, when, and how many bytes that is.
 
-Nothing is trained here: the table follows from the module, its optimizers and, where a step was observed, from the
-tokens that each expert saw and the dtypes that the forward consumed.
+Nothing is trained here: the policy plans a window, as it does while training, from the module, its optimizers and,
+where steps were observed, from the tokens that each expert saw, the dtypes that the forward consumed, and the time that
+an iteration took.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,13 @@ from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.layouts import MoELayer, MoESpec
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.partition import build_operators
-from moetion_lightning.core.schedule import MAX_SHARE, fractional_bound, make_schedule, order_operators, split_operators
+from moetion_lightning.core.policy import PolicyContext, Sizes, SparsePolicy
 from moetion_lightning.core.state import LiveState
+from moetion_lightning.core.window_memory import memory_table
+from moetion_lightning.errors import ConfigurationError
+
+_WINDOWS = (1, 2, 4, 8, 16)  # of the table of memory, and the planned one
+_UNLIMITED = 1 << 62
 
 __all__ = ["Explanation", "OperatorRow", "explain", "format_bytes", "format_explanation"]
 
@@ -59,6 +65,8 @@ class Explanation:
         rows: The operators, in capture order.
         slot_bytes: Bytes captured in each iteration of the window.
         dense_bytes: Bytes of one dense checkpoint of the same state.
+        compute_bytes: Bytes of its weights as the forward consumes them.
+        reason: Why the window has this length.
         layers: The MoE layers.
         static: Parameters that never train, in no window.
         notes: What a reader should know: assumptions, what could not be sliced, a dense model.
@@ -68,6 +76,8 @@ class Explanation:
     rows: tuple[OperatorRow, ...]
     slot_bytes: tuple[int, ...]
     dense_bytes: int
+    compute_bytes: int
+    reason: str
     layers: tuple[MoELayer, ...]
     static: tuple[str, ...]
     notes: tuple[str, ...]
@@ -84,29 +94,33 @@ def explain(
     optimizers: Sequence[Optimizer] = (),
     specs: Sequence[MoESpec] = (),
     layers: Sequence[MoELayer] | None = None,
-    window: int = 4,
+    policy: SparsePolicy,
     tokens: Mapping[tuple[str, int], int] | None = None,
     compute_dtype: Mapping[str, torch.dtype] | None = None,
     elementwise: Iterable[str] = (),
+    iteration_seconds: float = 0.0,
+    bytes_per_second: float = 0.0,
 ) -> Explanation:
-    """Cut a module into operators and schedule one window of them.
+    """Cut a module into operators, and ask a policy for its first window of them.
 
     Args:
         module: Any module, on any device (``meta`` too).
         optimizers: Its optimizers; without any, AdamW with two float32 moments is assumed.
         specs: The user's own descriptions of MoE blocks.
         layers: MoE layers if they are known already; None discovers them.
-        window: Iterations of the window.
+        policy: A new one.
         tokens: Tokens routed to ``(layer, expert)``; None if no step was observed.
         compute_dtype: Dtype that the forward consumes, by parameter; None if no step was observed.
         elementwise: Qualified class names of further elementwise optimizers.
+        iteration_seconds: Seconds of an iteration; 0 if not known.
+        bytes_per_second: Copy bandwidth; 0 if not known.
 
     Returns:
         The operators in capture order, with their bytes and slots.
 
     Raises:
         OperatorError: The operators are no partition of the trainable parameters.
-        ConfigurationError: Nothing trains, or ``window`` is not positive.
+        ConfigurationError: Nothing trains, or the window is not positive.
     """
     notes: list[str] = []
     if not optimizers:
@@ -118,37 +132,41 @@ def explain(
     trainable = live.trainable()
     ops = build_operators(module, found, trainable=trainable, sliceable=live.is_elementwise)
     notes.extend(_notes(ops.unsliced, found, observed=compute_dtype is not None))
+    if policy.window == "auto" and not iteration_seconds:
+        notes.append('how long an iteration takes is not known: "auto" then hides as much as it can')
 
-    full = {name: live.full_bytes(name) for name in trainable}
-    rows = {name: live.rows(name) for name in trainable}
-    ordered = order_operators(ops.operators, tokens or {})
-    sizes = [_costs(op, live, full, compute_dtype or {}) for op in ordered]
-    bound = fractional_bound([s[1] for s in sizes], [s[2] for s in sizes], window)
-    ordered = split_operators(
-        ordered,
-        full_bytes=full,
-        rows=rows,
-        sliceable={name: live.is_elementwise(name) for name in trainable},
-        max_bytes=max(1, int(MAX_SHARE * bound)),
+    if not ops.operators:
+        raise ConfigurationError(
+            "there is no trainable parameter to checkpoint: every parameter is frozen or belongs to no optimizer"
+        )
+    sizes = Sizes.of(live, compute_dtype or {})
+    plan = policy.plan(
+        PolicyContext(
+            iteration=1,
+            operators=ops.operators,
+            sizes=sizes,
+            iteration_seconds=iteration_seconds,
+            bytes_per_second=bytes_per_second,
+            capacity_bytes=_UNLIMITED,
+            layers=tuple(layer.name for layer in found),
+            tokens=dict(tokens or {}),
+        )
     )
-    costs = {op.name: _costs(op, live, full, compute_dtype or {}) for op in ordered}
-    schedule = make_schedule(
-        ordered,
-        window,
-        full_bytes={name: cost[1] for name, cost in costs.items()},
-        compute_bytes={name: cost[2] for name, cost in costs.items()},
-    )
+    schedule = plan.schedule
+    assert schedule is not None
+    everything = tuple(op for slot in schedule.slots for op in slot)
+    full, compute = sizes.operator_bytes(everything, sizes.full), sizes.operator_bytes(everything, sizes.compute)
     parts: dict[str, list[tuple[int, Operator]]] = {}
-    for slot, members in enumerate(schedule.slots):
-        for op in members:
+    for slot, active in enumerate(schedule.slots):
+        for op in active:
             parts.setdefault(op.name.partition("#")[0], []).append((slot, op))
     table = tuple(
         OperatorRow(
             name=name,
             kind=members[0][1].kind.value,
-            elements=sum(costs[op.name][0] for _, op in members),
-            full_bytes=sum(costs[op.name][1] for _, op in members),
-            compute_bytes=sum(costs[op.name][2] for _, op in members),
+            elements=sum(_elements(op, live) for _, op in members),
+            full_bytes=sum(full[op.name] for _, op in members),
+            compute_bytes=sum(compute[op.name] for _, op in members),
             tokens=_tokens(members[0][1], tokens),
             slot=members[-1][0],
             first_slot=members[0][0],
@@ -161,6 +179,8 @@ def explain(
         rows=table,
         slot_bytes=schedule.slot_bytes,
         dense_bytes=schedule.dense_bytes,
+        compute_bytes=sum(compute.values()),
+        reason=plan.changed.partition("; ")[2],
         layers=found,
         static=ops.static,
         notes=tuple(notes),
@@ -186,18 +206,8 @@ def _notes(unsliced: Sequence[str], layers: Sequence[MoELayer], *, observed: boo
     return notes
 
 
-def _costs(
-    op: Operator, live: LiveState, full: Mapping[str, int], dtypes: Mapping[str, torch.dtype]
-) -> tuple[int, int, int]:
-    """Elements, full bytes and compute bytes of an operator."""
-    elements, whole, compute = 0, 0, 0
-    for piece in op.pieces:
-        parameter = live.parameters[piece.parameter]
-        count = piece.of(parameter).numel()
-        elements += count
-        whole += full[piece.parameter] * count // max(1, parameter.numel())
-        compute += count * dtypes.get(piece.parameter, parameter.dtype).itemsize
-    return elements, whole, compute
+def _elements(op: Operator, live: LiveState) -> int:
+    return sum(piece.of(live.parameters[piece.parameter]).numel() for piece in op.pieces)
 
 
 def _tokens(op: Operator, tokens: Mapping[tuple[str, int], int] | None) -> int | None:
@@ -237,8 +247,18 @@ def format_explanation(explanation: Explanation, *, max_rows: int | None = 60) -
         f"dense checkpoint {format_bytes(explanation.dense_bytes)}; window of {explanation.window}: "
         + ", ".join(format_bytes(n) for n in explanation.slot_bytes)
         + f" an iteration (heaviest {heaviest / max(1, explanation.dense_bytes):.0%} of dense)",
+        *([explanation.reason] if explanation.reason else []),
+        "",
+        "GiB of host memory for windows, of a rank that captures all of this:",
+        *_memory(explanation),
     ]
     return "\n".join([*_align([header, *lines]), *summary, *(f"note: {note}" for note in explanation.notes)])
+
+
+def _memory(explanation: Explanation) -> list[str]:
+    windows = sorted({*_WINDOWS, explanation.window})
+    table = memory_table(explanation.dense_bytes, explanation.compute_bytes, windows)
+    return _align([("window", "no replicas", "1 replica", "2 replicas"), *map(tuple, table)], right={0, 1, 2, 3})
 
 
 def _line(row: OperatorRow) -> tuple[str, ...]:
@@ -263,9 +283,8 @@ def _group_line(slot: int, kind: str, rows: Sequence[OperatorRow]) -> tuple[str,
     )
 
 
-def _align(table: Sequence[tuple[str, ...]]) -> list[str]:
+def _align(table: Sequence[tuple[str, ...]], right: Collection[int] = (0, 3, 4, 5, 6)) -> list[str]:
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    right = {0, 3, 4, 5, 6}
     return [
         "  ".join(
             cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))

@@ -6,24 +6,27 @@ exact, W = 1) and partial experts (MoC-System: lossy, all non-expert state and K
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 
+from moetion_lightning.config import DEFAULT_MTBF
+from moetion_lightning.core.capture_cost import CaptureCost, compare
 from moetion_lightning.core.operators import Operator, OperatorKind
 from moetion_lightning.core.schedule import (
     MAX_SHARE,
     Schedule,
-    choose_window,
     fractional_bound,
     make_schedule,
     order_operators,
     split_operators,
 )
 from moetion_lightning.core.state import LiveState
+from moetion_lightning.core.window_choice import Facts, choose, dense_interval, describe
+from moetion_lightning.core.window_memory import longest_window
 from moetion_lightning.errors import ConfigurationError
 
 __all__ = [
@@ -38,6 +41,11 @@ __all__ = [
     "SparsePolicy",
     "WindowPlan",
 ]
+
+
+#: Of dense fallbacks: how many follow each other at once, and then with an iteration between, to see what they cost.
+_FIRST_SNAPSHOTS, _COMPARED_SNAPSHOTS = 24, 12
+_DENSE_SAMPLES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +108,7 @@ class WindowPlan:
         carried: Operators of which the newest older capture is kept (lossy policies only).
         schedule: The schedule, where the policy makes one.
         changed: Why the schedule is a new one, else empty.
+        measured: Whether what captures cost was measured, and the window's length follows from it.
         experts: ``(layer, expert)`` that all ranks together save in full; None: all.
     """
 
@@ -107,6 +116,7 @@ class WindowPlan:
     carried: tuple[Operator, ...] = ()
     schedule: Schedule | None = None
     changed: str = ""
+    measured: bool = False
     experts: frozenset[tuple[str, int]] | None = None
 
 
@@ -135,6 +145,7 @@ class PolicyContext:
         saved: Names of operators that an older restore point holds.
         experts: Experts of each layer, on all ranks together.
         agree: Gives every rank's value, by rank; all ranks ask in the same order.
+        protected: Whether all ranks have committed a window.
     """
 
     iteration: int
@@ -150,6 +161,7 @@ class PolicyContext:
     saved: frozenset[str] = field(default_factory=frozenset)
     experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     agree: Callable[[str, Any], list[Any]] = _alone
+    protected: bool = False
 
 
 class Policy(Protocol):
@@ -176,29 +188,51 @@ class SparsePolicy:
     """MoEtion: every operator in full once per window, its compute weights in the window's iterations before.
 
     Args:
-        window: Iterations per window, or "auto": the smallest whose heaviest iteration is hidden behind training.
+        window: Iterations per window, or "auto": the one with the least expected cost, which is measured.
         max_window: Upper limit for "auto".
-        overlap_target: Share of an iteration that the copies may take.
+        overlap_target: Share of an iteration behind which copies can hide.
+        mtbf: Seconds between two failures that "auto" expects.
     """
 
     name = "sparse"
     exact = True
 
-    def __init__(self, window: int | Literal["auto"], max_window: int, overlap_target: float) -> None:
+    def __init__(
+        self, window: int | Literal["auto"], max_window: int, overlap_target: float, mtbf: float = DEFAULT_MTBF
+    ) -> None:
         self.window = window
         self.max_window = max_window
         self.overlap_target = overlap_target
+        self.mtbf = mtbf
+        self._cost = CaptureCost()
         self._schedule: Schedule | None = None
         self._known: tuple[object, ...] = ()
+        self._heaviest: dict[int, int] = {}
+        self._full_bytes = 0  # of all parameters, also of those that other ranks capture
+        self._sums = (0, 0)  # bytes of all operators, in full and as compute weights
+        self._chosen = 0
         self._budget = 0.0
+        self._is_measured = False
 
     def begins(self, iteration: int) -> bool:
-        """Always."""
-        return True
+        """Always; but "auto" pauses now and then, to measure what captures cost."""
+        return not self._cost.pauses(iteration)
+
+    def iteration(self, iteration: int, seconds: float, slot: int | None) -> None:
+        """An iteration has ended.
+
+        Args:
+            iteration: Completed iterations.
+            seconds: How long it took.
+            slot: The window's slot that was captured behind it; None if nothing was.
+        """
+        if self.window == "auto":
+            self._cost.iteration(iteration, seconds, slot)
 
     def forget(self) -> None:
         """Make the schedule anew: a rank was replaced, and has none."""
         self._schedule = None
+        self._chosen, self._cost = 0, CaptureCost()
 
     def plan(self, context: PolicyContext) -> WindowPlan:
         """The schedule is kept until there is a reason for another."""
@@ -207,23 +241,31 @@ class SparsePolicy:
             self._make(context)
         schedule = self._schedule
         assert schedule is not None
+        if self.window == "auto":
+            seconds = context.iteration_seconds
+            self._cost.window_begins(context.iteration, schedule.window, seconds, protected=context.protected)
         slots = tuple(SlotPlan(active=ops, frozen=schedule.frozen(k)) for k, ops in enumerate(schedule.slots))
-        return WindowPlan(slots=slots, schedule=schedule, changed=reason)
+        return WindowPlan(slots=slots, schedule=schedule, changed=reason, measured=self._is_measured)
 
     def _why_new(self, context: PolicyContext) -> str:
-        """Why the schedule must be made anew, or "". The same on all ranks."""
-        reasons = [reason for reason in context.agree("schedule", self._what_changed_here(context)) if reason]
-        if reasons:
-            return str(reasons[0])
-        assert self._schedule is not None
-        budget = context.iteration_seconds * context.bytes_per_second
-        if self.window == "auto" and abs(budget - self._budget) > 0.1 * self._budget:
-            self._budget = budget
-            if self._choose(context) != self._schedule.window:
-                return "the iteration time or the bandwidth changed"
-        if context.frequencies_changed:
-            return "the experts' popularity changed"
-        return ""
+        """Why the schedule must be made anew, or "". The same on all ranks, but for the numbers that each has."""
+        here = self._what_changed_here(context)
+        is_first = self._cost.news and not self._is_measured
+        wanted = self._choose(context, anew=bool(here))
+        if is_first and not here:
+            here = "what captures cost is measured now"
+        answers = context.agree("schedule", [here, wanted])
+        chosen = int(max(answer[1] for answer in answers))
+        resized, self._chosen = chosen != self._chosen, chosen
+        reasons = [str(answer[0]) for answer in answers if answer[0]][:1]
+        if not reasons and resized:
+            reasons = ["the expected costs have changed"]
+        elif not reasons and context.frequencies_changed:
+            reasons = ["the experts' popularity changed"]
+        if reasons and self.window == "auto":
+            why = describe(self._facts(context), chosen) if chosen == wanted else "another rank needs this window"
+            reasons.append(f"auto: {why}")
+        return "; ".join(reasons)
 
     def _what_changed_here(self, context: PolicyContext) -> str:
         known = (tuple(op.name for op in context.operators), tuple(context.sizes.compute.items()))
@@ -233,33 +275,51 @@ class SparsePolicy:
         if known != self._known:
             self._known = known
             return "the operators or their compute weights changed"
-        full = sum(context.sizes.full.values())
-        if abs(full - self._schedule.dense_bytes) > 0.1 * self._schedule.dense_bytes:
+        if abs(sum(context.sizes.full.values()) - self._full_bytes) > 0.1 * self._full_bytes:
             return "the optimizer's state changed its size"
         return ""
 
-    def _choose(self, context: PolicyContext) -> int:
+    def _choose(self, context: PolicyContext, *, anew: bool) -> int:
+        """The window that this rank wants.
+
+        Args:
+            context: What it follows from.
+            anew: Whether windows have other bytes than before.
+        """
         if self.window != "auto":
             return self.window
+        if anew:
+            self._weigh(context)
+        budget = (self._cost.plain_seconds or context.iteration_seconds) * context.bytes_per_second
+        if not anew and not self._cost.news and abs(budget - self._budget) <= 0.1 * self._budget:
+            return self._chosen
+        self._budget, self._cost.news = budget, False
+        self._is_measured = bool(self._cost.measured())
+        longest = longest_window(*self._sums, self.max_window, context.capacity_bytes)
+        return choose(self._facts(context), self._chosen or None, longest=longest)
+
+    def _weigh(self, context: PolicyContext) -> None:
+        """Bytes of the heaviest iteration of each window, as if all operators were alike: that is quick, and enough."""
         sizes = context.sizes
-        full = list(sizes.operator_bytes(context.operators, sizes.full).values())
-        compute = list(sizes.operator_bytes(context.operators, sizes.compute).values())
-        # A window of w slots takes about the dense state and (w - 1) / 2 times the compute weights.
-        fitting = (context.capacity_bytes - sum(full)) * 2 // max(1, sum(compute)) + 1
-        longest = max(1, min(self.max_window, fitting))
-        heaviest = {w: int(fractional_bound(full, compute, w)) for w in range(1, longest + 1)}
-        wanted = choose_window(
-            heaviest,
-            iteration_seconds=context.iteration_seconds,
+        full = sum(sizes.operator_bytes(context.operators, sizes.full).values())
+        compute = sum(sizes.operator_bytes(context.operators, sizes.compute).values())
+        self._sums = full, compute
+        self._heaviest = {w: int(fractional_bound([full], [compute], w)) for w in range(1, self.max_window + 1)}
+        self._cost.forget_samples()
+
+    def _facts(self, context: PolicyContext) -> Facts:
+        return Facts(
+            heaviest_bytes=self._heaviest,
+            iteration_seconds=self._cost.plain_seconds or context.iteration_seconds,
             bytes_per_second=context.bytes_per_second,
             overlap_target=self.overlap_target,
+            mtbf=self.mtbf,
+            measured=self._cost.measured(),
         )
-        return int(max(context.agree("window", wanted)))
 
     def _make(self, context: PolicyContext) -> None:
-        sizes = context.sizes
-        self._budget = context.iteration_seconds * context.bytes_per_second
-        window = self._choose(context)
+        sizes, window = context.sizes, self._chosen
+        self._full_bytes = sum(sizes.full.values())
         ordered = order_operators(context.operators, context.tokens)
         full = list(sizes.operator_bytes(ordered, sizes.full).values())
         compute = list(sizes.operator_bytes(ordered, sizes.compute).values())
@@ -305,33 +365,57 @@ class DensePolicy:
 
 
 class PacedDensePolicy(DensePolicy):
-    """Everything in full, as often as the copies are hidden behind training: where no sparse window would be exact.
+    """Everything in full, as often as it pays: where no sparse window would be exact.
+
+    What a snapshot costs is measured: the iterations between two of them have none behind them. The first snapshots
+    follow each other at once, and then with an iteration between, to compare.
 
     Args:
-        overlap_target: Share of the time that the copies may take.
+        overlap_target: Share of an iteration behind which copies can hide.
+        mtbf: Seconds between two failures.
     """
 
-    def __init__(self, overlap_target: float) -> None:
+    def __init__(self, overlap_target: float, mtbf: float) -> None:
         super().__init__()
-        self._overlap_target = overlap_target
+        self._overlap_target, self._mtbf = overlap_target, mtbf
         self._next = 0
         self._nbytes = 0
+        self._snapshots = 0
+        self._captured: deque[float] = deque(maxlen=_DENSE_SAMPLES)
+        self._plain: deque[float] = deque(maxlen=_DENSE_SAMPLES)
+
+    def iteration(self, iteration: int, seconds: float, slot: int | None) -> None:
+        """An iteration has ended, see :meth:`SparsePolicy.iteration`."""
+        (self._plain if slot is None else self._captured).append(seconds)
 
     def begins(self, iteration: int) -> bool:
         """When the last snapshot is paid for."""
         return iteration >= self._next
 
     def plan(self, context: PolicyContext) -> WindowPlan:
-        """A snapshot of everything; the next one follows after as many iterations as this one costs."""
+        """A snapshot of everything; the next one follows after as many iterations as this one is worth."""
         nbytes = sum(context.sizes.operator_bytes(context.operators, context.sizes.full).values())
         nbytes = int(max(context.agree("dense", nbytes)))
-        seconds = context.iteration_seconds * self._overlap_target
-        hidden = seconds * context.bytes_per_second
-        self.every_n_steps = max(1, math.ceil(nbytes / hidden)) if hidden > 0 else 1
+        self._snapshots += 1
+        interval = dense_interval(self._facts(context, nbytes))
+        if self._snapshots <= _FIRST_SNAPSHOTS + _COMPARED_SNAPSHOTS:
+            interval = 1 if self._snapshots <= _FIRST_SNAPSHOTS else min(interval, 2)
+        self.every_n_steps = int(max(context.agree("interval", interval)))
         self._next = context.iteration + self.every_n_steps
         grown, self._nbytes = nbytes > 1.1 * self._nbytes, max(nbytes, self._nbytes)
         reason = "the dense state grew" if grown else ""
         return WindowPlan(slots=(SlotPlan(active=context.operators),), changed=reason)
+
+    def _facts(self, context: PolicyContext, nbytes: int) -> Facts:
+        measured = compare(self._captured, self._plain)
+        return Facts(
+            heaviest_bytes={1: nbytes},
+            iteration_seconds=context.iteration_seconds,
+            bytes_per_second=context.bytes_per_second,
+            overlap_target=self._overlap_target,
+            mtbf=self._mtbf,
+            measured={} if measured is None else {1: measured},
+        )
 
 
 class PartialExpertsPolicy:

@@ -1,4 +1,4 @@
-"""Window size, order of the operators and byte-balanced slots. Pure functions: same input, same output, on every rank.
+"""Order of the operators and byte-balanced slots. Pure functions: same input, same output, on every rank.
 
 An operator is seen here only through its costs: ``full_bytes`` (master weights and optimizer state, captured once, when
 the operator is *active*) and ``compute_bytes`` (the weights that the forward consumes, captured in every iteration of
@@ -6,8 +6,8 @@ the window before that, while the operator is *frozen*). Iteration ``k`` of a wi
 
     cost(k) = sum(full_bytes of G_k) + sum(compute_bytes of G_{k+1} .. G_{W-1}).
 
-Source: MoEtion / MoEvement, Algorithm 1 (FindWindowSize, OrderOperators, GenerateSchedule); balanced by bytes instead
-of by operator count.
+Source: MoEtion / MoEvement, Algorithm 1 (OrderOperators, GenerateSchedule); balanced by bytes instead of by operator
+count.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from moetion_lightning.errors import ConfigurationError
 
 __all__ = [
     "Schedule",
-    "choose_window",
     "fractional_bound",
     "make_schedule",
     "order_operators",
     "split_operators",
+    "window_bytes",
 ]
 
 #: An operator may take at most this share of the heaviest iteration's bytes; larger ones are cut into row ranges.
@@ -248,6 +248,29 @@ def make_schedule(
         )
     full = [full_bytes[op.name] for op in operators]
     compute = [compute_bytes[op.name] for op in operators]
+    edges = _balance(full, compute, window)
+    slots = tuple(tuple(operators[a:b]) for a, b in zip([0, *edges], edges))
+    return Schedule(slots=slots, slot_bytes=_slot_bytes(full, compute, edges), dense_bytes=sum(full))
+
+
+def window_bytes(full_bytes: int, compute_bytes: int, window: int) -> int:
+    """About what a window takes, if operators are alike and can be cut.
+
+    Args:
+        full_bytes: Master weights and optimizer state of everything.
+        compute_bytes: The weights of the same, as the forward consumes them; at most ``full_bytes``.
+        window: Its iterations; no more are used than make it lighter.
+    """
+    if not full_bytes:
+        return 0
+    heaviest = fractional_bound([full_bytes], [compute_bytes], window)
+    parts = math.ceil(full_bytes / (MAX_SHARE * heaviest)) if window > 1 else 1
+    full, compute = [full_bytes // parts] * parts, [compute_bytes // parts] * parts
+    return sum(_slot_bytes(full, compute, _balance(full, compute, window)))
+
+
+def _balance(full: Sequence[int], compute: Sequence[int], window: int) -> list[int]:
+    """Ends of at most ``window`` slots, so that the heaviest iteration is as light as possible."""
     prefix = _Prefix(full, compute)
     low, high = max(full), sum(full)
     while low < high:
@@ -258,11 +281,11 @@ def make_schedule(
             high = middle
     edges = _pack(prefix, window, high)
     assert edges is not None  # a cap of sum(full) always fits
-    slots = tuple(tuple(operators[a:b]) for a, b in zip([0, *edges], edges))
-    costs = []
-    for a, b in zip([0, *edges], edges):
-        costs.append(sum(full[a:b]) + sum(compute[b:]))
-    return Schedule(slots=slots, slot_bytes=tuple(costs), dense_bytes=sum(full))
+    return edges
+
+
+def _slot_bytes(full: Sequence[int], compute: Sequence[int], edges: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sum(full[a:b]) + sum(compute[b:]) for a, b in zip([0, *edges], edges))
 
 
 def _pack(costs: _Prefix, window: int, cap: int) -> list[int] | None:
@@ -280,29 +303,3 @@ def _pack(costs: _Prefix, window: int, cap: int) -> list[int] | None:
         edges.append(end)
         index = end
     return edges
-
-
-def choose_window(
-    heaviest_bytes: Mapping[int, int],
-    *,
-    iteration_seconds: float,
-    bytes_per_second: float,
-    overlap_target: float,
-) -> int:
-    """The smallest window whose heaviest iteration can be captured within one iteration.
-
-    If none fits, the smallest window that is within 5 % of the lightest one: beyond it a longer window costs replay and
-    memory and buys almost nothing.
-
-    Args:
-        heaviest_bytes: Bytes of the heaviest iteration for each candidate window.
-        iteration_seconds: Rolling median of the iteration time.
-        bytes_per_second: Measured copy bandwidth.
-        overlap_target: Share of the iteration that the copies may take, in (0, 1].
-    """
-    budget = iteration_seconds * bytes_per_second * overlap_target
-    for window in sorted(heaviest_bytes):
-        if heaviest_bytes[window] <= budget:
-            return window
-    lightest = min(heaviest_bytes.values())
-    return min(window for window, nbytes in heaviest_bytes.items() if nbytes <= 1.05 * lightest)

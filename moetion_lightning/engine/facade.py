@@ -113,6 +113,8 @@ class Engine:
         self._unsteady = 0  # windows in a row within which other parameters began to train
         self._synchronous = False
         self._stall = 0.0
+        self._sparse: Policy | None = None  # in whose place a dense one is
+        self._slot: int | None = None  # what is captured behind the iteration under way
         self._started_at = 0.0
         self._said: set[str] = set()
         self.protection = Protection(bus, self._say)
@@ -412,6 +414,9 @@ class Engine:
         seconds, stall = now - self._started_at, self._stall
         self._started_at, self._stall = now, 0.0
         self.pace.iteration(seconds)
+        slot, self._slot = self._slot, None
+        if self.recovery is None and isinstance(self.policy, (SparsePolicy, PacedDensePolicy)):
+            self.policy.iteration(self.iteration, seconds, slot)
         attached.routing.end_iteration()
         record = self.record.take(attached.live.optimizers)
         misread = self.precision.end_iteration(self.iteration, replaying=self.recovery is not None)
@@ -428,6 +433,7 @@ class Engine:
             self._window.broken = f"{misread[0]} was read in full precision, not only cast to 16 bits"
         window = self._open_window(run_state, steps)
         if window is not None:
+            self._slot = None if window.broken else window.next_slot
             attached.writer.capture(window, self.iteration, record.read)
             if window.complete and self._records_batches:
                 self._to_come = window.to_come
@@ -541,6 +547,10 @@ class Engine:
         self.precision.stop()
         self.norms.give(None)
         self.tiers.release_point()
+        if (
+            self._sparse is not None
+        ):  # whoever joins has not fallen back yet; the reason is told again at the next window
+            self.policy, self._sparse = self._sparse, None
         if isinstance(self.policy, SparsePolicy):
             self.policy.forget()
 
@@ -564,10 +574,11 @@ class Engine:
             self.on_recovered()
 
     def _fall_back_to_dense(self, reason: str) -> None:
-        self.policy = PacedDensePolicy(self.config.overlap_target)
+        self._sparse = self.policy
+        self.policy = PacedDensePolicy(self.config.overlap_target, self.config.mtbf)
         self.say_once(
             f"{reason}: a sparse window could not be replayed exactly, so windows are dense now: one iteration each, "
-            "as often as the copies are hidden behind training",
+            "and as many iterations apart as a copy is worth",
             warning=True,
         )
 

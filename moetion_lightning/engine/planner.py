@@ -14,6 +14,7 @@ from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.partition import OperatorSet, build_operators
 from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, PolicyContext, Sizes, SparsePolicy, WindowPlan
+from moetion_lightning.core.schedule import window_bytes
 from moetion_lightning.core.slot_contents import describe_kept
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.ranks import Agreed, RankLayout, Ranks
@@ -110,7 +111,7 @@ class WindowPlanner:
             weight = self._live.weight(name)
             full += self._live.full_bytes(name) // holders
             compute += weight.numel() * weight.element_size() // holders
-        self._check_memory(full + compute * (slots - 1) // 2)
+        self._check_memory(window_bytes(full, compute, slots))
 
     def _measure(self) -> None:
         """Sizes are looked at when they may have changed: it takes long if there are many parameters."""
@@ -175,6 +176,7 @@ class WindowPlanner:
             saved=_saved(newest, self._shares.mine) if isinstance(policy, PartialExpertsPolicy) else frozenset(),
             experts=self._experts(policy),
             agree=self._ranks.agree,
+            protected=agreed.committed >= 0,
             **self._routing.context(),
         )
         plan = policy.plan(context)
@@ -186,6 +188,7 @@ class WindowPlanner:
                     total_bytes=plan.schedule.total_bytes,
                     dense_bytes=plan.schedule.dense_bytes,
                     reason=plan.changed,
+                    measured=plan.measured,
                 )
             )
         self._routing.captured(plan.experts, iteration)

@@ -46,7 +46,7 @@ class Reporter:
             "moetion/stall_ms": 0.0,
             "moetion/checkpoint_stall": 0.0,
         }
-        self._window = 0
+        self._window = (0, False)
         self._stall = 0.0
         self._sums = (0.0, 0.0)  # seconds of stalls, and of all
         self._last_line = float("-inf")
@@ -56,10 +56,10 @@ class Reporter:
     def __call__(self, event: Event) -> None:
         """Take note of one event."""
         if isinstance(event, ScheduleMade):
-            resized = self._window != event.window
-            self._window = event.window
+            window = event.window, event.measured
+            is_news, self._window = self._window != window, window
             _log.log(
-                logging.INFO if resized else logging.DEBUG,
+                logging.INFO if is_news else logging.DEBUG,
                 "window of %d iterations (%s): at most %.1f MB per iteration, %.1f MB per window; dense: %.1f MB",
                 event.window, event.reason, event.heaviest_bytes / 1e6, event.total_bytes / 1e6,
                 event.dense_bytes / 1e6,

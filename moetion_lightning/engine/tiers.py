@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moetion_lightning.config import EngineConfig, default_memory_dir, launched_run
+from moetion_lightning.core.window_memory import held_windows
 from moetion_lightning.distributed.restore_choice import Live, Rollback
 from moetion_lightning.distributed.stable_store import STORE_ERRORS
 from moetion_lightning.engine.group_restore import GroupRestore, LiveReport, Part
@@ -25,6 +26,7 @@ from moetion_lightning.store.disk import DirectoryTier
 from moetion_lightning.store.format import Manifest
 from moetion_lightning.store.host_memory import HostMemoryTier, clean_stale
 from moetion_lightning.store.jobs import remove_if_ours
+from moetion_lightning.store.room import reserve_bytes_at
 from moetion_lightning.store.tier import Accept, Refusal, Tier, choose_window
 from moetion_lightning.units import age_text, bytes_text, span_text
 
@@ -457,16 +459,17 @@ class Tiers:
                 f"host memory at {self.host.base_dir} has {bytes_text(room)} for this job; "
                 f"{self._num_windows} windows of {bytes_text(window_bytes)}{frozen} need {bytes_text(needed)}. "
                 "Use a smaller window, a larger /dev/shm (docker: --shm-size), or another memory_dir=."
-                f"{self.host.who_holds_memory()}"
+                f"{self._reserve_text()}{self.host.who_holds_memory()}"
             )
+
+    def _reserve_text(self) -> str:
+        reserve = reserve_bytes_at(self.host.base_dir)
+        return f" {bytes_text(reserve)} of /dev/shm are left to workers of data loaders." if reserve else ""
 
     @property
     def _num_windows(self) -> int:
-        """The committed one, the one being captured and, with a storage tier, those being or to be persisted."""
-        held = 3 * len(self.peers.holds) if self.peers is not None else 0
-        if self.disk is None:
-            return 2 + held
-        return held + (3 if self._config.persist_every_n_windows == 1 else 4)
+        owners = len(self.peers.holds) if self.peers is not None else 0
+        return held_windows(owners, persist_every=self._config.persist_every_n_windows if self.disk else None)
 
     def _room(self) -> int:
         # Free buffers of this process count as free there and as used here.

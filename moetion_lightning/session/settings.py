@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moetion_lightning.config import EngineConfig
+from moetion_lightning.config import OF_THE_WINDOW, EngineConfig
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.policy import Policy, SparsePolicy
 from moetion_lightning.errors import ConfigurationError
@@ -15,7 +15,6 @@ from moetion_lightning.events import Sink
 
 __all__ = ["SessionSettings"]
 
-_OF_THE_WINDOW = ("window", "max_window", "overlap_target")
 _OWN = ("policy", "specs", "sinks", "events_path")
 
 
@@ -45,7 +44,7 @@ class SessionSettings:
 
         Args:
             given: The fields of :class:`~moetion_lightning.config.EngineConfig`, ``specs``, ``sinks``, ``events_path``,
-                and ``policy``, which takes the place of ``window``, ``max_window`` and ``overlap_target``:
+                and ``policy``, which takes the place of ``window``, ``max_window``, ``overlap_target`` and ``mtbf``:
                 ``DensePolicy(every_n_steps)`` or ``PartialExpertsPolicy(num_experts)`` of
                 :mod:`moetion_lightning.core.policy`.
             where: The call in which it was given, for messages.
@@ -54,7 +53,7 @@ class SessionSettings:
             ConfigurationError: A setting is unknown or out of range.
         """
         policy = given.get("policy")
-        contradicting = [name for name in _OF_THE_WINDOW if policy is not None and name in given]
+        contradicting = [name for name in OF_THE_WINDOW if policy is not None and name in given]
         if contradicting:
             raise ConfigurationError(
                 f"{where}: {contradicting[0]}={given[contradicting[0]]!r} has no effect with "
@@ -62,9 +61,11 @@ class SessionSettings:
             )
         values = {name: value for name, value in given.items() if name not in _OWN}
         config = read_config(values if policy is None else {**values, "window": 1}, where, _OWN)
+        if policy is None:
+            policy = SparsePolicy(config.window, config.max_window, config.overlap_target, config.mtbf)
         return cls(
             config=config,
-            policy=SparsePolicy(config.window, config.max_window, config.overlap_target) if policy is None else policy,
+            policy=policy,
             specs=tuple(given.get("specs") or ()),
             sinks=tuple(given.get("sinks") or ()),
             events_path=given.get("events_path"),

@@ -1,14 +1,13 @@
-"""Preallocated memory-mapped files that captures write into, and the room there is for them."""
+"""Preallocated memory-mapped files that captures write into."""
 
 from __future__ import annotations
 
 import contextlib
 import enum
 import errno
-import functools
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from moetion_lightning.errors import HostMemoryError, StoreError
 from moetion_lightning.store.local import explain_os_errors
 from moetion_lightning.store.manifest import FileRecord
 from moetion_lightning.store.mapping import map_fd
-from moetion_lightning.units import bytes_text
+from moetion_lightning.store.room import free_bytes_at, no_room
 
-__all__ = ["BufferPool", "BufferState", "HostBuffer", "free_bytes_at"]
+__all__ = ["BufferPool", "BufferState", "HostBuffer"]
 
 _OUT_OF_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG)
 
@@ -257,88 +256,3 @@ class BufferPool:
 
 def _as_tensor(memory: Any) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def no_room(directory: Path, needed_bytes: int) -> HostMemoryError:
-    """The error for a host-memory tier that is too small, with numbers and remedies."""
-    free = free_bytes_at(directory)
-    return HostMemoryError(
-        f"{directory}: {bytes_text(needed_bytes)} ({needed_bytes} bytes) are needed, {bytes_text(free)} ({free} bytes) "
-        "are free there. Enlarge it (containers: --shm-size; hosts: mount -o remount,size=... /dev/shm), use a smaller "
-        "window, or choose another base."
-    )
-
-
-def free_bytes_at(directory: Path) -> int:
-    """Bytes that can still be stored in a directory: of its file system and, if that is memory, of the machine."""
-    with explain_os_errors("inspect", directory):
-        status = os.statvfs(directory)
-        free = status.f_bavail * status.f_frsize
-        if _is_memory(os.stat(directory).st_dev):
-            free = min(free, _available_memory_bytes())
-    return free
-
-
-@functools.lru_cache(maxsize=64)
-def _is_memory(device: int) -> bool:
-    number = f"{os.major(device)}:{os.minor(device)}"
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-        for line in mounts:
-            left, _, right = line.partition(" - ")
-            if left.split()[2] == number:
-                return right.split()[0] in ("tmpfs", "ramfs")
-    return False
-
-
-def _available_memory_bytes() -> int:
-    """Memory that the machine and this process's control group (a container's limit) still give."""
-    limits = [1 << 62]
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as meminfo:
-        kilobytes = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in meminfo)}
-        limits.append(1024 * (kilobytes["MemAvailable"] + kilobytes.get("SwapFree", 0)))
-    limits += _control_group_bytes(_control_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
-    return max(0, min(limits))
-
-
-@functools.cache
-def _control_groups(membership: Path, root: Path) -> tuple[tuple[Path, str, str], ...]:
-    """This process's control group and those above it (containers, Slurm, systemd), where they can limit memory.
-
-    Args:
-        membership: says which group the process is in.
-        root: where groups are mounted; of a container without a namespace of its own, the container's group.
-
-    Returns:
-        For each its folder, and the names of the files with its limit and with what is used.
-    """
-    found = []
-    with contextlib.suppress(OSError):
-        for line in membership.read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            if number == "0" and not controllers:
-                base, limit, used = root, "memory.max", "memory.current"
-            elif "memory" in controllers.split(","):
-                base, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            else:
-                continue
-            group = base / path.strip("/")
-            places = [place for place in (group, *group.parents) if place == base or base in place.parents]
-            found += [(place, limit, used) for place in places if (place / limit).exists()]
-    return tuple(found)
-
-
-def _control_group_bytes(groups: Iterable[tuple[Path, str, str]]) -> list[int]:
-    """What these groups still give."""
-    found = []
-    for place, limit, used in groups:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-            given = int((place / limit).read_text())
-            if given < 1 << 62:
-                found.append(given - int((place / used).read_text()) + _reclaimable_bytes(place / "memory.stat"))
-    return found
-
-
-def _reclaimable_bytes(stat_file: Path) -> int:
-    """Page cache that the kernel gives up before it calls memory exhausted."""
-    fields = dict(line.split(maxsplit=1) for line in stat_file.read_text().splitlines())
-    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))

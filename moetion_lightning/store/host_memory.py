@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from moetion_lightning.errors import HostMemoryError, StoreError
-from moetion_lightning.store.buffers import BufferPool, BufferState, HostBuffer, free_bytes_at, no_room
+from moetion_lightning.store.buffers import BufferPool, BufferState, HostBuffer
 from moetion_lightning.store.folders import NOTES, RESUMED, TRAINED
 from moetion_lightning.store.format import SnapshotLayout
 from moetion_lightning.store.jobs import (
@@ -39,6 +39,7 @@ from moetion_lightning.store.local import LocalRoot
 from moetion_lightning.store.manifest import FILE_NAME, FileRecord, Manifest, bytes_checksum
 from moetion_lightning.store.mapping import hide_from_children
 from moetion_lightning.store.retention import files_to_drop
+from moetion_lightning.store.room import free_bytes_at, no_room
 from moetion_lightning.store.windows import WindowSet, rank_dir, replica_dir
 from moetion_lightning.units import bytes_text
 

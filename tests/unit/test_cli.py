@@ -14,6 +14,7 @@ import yaml
 from moetion_lightning import __version__
 from moetion_lightning.cli import HELP, main
 from moetion_lightning.commands.arguments import expand_recipes
+from moetion_lightning.core.schedule import window_bytes
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import list_recipes, recipe_path
 
@@ -209,6 +210,50 @@ def test_explain_observes_tokens_and_bytes_of_a_configuration(config: Path, caps
     assert "note:" not in out
 
 
+@pytest.mark.parametrize(
+    ("settings", "args", "window"),
+    [("window: 2", [], 2), ("window: 2", ["--window", "3"], 3), ("window: auto, max_window: 1", [], 1)],
+)
+def test_explain_shows_the_window_of_the_callback_unless_another_one_is_asked_for(
+    config: Path, settings: str, args: list[str], window: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = f"{{class_path: moetion_lightning.callbacks.SparseExpertCheckpoint, init_args: {{{settings}}}}}"
+    config.write_text(CONFIG.replace("trainer:\n", f"trainer:\n  callbacks: [{callback}]\n"))
+    assert main(["explain", str(config), *args]) == 0
+    assert f"window of {window}: " in capsys.readouterr().out
+
+
+def test_explain_says_what_auto_takes_and_why(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", str(config), "--mtbf", "3600"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"auto: captures cost \d+\.\d+% of an iteration of \d+\.\d m?s, .* a failure every 1\.0 h", out)
+
+
+def test_auto_of_an_importable_class_needs_the_time_of_an_iteration(capsys: pytest.CaptureFixture[str]) -> None:
+    target = ["explain", "torch.nn:Linear", "--init", '{"in_features": 64, "out_features": 64}', "--window", "auto"]
+    assert main([*target, "--iteration-seconds", "0.02"]) == 0
+    assert "of an iteration of 20.0 ms" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(target)
+    assert "--window auto needs --iteration-seconds" in capsys.readouterr().err
+
+
+def test_explain_shows_how_much_host_memory_windows_take(capsys: pytest.CaptureFixture[str]) -> None:
+    """A hundred million elements with two moments: 1.2 GB in full, 0.4 GB as compute weights."""
+    sizes = '{"in_features": 100000, "out_features": 1000}'
+    assert main(["explain", "torch.nn:Linear", "--init", sizes, "--meta", "--window", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines[lines.index("window  no replicas  1 replica  2 replicas") + 1 :][:6]]
+    full, compute = 12 * 100_001_000, 4 * 100_001_000
+    window_sizes = {w: window_bytes(full, compute, w) / 2**30 for w in (1, 2, 3, 4, 8, 16)}
+    assert window_sizes[1] == full / 2**30
+    for words in table:
+        window = int(words[0])
+        for replicas, word in enumerate(words[1:]):
+            assert float(word) == pytest.approx((2 + 3 * replicas) * window_sizes[window], rel=0.005)
+    assert [words[0] for words in table] == ["1", "2", "3", "4", "8", "16"]
+
+
 def test_explain_takes_an_importable_class(capsys: pytest.CaptureFixture[str]) -> None:
     target = "moetion_lightning.recipes.models:ByteMoE"
     assert main(["explain", target, "--init", '{"num_layers": 1}', "--meta", "--all"]) == 0
@@ -250,12 +295,12 @@ def test_explain_of_a_broken_file_is_told(content: bytes, tmp_path: Path, capsys
     assert f"{path} cannot be read as YAML" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [["--init", "{bad"], ["--meta"]])
+@pytest.mark.parametrize("option", [["--init", "{bad"], ["--meta"], ["--iteration-seconds", "1"]])
 def test_explain_refuses_what_a_recipe_does_not_take(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["explain", "recipe:tiny_moe_cpu", *option])
     assert ended.value.code == 2
-    assert "--init and --meta are for an importable class" in capsys.readouterr().err
+    assert "are for an importable class or factory" in capsys.readouterr().err
 
 
 PIPELINE = """\

@@ -12,7 +12,6 @@ import torch
 
 from moetion_lightning.engine.restore import RestorePoint, map_file
 from moetion_lightning.errors import StoreError
-from moetion_lightning.store.buffers import _control_group_bytes, _control_groups
 from moetion_lightning.store.host_memory import HostMemoryTier
 from tests.store_windows import commit_window
 
@@ -109,27 +108,3 @@ def test_the_buffer_and_its_memoryview_are_the_same_bytes(memory):
     with buffer.memory as view:
         assert bytes(view) == bytes(range(16))
     assert buffer.path.read_bytes() == bytes(range(16))
-
-
-def test_control_groups_are_asked_from_the_own_one_upwards(tmp_path):
-    def group(path: str, limit: str, used: int, cache: int, names=("memory.max", "memory.current")) -> None:
-        place = tmp_path / path
-        place.mkdir(parents=True, exist_ok=True)
-        (place / names[0]).write_text(f"{limit}\n")
-        (place / names[1]).write_text(f"{used}\n")
-        (place / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
-
-    membership = tmp_path / "cgroup"
-    membership.write_text("0::/slurm/job_7/step_0\n")
-    group("root/slurm/job_7/step_0", "max", 10, 0)
-    group("root/slurm/job_7", "1000", 400, 50)
-    group("root", "5000", 1000, 0)
-    assert _control_group_bytes(_control_groups.__wrapped__(membership, tmp_path / "root")) == [650, 4000]
-    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    membership.write_text("5:cpu:/a\n4:cpu,memory:/a/b\n0::/\n")
-    group("old/memory/a", "700", 100, 0, v1)
-    assert _control_group_bytes(_control_groups.__wrapped__(membership, tmp_path / "old")) == [600]
-    membership.write_text("4:memory:/docker/of-the-host\n")  # the container sees its own group as the root
-    group("box/memory", "300", 100, 0, v1)
-    assert _control_group_bytes(_control_groups.__wrapped__(membership, tmp_path / "box")) == [200]
-    assert _control_group_bytes(_control_groups.__wrapped__(tmp_path / "none", tmp_path)) == []

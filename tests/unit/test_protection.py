@@ -243,3 +243,27 @@ def test_causes_are_named_apart() -> None:
     protection.committed(11)
     assert protection.may_begin(12)
     assert protection.protected
+
+
+def test_ranks_that_begin_again_together_fall_back_to_dense_together(memory_dir: Path) -> None:
+    """A rank that joins has a sparse policy; with dense ones on the others they would ask each other other things."""
+    training = Training(memory_dir, optimizer=lambda parameters: torch.optim.LBFGS(parameters, max_iter=1))
+    module, optimizer = training.module, training.optimizer
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = module(batch).pow(2).mean()
+        loss.backward()
+        return loss
+
+    with SparseCheckpointing(module, optimizer, **training.settings) as run:
+        names = []
+        for step, batch in run.steps([torch.randn(4, 8) for _ in range(12)]):  # noqa: B007 (the closure does)
+            assert run._run is not None
+            names.append(run._run.engine.policy.name)
+            if step == 6:
+                run._run.engine._abandon()
+                names.append(run._run.engine.policy.name)
+            optimizer.step(closure)
+    assert names == ["sparse", *["dense"] * 6, "sparse", *["dense"] * 5]
+    assert len(training.said("windows are dense now")) == 1

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from moetion_lightning.core.operators import Operator, OperatorKind, Piece
 from moetion_lightning.core.schedule import (
     MAX_SHARE,
-    choose_window,
     fractional_bound,
     make_schedule,
     order_operators,
     split_operators,
+    window_bytes,
 )
 from moetion_lightning.errors import ConfigurationError
 
@@ -139,16 +139,31 @@ def test_longer_window_never_makes_the_heaviest_iteration_heavier() -> None:
     assert bounds[0] == pytest.approx(sum(full))  # a bisection of floats, not a recovered state
 
 
-def test_auto_window_is_the_smallest_that_fits_behind_an_iteration() -> None:
-    heaviest = {1: 1000, 2: 600, 3: 450, 4: 400, 5: 390}
-    chosen = choose_window(heaviest, iteration_seconds=1.0, bytes_per_second=500.0, overlap_target=1.0)
-    assert chosen == 3
-    assert choose_window(heaviest, iteration_seconds=1.0, bytes_per_second=500.0, overlap_target=0.8) == 4
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 8, 12, 16, 32])
+@pytest.mark.parametrize("share", [0.0, 1 / 6, 1 / 3, 1.0])
+def test_what_a_window_takes_is_known_before_it_is_planned(window: int, share: float) -> None:
+    full = {f"p{i}": 1_000_000 + 50_000 * (i % 3) for i in range(40)}
+    compute = {name: int(share * nbytes) for name, nbytes in full.items()}
+    whole = [operator(i) for i in range(40)]
+    bound = fractional_bound(list(full.values()), list(compute.values()), window)
+    rows = dict.fromkeys(full, 1000)
+    parts = whole
+    if window > 1:
+        sliceable = dict.fromkeys(full, True)
+        most = max(1, int(MAX_SHARE * bound))
+        parts = list(split_operators(whole, full_bytes=full, rows=rows, sliceable=sliceable, max_bytes=most))
 
+    def cost(table: dict[str, int]) -> dict[str, int]:
+        return {
+            op.name: sum(
+                table[p.parameter] * ((1000 if p.stop is None else p.stop) - (p.start or 0)) // 1000 for p in op.pieces
+            )
+            for op in parts
+        }
 
-def test_auto_window_stops_where_longer_ones_buy_nothing() -> None:
-    heaviest = {1: 1000, 2: 600, 3: 450, 4: 400, 5: 390}
-    assert choose_window(heaviest, iteration_seconds=1.0, bytes_per_second=1.0, overlap_target=1.0) == 4
+    schedule = make_schedule(parts, window, full_bytes=cost(full), compute_bytes=cost(compute))
+    estimate = window_bytes(sum(full.values()), sum(compute.values()), window)
+    assert estimate == pytest.approx(schedule.total_bytes, rel=0.12)
 
 
 @pytest.mark.parametrize("window", [0, -1])

@@ -36,7 +36,7 @@ class RoomyTiers:
         return None
 
     def committed(self, newest: object) -> list[int]:
-        return []
+        return [1]
 
     def held(self, newest: object) -> list[int]:
         return []
@@ -200,6 +200,44 @@ def test_the_window_is_that_of_the_rank_that_needs_the_longest(closing: list[One
     lengths = {len(plan.slots) for plan in plans}
     assert len(lengths) == 1
     assert lengths.pop() > 1
+
+
+def test_capturing_a_share_is_no_change_of_sizes(closing: list[OneRank]) -> None:
+    """Other ranks capture the rest."""
+    ranks = job()
+    closing += ranks
+    train_skewed(ranks)
+    assert {bool(plan.changed) for plan in plan_together(ranks)} == {True}
+    train_skewed(ranks, iterations=1)
+    assert not any("size" in plan.changed for plan in plan_together(ranks))
+
+
+def test_ranks_that_measure_other_costs_pause_together_and_take_one_window(closing: list[OneRank]) -> None:
+    """One rank loses a tenth of each iteration to its captures, the others nothing."""
+    ranks = job(policy=lambda: SparsePolicy("auto", 16, 0.8))
+    closing += ranks
+    for rank in ranks:
+        rank.planner._bandwidth = 1e12
+    train_skewed(ranks, iterations=2)
+    lengths: list[int] = []
+    left, slot = 0, None
+    for _ in range(220):
+        for rank in ranks:
+            cost = 0.1 / (lengths[-1] if lengths else 1) if rank.rank == 1 and slot is not None else 0.0
+            rank.iteration += 1
+            rank.pace.iteration(1.0)
+            assert isinstance(rank.policy, SparsePolicy)
+            rank.policy.iteration(rank.iteration, 1.0 + cost, slot)
+        begins = {rank.policy.begins(rank.iteration) for rank in ranks}
+        assert len(begins) == 1, "all ranks pause, or none"
+        if not left and begins == {True}:
+            (length,) = {len(plan.slots) for plan in plan_together(ranks)}
+            lengths.append(length)
+            left = length
+        slot = None if not left else lengths[-1] - left
+        left = max(0, left - 1)
+    assert lengths[0] <= 2
+    assert lengths[-1] > 3, "what one rank has measured counts for all"
 
 
 def test_a_change_of_popularity_is_seen_by_all_ranks_at_once(closing: list[OneRank]) -> None:
