@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -38,6 +39,7 @@ def main() -> None:
 
     def fork(spec: dict[str, Any], log: str, environment: dict[str, str]) -> int:
         runner = importlib.import_module(spec.get("runner", scenario.__name__))
+        gc.freeze()  # what is imported stays: a rank's collector need not look at it, nor copy its pages
         pid = os.fork()
         if pid:
             os.setpgid(pid, pid)
