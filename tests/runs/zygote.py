@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from dataclasses import asdict
 from typing import Any
 
@@ -54,9 +53,11 @@ def main() -> None:
             groups.install()
             runner.run(spec)
             code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException as error:
-            traceback.print_exc()
             sys.last_type = type(error)  # as the interpreter does for an error that nobody catches
+            sys.excepthook(type(error), error, error.__traceback__)
             code = 1
         atexit._run_exitfuncs()
         sys.stdout.flush()
