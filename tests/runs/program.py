@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import accelerate  # noqa: F401
 import lightning.fabric  # noqa: F401
@@ -15,19 +17,37 @@ import transformers  # noqa: F401
 import moetion_lightning.integrations  # noqa: F401
 
 
-def spec(folder: Path, *arguments: object) -> dict[str, Any]:
+def spec(folder: Path, *arguments: object, kill_at: str = "") -> dict[str, Any]:
     """A program, for the zygote.
 
     Args:
         folder: Its current directory.
         *arguments: Of python: a script, or ``-m`` and a module, or ``-c`` and code, and what follows.
+        kill_at: It dies by SIGKILL when it has printed a line that begins with this.
     """
-    return {"runner": __name__, "folder": str(folder), "arguments": [str(argument) for argument in arguments]}
+    given = {"folder": str(folder), "arguments": [str(argument) for argument in arguments]}
+    return {"runner": __name__, **given, "kill_at": kill_at}
+
+
+class _KillAt(io.TextIOWrapper):
+    def __init__(self, stream: TextIO, start: str) -> None:
+        super().__init__(stream.buffer, stream.encoding, line_buffering=True)
+        self._start = start
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if text.startswith(self._start):
+            super().write("\n")
+            self.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written
 
 
 def run(given: dict[str, Any]) -> None:
     first, *rest = given["arguments"]
     os.chdir(given["folder"])
+    if given["kill_at"]:
+        sys.stdout = _KillAt(sys.stdout, given["kill_at"])
     if first == "-c":
         sys.argv = [first, *rest[1:]]
         exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
