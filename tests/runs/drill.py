@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetion_lightning.testing.compare import compare_states
-from tests.runs.ranks import TIMEOUT_SECONDS, Ended, environments, suffix
+from tests.runs.ranks import TIMEOUT_SECONDS, Ended, elastic_environments, environments, suffix
 from tests.runs.references import References
 
 #: What a run without callbacks knows nothing of.
@@ -86,6 +86,23 @@ class Zygote:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=30)
+
+
+def start(zygote: Zygote, spec: dict[str, Any], out: Path, timeout_seconds: float) -> None:
+    """All ranks of a run under an elastic agent's environment, to their good end; they write to ``out``.
+
+    Args:
+        zygote: Starts processes.
+        spec: The run, with its ``runner`` and its ``ranks``.
+        out: Folder.
+        timeout_seconds: How long they may take.
+    """
+    ranks = spec["ranks"]
+    logs = [out / f"log-{rank}" for rank in range(ranks)]
+    ended = zygote.run_group(
+        [{**spec, "out": str(out)}] * ranks, logs, elastic_environments(ranks, "test"), timeout_seconds
+    )
+    assert ended.good, f"{ended}\n{read_logs(out)}"
 
 
 @dataclass

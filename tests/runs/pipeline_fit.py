@@ -1,10 +1,8 @@
-"""Runs the same training as a pipeline and as one process: as a script, one start of all ranks serves many cases."""
+"""Runs the same training as a pipeline and as one process; one start of all ranks serves many cases."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +199,9 @@ def fit(given: dict[str, Any], out: Path, world: int, checkpoints: Path | None =
     return module
 
 
-def main(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
-    for name, case in cases.items():
-        fit(case, folder / name, int(os.environ["WORLD_SIZE"]))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+def run(spec: dict[str, Any]) -> None:
+    """All cases of one world size."""
+    for name, case in spec["cases"].items():
+        fit(case, Path(spec["out"]) / name, spec["ranks"])
+    torch.distributed.barrier()  # rank 0 serves the store: it is the last one to need it
+    torch.distributed.destroy_process_group()
