@@ -39,7 +39,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "dropout": {"dropout": 0.1, "plain": False},
         "tied": {"tied": True, "precision": "64-true"},
         "tied-zbv": {"tied": True, "precision": "64-true", "schedule": "zbv_zero_bubble", "chunks_per_rank": 2},
-        "half": {"steps": 10},
+        "half": {"steps": pipeline_fit.EPOCH},
         "resumed": {"resume": "half"},
     },
     3: {
