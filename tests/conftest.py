@@ -21,6 +21,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.runs.drill import Drill, Zygote
+    from tests.runs.references import References
 
 # Set by libraries themselves when they are first used; not a test's doing.
 _LIBRARY_VARIABLES = {
@@ -125,21 +126,25 @@ def zygote() -> Iterator[Zygote]:
     process.close()
 
 
-@pytest.fixture(scope="module")
-def _references() -> dict[str, Path]:
-    return {}
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
+    """Runs that never fail, shared by all tests and by all workers of pytest-xdist."""
+    from tests.runs.references import References
+
+    base = tmp_path_factory.getbasetemp()
+    return References((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "references")
 
 
 @pytest.fixture
 def drill(
     zygote: Zygote,
     tmp_path_factory: pytest.TempPathFactory,
-    _references: dict[str, Path],
+    references: References,
     memory_dir: Path,
     request: pytest.FixtureRequest,
 ) -> Drill:
-    """Runs to kill, start again and compare; a module's tests share the runs that never fail."""
+    """Runs to kill, start again and compare; all tests share the runs that never fail."""
     from tests.runs.drill import Drill
 
     name = "".join(c if c.isalnum() else "_" for c in request.node.name)[:60]
-    return Drill(zygote, tmp_path_factory.mktemp(name), memory_dir, _references)
+    return Drill(zygote, tmp_path_factory.mktemp(name), memory_dir, references)

@@ -38,6 +38,7 @@ _STRUCTURAL = frozenset(
 )
 _LIBRARY_FOLDERS = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 _BASE_ATTRIBUTES = frozenset(vars(nn.Module()))
+_STORE_ATTR = dis.opmap["STORE_ATTR"]
 
 
 def is_framework(kind: type) -> bool:
@@ -112,4 +113,17 @@ def _assigned(kind: type) -> Iterator[str]:
         for candidate in (function, getattr(member, "fset", None)):
             code = getattr(candidate, "__code__", None)
             if code is not None:
-                yield from (i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR")
+                yield from _names_stored(code)
+
+
+def _names_stored(code: types.CodeType) -> Iterator[str]:
+    """What :func:`dis.get_instructions` would find, in a fraction of its time: a model has thousands of methods."""
+    operations, arguments = code.co_code[::2], code.co_code[1::2]
+    at = operations.find(_STORE_ATTR)
+    while at >= 0:
+        index, shift, before = arguments[at], 8, at - 1
+        while before >= 0 and operations[before] == dis.EXTENDED_ARG:
+            index |= arguments[before] << shift
+            shift, before = shift + 8, before - 1
+        yield code.co_names[index]
+        at = operations.find(_STORE_ATTR, at + 1)

@@ -16,6 +16,10 @@ import psutil
 import pytest
 
 from moetion_lightning.testing.compare import compare_states
+from tests.runs import program
+from tests.runs.drill import Zygote
+from tests.runs.drill import start as run
+from tests.runs.references import References
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).parent / "workers" / "lightning_job.py"
@@ -24,6 +28,21 @@ LIMIT_SECONDS = 90.0
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3", "--monitor-interval=0.1")
 
 pytestmark = pytest.mark.slow
+
+
+def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    path = folder / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def pids_of(folder: Path) -> list[list[int]]:
+    """The processes of both ranks that finished steps, in order."""
+    found: list[list[int]] = [[], []]
+    for event in events_of(folder, "IterationFinished"):
+        if event["pid"] not in found[event["rank"]]:
+            found[event["rank"]].append(event["pid"])
+    return found
 
 
 class Training:
@@ -56,17 +75,10 @@ class Training:
         return (self.folder / "log").read_text()
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        path = self.folder / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [event for event in map(json.loads, lines) if event["event"] == kind]
+        return events_of(self.folder, kind)
 
     def pids(self) -> list[list[int]]:
-        """The processes of both ranks that finished steps, in order."""
-        found: list[list[int]] = [[], []]
-        for event in self.events("IterationFinished"):
-            if event["pid"] not in found[event["rank"]]:
-                found[event["rank"]].append(event["pid"])
-        return found
+        return pids_of(self.folder)
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + LIMIT_SECONDS
@@ -87,9 +99,9 @@ class Training:
             time.sleep(0.05)
         assert self.process.returncode == 0, self.log
 
-    def differences(self, other: Training) -> list[str]:
+    def differences(self, other: Path) -> list[str]:
         names = [f"final-{rank}.safetensors" for rank in (0, 1)]
-        results = [compare_states(self.folder / name, other.folder / name) for name in names]
+        results = [compare_states(self.folder / name, other / name) for name in names]
         assert all(result.compared > 50 for result in results)
         return [difference for result in results for difference in result.differences]
 
@@ -120,19 +132,19 @@ def start(tmp_path: Path) -> Iterator[Start]:
         training.end()
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """The job that is never disturbed."""
-    training = Training(tmp_path_factory.mktemp("reference") / "run", launch())
-    try:
-        training.finish()
-    finally:
-        training.end()
-    assert [len(pids) for pids in training.pids()] == [1, 1]
-    return training
+@pytest.fixture
+def reference(zygote: Zygote, references: References) -> Path:
+    """Folder of the job that is never disturbed."""
+
+    def make(folder: Path) -> None:
+        (folder / "go").touch()
+        run(zygote, {**program.spec(folder, SCRIPT, folder, STEPS), "ranks": 2}, folder, LIMIT_SECONDS)
+        assert [len(pids) for pids in pids_of(folder)] == [1, 1]
+
+    return references.get("lightning job", make)
 
 
-def test_killed_rank_is_replaced_and_the_other_lives_on(start: Start, reference: Training) -> None:
+def test_killed_rank_is_replaced_and_the_other_lives_on(start: Start, reference: Path) -> None:
     training = start(launch())
     training.signal(1, signal.SIGKILL)
     training.finish()
@@ -140,7 +152,7 @@ def test_killed_rank_is_replaced_and_the_other_lives_on(start: Start, reference:
     assert training.differences(reference) == []
 
 
-def test_hung_rank_is_replaced(start: Start, reference: Training) -> None:
+def test_hung_rank_is_replaced(start: Start, reference: Path) -> None:
     training = start(launch("--hang-timeout", 3))
     training.signal(1, signal.SIGSTOP)
     training.finish()
@@ -149,7 +161,7 @@ def test_hung_rank_is_replaced(start: Start, reference: Training) -> None:
     assert training.differences(reference) == []
 
 
-def test_warm_standby_takes_over(start: Start, reference: Training) -> None:
+def test_warm_standby_takes_over(start: Start, reference: Path) -> None:
     training = start(launch("--standby", 1), go=False)
     training.until(lambda: "stands by" in training.log, "standbys")
     training.go()
@@ -161,7 +173,7 @@ def test_warm_standby_takes_over(start: Start, reference: Training) -> None:
     assert training.differences(reference) == []
 
 
-def test_torchrun_restarts_all_ranks_and_they_continue(start: Start, reference: Training) -> None:
+def test_torchrun_restarts_all_ranks_and_they_continue(start: Start, reference: Path) -> None:
     training = start(TORCHRUN, 23)
     training.finish()
     assert [len(pids) for pids in training.pids()] == [2, 2]

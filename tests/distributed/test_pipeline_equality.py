@@ -6,10 +6,7 @@ Bitwise, where the order of summation is that of one process. It is another one,
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,11 @@ import torch
 from torch import Tensor
 
 from tests.runs import pipeline_fit
-from tests.runs.ranks import free_port
+from tests.runs.drill import Zygote, start
+from tests.runs.references import References
 
 # One start of the ranks serves many tests; the first of them waits for it.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("pipeline_equality")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     1: {"dropout": {"dropout": 0.1, "plain": False}, "ragged": {"ragged": True, "plain": False}},
@@ -41,7 +39,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "dropout": {"dropout": 0.1, "plain": False},
         "tied": {"tied": True, "precision": "64-true"},
         "tied-zbv": {"tied": True, "precision": "64-true", "schedule": "zbv_zero_bubble", "chunks_per_rank": 2},
-        "half": {"steps": 10},
+        "half": {"steps": pipeline_fit.EPOCH},
         "resumed": {"resume": "half"},
     },
     3: {
@@ -65,44 +63,20 @@ OTHER_ORDER = {"tied", "tied-zbv", "t5", "dp2"}
 CASES_OF = [(world, name) for world, cases in CASES.items() for name in cases if cases[name].get("plain", True)]
 
 
-def launch(world: int, folder: Path, cases: dict[str, Any]) -> None:
-    """Run all cases of a world size in one start of its ranks."""
-    port, root, processes = free_port(), Path(__file__).resolve().parents[2], []
-    for rank in range(world):
-        environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "GROUP_RANK": "0",
-            "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "tests.runs.pipeline_fit", str(folder), json.dumps(cases)]
-        with (folder / f"log{rank}").open("w") as log:
-            processes.append(subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=500) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(world))
-    assert codes == [0] * world, logs
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder of the finished runs of a world size."""
-    base = tmp_path_factory.mktemp("pipeline")
+@pytest.fixture
+def runs(zygote: Zygote, references: References) -> Callable[[int], Path]:
+    """Folder of the finished runs of a world size: one start of its ranks for all cases."""
 
     def of(world: int) -> Path:
-        folder = base / str(world)
-        if not folder.exists():
-            if any("/" in case.get("resume", "") for case in CASES[world].values()):
-                of(2)
-            folder.mkdir()
-            cases = {
-                n: {**c, **({"resume": f"../{c['resume']}"} if "/" in c.get("resume", "") else {})}
-                for n, c in CASES[world].items()
-            }
-            launch(world, folder, cases)
-        return folder
+        def whole(case: dict[str, Any]) -> dict[str, Any]:
+            if "/" not in case.get("resume", ""):
+                return case
+            of_world, _, name = case["resume"].partition("/")
+            return {**case, "resume": str(of(int(of_world)) / name)}
+
+        cases = {name: whole(case) for name, case in CASES[world].items()}
+        spec = {"runner": pipeline_fit.__name__, "ranks": world, "cases": cases}
+        return references.get(spec, lambda folder: start(zygote, spec, folder, 500.0))
 
     return of
 
@@ -127,22 +101,18 @@ def differences(actual: Any, expected: Any, where: str = "") -> list[str]:
     return [] if actual == expected else [f"{where}: {actual} instead of {expected}"]
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture
+def plain(references: References) -> Any:
     """The checkpoint and the results of one process that knows nothing of pipelines."""
-    done: dict[str, Path] = {}
-    base = tmp_path_factory.mktemp("plain")
 
     def of(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         layout = ("schedule", "chunks_per_rank", "balance", "layers", "resume")
         bare = {k: v for k, v in case.items() if k not in layout}
-        key = json.dumps(bare, sort_keys=True)
-        if key not in done:
-            done[key] = base / str(len(done))
-            # Replicas average over their batches: one process would see them as more micro-batches.
-            size = {**pipeline_fit.COMMON, **bare}["num_microbatches"] * bare.get("dp", 1)
-            pipeline_fit.fit({**bare, "dp": 1, "num_microbatches": size}, done[key], 1, plain=True)
-        return load(done[key].with_suffix(".ckpt")), load(done[key].with_suffix(".rank0"))
+        # Replicas average over their batches: one process would see them as more micro-batches.
+        size = {**pipeline_fit.COMMON, **bare}["num_microbatches"] * bare.get("dp", 1)
+        given = {**bare, "dp": 1, "num_microbatches": size}
+        folder = references.get(["plain", given], lambda made: pipeline_fit.fit(given, made / "run", 1, plain=True))
+        return load(folder / "run.ckpt"), load(folder / "run.rank0")
 
     return of
 

@@ -28,7 +28,7 @@ def test_killed_run_ends_bitwise_equal(drill: Drill, name: str) -> None:
 
 
 def test_killed_where_nothing_trains(drill: Drill) -> None:
-    killed = drill.killed(EXACT["resting"], [{"hook": "batch_end", "step": 12}])
+    killed = drill.killed(EXACT["resting"], [{"hook": "batch_end", "step": 12, "committed": {"first_iteration": 8}}])
     assert differences(drill.reference(EXACT["resting"]), killed) == []
     (applied,) = read_events(killed, "RestoreApplied")
     assert applied["iteration"] > 7

@@ -24,7 +24,10 @@ LOADERS: dict[str, dict[str, Any]] = {
     "no-dataloader": {"loader": "plain"},
     "early-setup": {"loader": "shuffle", "estimate_steps": True, "scheduler": "warmup"},
 }
-KILLS = [{"hook": "backward", "step": step} for step in (5, 8, 12, 15, 19)]  # 7 iterations an epoch
+KILLS: list[dict[str, Any]] = [
+    *({"hook": "backward", "step": step} for step in (5, 8, 12, 15)),  # 7 iterations an epoch
+    {"hook": "backward", "step": 19, "committed": {"first_iteration": 14}},
+]
 
 
 @pytest.mark.parametrize("name", LOADERS)

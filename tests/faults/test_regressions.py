@@ -111,7 +111,9 @@ def test_killed_run_is_exact_or_says_that_it_is_not(drill: Drill, name: str, ste
     found = differences(drill.reference(REPORTED[name]), killed)
     replays = read_events(killed, "ReplayFinished")
     if not replays:  # torn windows were given up, and the kill came before a whole one: the run began anew
-        assert step == 9
+        assert step < 19
+        first = read_events(killed)[0]["pid"]
+        assert first not in {event["pid"] for event in read_events(killed, "WindowCommitted")}
         assert not read_events(killed, "RestoreApplied")
         assert found == []
         return

@@ -121,7 +121,8 @@ def test_bar_of_a_continued_epoch_is_that_of_the_whole_one(drill: Drill, bar: st
 
 def test_file_that_a_replay_would_skip_is_written_if_it_is_not_there(drill: Drill) -> None:
     spec = {**RUNNER, "savers": ["every"], "epochs": 1, "callbacks": ["remove"], "max_steps": 7}
-    out = drill.killed({**spec, "savers": ["fixed"]}, [{"hook": "backward", "step": 5}])
+    kill = {"hook": "backward", "step": 5, "committed": {"last_iteration": 4}}
+    out = drill.killed({**spec, "savers": ["fixed"]}, [kill])
     assert len(read_events(out, "ReplayFinished")) == 1
     assert sorted(path.name for path in (out / "fixed").iterdir()) == ["epoch=0-step=3.ckpt", "epoch=0-step=6.ckpt"]
     assert "epoch=0-step=3.ckpt is written when the replay" in read_logs(out)
@@ -131,7 +132,7 @@ def test_requeue_in_a_replay_waits_for_the_whole_state(drill: Drill) -> None:
     import torch
 
     spec = {**RUNNER, "signal_at": 7}
-    out = drill.killed(spec, KILLS[:1])
+    out = drill.killed(spec, [{"hook": "backward", "step": 9, "committed": {"last_iteration": 8}}])
     (path,) = out.glob("hpc_ckpt_*.ckpt")
     saved = torch.load(path, weights_only=False)
     assert saved["global_step"] == 8

@@ -7,13 +7,11 @@ import contextlib
 import importlib.util
 import inspect
 import io
-import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +19,14 @@ import pytest
 
 from moetion_lightning.cli import _OWN, TRAINING, main
 from moetion_lightning.recipes import list_recipes
+from tests.runs import program
+from tests.runs.drill import Zygote
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 #: Values that a message gives differ; the documentation writes this in their place.
 GAP = "…"
-
-# Imports everything once, then runs each block in a process of its own; a line of JSON in, one with the status out.
-_RUNNER = """
-import json, os, sys, traceback
-sys.path.insert(0, os.getcwd())
-import accelerate, lightning.fabric, lightning.pytorch, torch, transformers
-import moetion_lightning.callbacks, moetion_lightning.integrations
-torch.set_num_threads(1)
-for line in sys.stdin:
-    request = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT, 0o600)
-            os.dup2(log, 1), os.dup2(log, 2)
-            os.chdir(request["folder"])
-            sys.argv = ["block.py"]
-            exec(compile(request["code"], "block.py", "exec"), {"__name__": "__main__"})
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 
 
 def _blocks(language: str) -> list[Any]:
@@ -64,30 +37,14 @@ def _blocks(language: str) -> list[Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", _RUNNER]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-
-
-@pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("code", _blocks("python"))
-def test_python_block_runs(code: str, runner: subprocess.Popen[str], memory_dir: Path, tmp_path: Path) -> None:
+def test_python_block_runs(code: str, zygote: Zygote, memory_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     folder = tmp_path / "work"
     folder.mkdir()
-    code = f"import os\nos.environ['MOETION_MEMORY_DIR'] = {str(memory_dir)!r}\n{code}"
-    assert runner.stdin is not None
-    assert runner.stdout is not None
-    runner.stdin.write(json.dumps({"code": code, "log": str(log), "folder": str(folder)}) + "\n")
-    runner.stdin.flush()
-    assert runner.stdout.readline() == "0\n", log.read_text()
+    environment = {"MOETION_MEMORY_DIR": str(memory_dir)}
+    ended = zygote.run_group([program.spec(folder, "-c", code)], [log], [environment])
+    assert ended.good, log.read_text()
 
 
 @pytest.mark.parametrize("code", _blocks("py"))

@@ -23,7 +23,8 @@ from moetion_lightning.integrations._gradients import LastingGradients
 from moetion_lightning.integrations._other_loaders import OtherLoaders
 from moetion_lightning.integrations.accelerate import _prepared_loaders
 from moetion_lightning.testing.compare import compare_states
-from tests.runs.drill import ROOT, Drill, differences, read_events, read_steps
+from tests.runs import program
+from tests.runs.drill import ROOT, Drill, Zygote, differences, read_events, read_steps
 
 SCRIPT: dict[str, Any] = {"runner": "tests.runs.own_restart"}
 KILL = [{"step": 14}]
@@ -355,31 +356,32 @@ def test_what_becomes_of_gradients_is_seen(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "fabric", "accelerate"])
-def test_example_killed_and_started_again_prints_the_same_losses(name: str, tmp_path: Path, memory_dir: Path) -> None:
-    environment = {**os.environ, "MOETION_MEMORY_DIR": str(memory_dir), "MOETION_JOB_ID": f"example-{name}"}
-    command = [sys.executable, str(ROOT / "examples" / f"{name}_loop.py")]
+def test_example_killed_and_started_again_prints_the_same_losses(
+    name: str, tmp_path: Path, memory_dir: Path, zygote: Zygote
+) -> None:
+    """The first, undisturbed start is in a new interpreter, as a user's."""
+    settings = {"MOETION_MEMORY_DIR": str(memory_dir), "MOETION_JOB_ID": f"example-{name}"}
+    script = ROOT / "examples" / f"{name}_loop.py"
 
-    def losses(kill_at: str = "") -> dict[str, str]:
-        with (tmp_path / "log").open("a") as log:  # apart from the losses: lines of several threads may mix
-            process = subprocess.Popen(
-                command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
-            )
-        assert process.stdout is not None
-        found = {}
-        with process.stdout:
-            for line in process.stdout:
-                if line.startswith("step"):
-                    step, _, loss = line.strip().partition(": ")
-                    found[step] = loss
-                    if step == kill_at:
-                        process.kill()
-        ended = process.wait(timeout=60)
-        assert ended == (-signal.SIGKILL if kill_at else 0), (tmp_path / "log").read_text()
-        return found
+    def losses(said: str) -> dict[str, str]:
+        lines = (line.partition(": ") for line in said.splitlines() if line.startswith("step"))
+        return {step: loss for step, _, loss in lines}
 
-    whole = losses()
-    first = losses(kill_at="step 30")
-    rest = losses()
+    def start(log: str, kill_at: str = "") -> dict[str, str]:
+        path = tmp_path / log
+        ended = zygote.run_group([program.spec(tmp_path, script, kill_at=kill_at)], [path], [settings])
+        assert ended.codes == [-signal.SIGKILL if kill_at else 0], path.read_text()
+        return losses(path.read_text())
+
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env={**os.environ, **settings}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    whole = losses(done.stdout)
+    first = start("first", kill_at="step 30")
+    rest = start("rest")
+    assert "step 30" in first
     assert "step 0" not in rest  # it did not begin anew
     assert {**first, **rest} == whole
     assert all(first[step] == rest[step] for step in first.keys() & rest.keys())

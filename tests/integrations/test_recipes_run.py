@@ -14,6 +14,9 @@ import yaml
 from moetion_lightning.cli import main
 from moetion_lightning.recipes import Recipe, list_recipes, recipe_path
 from moetion_lightning.testing.compare import compare_losses, compare_states, read_losses, read_state
+from tests.runs import program
+from tests.runs.drill import Zygote
+from tests.runs.ranks import environments
 
 
 def _marked(recipe: Recipe) -> object:
@@ -102,8 +105,19 @@ def test_loss_recorder_names_every_sample(tmp_path: Path, own_memory: Path, monk
     assert [line["global_step"] for line in lines] == [1, 2, 3]
 
 
-def _fit_ranks(name: str, folder: Path, launcher: list[str], *, callbacks: bool = True) -> None:
-    """Run a recipe of several ranks for 5 steps: under a launcher that says how many, or started by Lightning."""
+def _fit_ranks(
+    name: str, folder: Path, ranks: int, launcher: str, zygote: Zygote | None = None, *, callbacks: bool = True
+) -> None:
+    """Run a recipe of several ranks for 5 steps.
+
+    Args:
+        name: Of the recipe.
+        folder: For what it writes.
+        ranks: How many.
+        launcher: Who starts them: ``"launch"``, ``"torchrun"``, or nobody but Lightning.
+        zygote: It forks them in the launcher's place.
+        callbacks: Whether the recipe has its own ones.
+    """
     folder.mkdir(exist_ok=True)
     config = yaml.safe_load(recipe_path(name).read_text())
     trainer = config["trainer"]
@@ -113,17 +127,24 @@ def _fit_ranks(name: str, folder: Path, launcher: list[str], *, callbacks: bool 
         {"class_path": f"{RECORDING}.LossRecorder", "init_args": {"path": str(folder / "losses.jsonl")}},
         {"class_path": f"{RECORDING}.FinalState", "init_args": {"path": str(folder / "final")}},
     ]
-    if launcher[:1] == ["launch"]:
+    if launcher == "launch":
         del trainer["devices"]
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m"]
-    if launcher[:1] == ["torchrun"]:
-        command += ["torch.distributed.run", *launcher[1:], "-m"]
-    elif launcher:
-        command += ["moetion_lightning", *launcher, "-m"]
+    fit = ["-m", "moetion_lightning", "fit", "--config", str(path)]
+    if zygote is not None:
+        logs = [folder / f"log-{rank}" for rank in range(ranks)]
+        memory = {"MOETION_MEMORY_DIR": os.environ["MOETION_MEMORY_DIR"]}
+        given = [{**environment, **memory} for environment in environments(ranks, name)]
+        ended = zygote.run_group([program.spec(folder, *fit)] * ranks, logs, given)
+        assert ended.good, "\n".join(log.read_text() for log in logs)
+        return
+    if launcher == "torchrun":
+        fit = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *fit]
+    elif launcher == "launch":
+        fit = ["-m", "moetion_lightning", "launch", "--nproc-per-node", str(ranks), *fit]
     done = subprocess.run(
-        [*command, "moetion_lightning", "fit", "--config", str(path)],
+        [sys.executable, *fit],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
         capture_output=True,
@@ -136,12 +157,19 @@ def _fit_ranks(name: str, folder: Path, launcher: list[str], *, callbacks: bool 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", PIPELINES)
 def test_pipeline_recipe_equals_the_run_without_callbacks_under_torchrun(
-    recipe: Recipe, own_memory: Path, tmp_path: Path
+    recipe: Recipe, own_memory: Path, tmp_path: Path, zygote: Zygote
 ) -> None:
-    """Capturing windows and logging boundaries changes nothing, and the launcher makes no difference."""
+    """Capturing windows and logging boundaries changes nothing, and the launcher makes no difference.
+
+    One recipe runs under the real launchers; the others differ from it in what they train only.
+    """
     launched, plain = tmp_path / "launched", tmp_path / "plain"
-    _fit_ranks(recipe.name, launched, ["launch", "--nproc-per-node", "3"])
-    _fit_ranks(recipe.name, plain, ["torchrun", "--standalone", "--nproc-per-node", "3"], callbacks=False)
+    if recipe.name == "pipeline_moe_cpu":
+        _fit_ranks(recipe.name, launched, 3, "launch")
+        _fit_ranks(recipe.name, plain, 3, "torchrun", callbacks=False)
+    else:
+        _fit_ranks(recipe.name, launched, 3, "", zygote)
+        _fit_ranks(recipe.name, plain, 3, "", zygote, callbacks=False)
     held = []
     for rank in range(3):
         assert compare_states(launched / f"final-{rank}", plain / f"final-{rank}").differences == ()
@@ -160,11 +188,16 @@ def test_pipeline_recipe_equals_the_run_without_callbacks_under_torchrun(
     [
         ("ddp_moe_cpu", ""),  # Lightning starts the second rank
         ("expert_parallel_moe_cpu", "launch"),
-        ("fsdp2_moe_cpu", "launch"),
+        ("fsdp2_moe_cpu", "forks"),
     ],
 )
-def test_recipe_of_ranks_runs_on_two(name: str, launcher: str, own_memory: Path, tmp_path: Path) -> None:
-    _fit_ranks(name, tmp_path, ["launch", "--nproc-per-node", "2"] if launcher else [])
+def test_recipe_of_ranks_runs_on_two(
+    name: str, launcher: str, own_memory: Path, tmp_path: Path, zygote: Zygote
+) -> None:
+    if launcher == "forks":
+        _fit_ranks(name, tmp_path, 2, "", zygote)
+    else:
+        _fit_ranks(name, tmp_path, 2, launcher)
     losses = [read_losses(tmp_path / f"losses-{rank}.jsonl") for rank in (0, 1)]
     assert [len(found) for found in losses] == [5, 5]
     assert losses[0] != losses[1]  # each rank has its own batches

@@ -89,7 +89,9 @@ def test_page_of_a_killed_run_agrees_with_its_events_and_its_monitor(drill: Dril
 
 @pytest.mark.slow
 def test_page_of_a_pipeline_shows_the_stage_that_was_replayed_and_the_others_waiting(drill: Drill) -> None:
-    out, ended, _ = drill.elastic(STAGES, [{"hook": "backward", "step": 8, "rank": 1}])
+    out, ended, _ = drill.elastic(
+        STAGES, [{"hook": "backward", "step": 8, "rank": 1, "committed": {"last_iteration": 8}}]
+    )
     assert ended.good, f"{ended}\n{read_logs(out)}"
     text = report(out)
     (finished,) = read_events(out, "StageReplayFinished")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
@@ -29,7 +30,8 @@ from moetion_lightning.entry_points import lightning_callbacks
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.integrations import SparseCheckpointing, zero_lines
 from moetion_lightning.integrations._automatic_loop import AutomaticLoop
-from tests.runs.drill import Drill, read_events, read_logs
+from tests.runs import program
+from tests.runs.drill import Drill, Zygote, read_events, read_logs
 
 ROOT = Path(__file__).resolve().parents[2]
 ACCELERATE: dict[str, Any] = {
@@ -169,81 +171,107 @@ BODIES = {
 }
 
 
-def _run_script(tmp_path: Path, body: str, *options: str) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.replace("{body}", body))
-    return subprocess.run(
-        [sys.executable, "-m", "moetion_lightning", "run", *options, str(script)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MOETION_MEMORY_DIR": str(tmp_path), "MOETION_JOB_ID": "job"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+@dataclasses.dataclass
+class Script:
+    """Starts scripts by `moetion run`.
+
+    Args:
+        zygote: Starts processes.
+        folder: Where they run and what they write.
+    """
+
+    zygote: Zygote
+    folder: Path
+    _count: int = 0
+
+    def start(self, body: str) -> tuple[int, str]:
+        """Exit status and output of a script with this body."""
+        self._count += 1
+        (self.folder / "script.py").write_text(SCRIPT.replace("{body}", body))
+        log = self.folder / f"log{self._count}"
+        command = program.spec(self.folder, "-m", "moetion_lightning", "run", "script.py")
+        return self.zygote.run_group([command], [log], [self.environment]).codes[0], log.read_text()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"MOETION_MEMORY_DIR": str(self.folder), "MOETION_JOB_ID": "job"}
+
+    def windows(self) -> list[str]:
+        return [path.name for path in self.folder.rglob("windows/*.json")]
+
+
+@pytest.fixture
+def script(zygote: Zygote, tmp_path: Path) -> Script:
+    return Script(zygote, tmp_path)
 
 
 @pytest.mark.parametrize("reason", BODIES)
-def test_loop_that_cannot_be_followed_trains_on_and_is_told(tmp_path: Path, reason: str) -> None:
-    done = _run_script(tmp_path, BODIES[reason])
-    assert done.returncode == 0, done.stderr
-    assert reason in done.stderr
-    assert "nothing is captured any more" in done.stderr
-    assert not list(tmp_path.rglob("windows/*.json"))
+def test_loop_that_cannot_be_followed_trains_on_and_is_told(script: Script, reason: str) -> None:
+    status, said = script.start(BODIES[reason])
+    assert status == 0, said
+    assert reason in said
+    assert "nothing is captured any more" in said
+    assert script.windows() == []
 
 
-def test_loop_left_in_the_middle_of_a_pass_goes_on(tmp_path: Path) -> None:
+def test_loop_left_in_the_middle_of_a_pass_goes_on(script: Script) -> None:
+    """In a new interpreter, which imports Accelerate when the script does."""
     body = (
         "for epoch in range(4):\n    for i, batch in enumerate(first):\n        step(batch)\n        if i == 1: break"
     )
-    done = _run_script(tmp_path, body)
+    (script.folder / "script.py").write_text(SCRIPT.replace("{body}", body))
+    done = subprocess.run(
+        [sys.executable, "-m", "moetion_lightning", "run", "script.py"], cwd=script.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **script.environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "committed window" in done.stderr
     assert "every iteration is dense" not in done.stderr
 
 
-def test_script_that_loads_its_own_state_is_left_alone(tmp_path: Path) -> None:
+def test_script_that_loads_its_own_state_is_left_alone(script: Script) -> None:
     body = (
         "accelerator.save_state('own')\nfor batch in first:\n    step(batch)\n"
         "accelerator.load_state('own')\nfor batch in first:\n    step(batch)"
     )
-    done = _run_script(tmp_path, body)
-    assert done.returncode == 0, done.stderr
-    assert "the script restarts by itself" in done.stderr
-    assert not list(tmp_path.rglob("windows/*.json"))
+    status, said = script.start(body)
+    assert status == 0, said
+    assert "the script restarts by itself" in said
+    assert script.windows() == []
 
 
-def test_state_that_the_script_loads_before_its_loop_wins_over_a_window(tmp_path: Path) -> None:
+def test_state_that_the_script_loads_before_its_loop_wins_over_a_window(script: Script) -> None:
     body = "for x in first:\n    step(x)\naccelerator.save_state('own')\nraise KeyError('mine')"
-    assert _run_script(tmp_path, body).returncode == 1
-    assert list(tmp_path.rglob("windows/*.json"))
-    done = _run_script(tmp_path, "accelerator.load_state('own')\nfor x in first:\n    step(x)")
-    assert done.returncode == 0, done.stderr
-    assert "the script restarts by itself" in done.stderr
-    assert "is taken to where it was" not in done.stderr
-    assert [path.name for path in tmp_path.rglob("windows/*.json")] == ["000000000004.json"]  # it is only given up
+    assert script.start(body)[0] == 1
+    assert script.windows()
+    status, said = script.start("accelerator.load_state('own')\nfor x in first:\n    step(x)")
+    assert status == 0, said
+    assert "the script restarts by itself" in said
+    assert "is taken to where it was" not in said
+    assert script.windows() == ["000000000004.json"]  # it is only given up
 
 
-def test_window_of_a_script_with_the_line_is_not_taken_for_one_without(tmp_path: Path) -> None:
+def test_window_of_a_script_with_the_line_is_not_taken_for_one_without(script: Script) -> None:
     body = (
         "import moetion_lightning.integrations as m\nrun = m.attach(accelerator, window=1)\n"
         "for _, x in run.steps(first):\n    step(x)\nraise KeyError('mine')"
     )
-    assert _run_script(tmp_path, body).returncode == 1
-    done = _run_script(tmp_path, "for x in first:\n    step(x)")
-    assert done.returncode == 1
-    assert "ForeignWindowError" in done.stderr
-    assert list(tmp_path.rglob("windows/*.json"))
+    assert script.start(body)[0] == 1
+    status, said = script.start("for x in first:\n    step(x)")
+    assert status == 1
+    assert "ForeignWindowError" in said
+    assert script.windows()
 
 
-def test_failed_script_keeps_its_windows_and_shows_its_own_error(tmp_path: Path) -> None:
-    done = _run_script(tmp_path, "for batch in first:\n    step(batch)\nraise KeyError('mine')")
-    assert done.returncode == 1
-    assert "KeyError: 'mine'" in done.stderr
-    assert list(tmp_path.rglob("windows/*.json"))
+def test_failed_script_keeps_its_windows_and_shows_its_own_error(script: Script) -> None:
+    status, said = script.start("for batch in first:\n    step(batch)\nraise KeyError('mine')")
+    assert status == 1
+    assert "KeyError: 'mine'" in said
+    assert script.windows()
 
 
-def test_exit_status_of_the_script_is_that_of_the_command(tmp_path: Path) -> None:
-    assert _run_script(tmp_path, "raise SystemExit(7)").returncode == 7
+def test_exit_status_of_the_script_is_that_of_the_command(script: Script) -> None:
+    assert script.start("raise SystemExit(7)")[0] == 7
 
 
 def test_module_sees_its_own_arguments(tmp_path: Path) -> None:
@@ -587,24 +615,33 @@ print(ours, sorted({"torch", "lightning", "yaml", "jsonargparse"} & set(sys.modu
 
 
 def test_entry_point_costs_next_to_nothing() -> None:
-    """CPU time of a process, as a ratio of medians in one run: the machine may be busy with something else."""
+    """CPU time of a process, as a ratio of medians in one run: the machine may be busy with something else.
+
+    Each process is a copy of one that has imported Lightning, whose time counts for each.
+    """
     code = """
-import sys, time
+import os, sys, time
 from lightning.fabric.utilities import registry
 from lightning.pytorch import Trainer
-if sys.argv[1] == "without":
-    original = registry.entry_points
-    registry.entry_points = lambda **given: [p for p in original(**given) if p.name != "moetion"]
-Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
-print(("moetion_lightning" in sys.modules), time.process_time())
+imported = time.process_time()
+for number in range(10):
+    kind = ("with", "without")[number % 2]
+    sys.stdout.flush()
+    if os.fork() == 0:
+        if kind == "without":
+            original = registry.entry_points
+            registry.entry_points = lambda **given: [p for p in original(**given) if p.name != "moetion"]
+        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
+        print(kind, "moetion_lightning" in sys.modules, imported + time.process_time(), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     seconds: dict[str, list[float]] = {"with": [], "without": []}
-    for _ in range(5):
-        for kind, measured in seconds.items():
-            done = subprocess.run(
-                [sys.executable, "-c", code, kind], capture_output=True, text=True, timeout=120, check=True
-            )
-            loaded, value = done.stdout.split()
-            assert loaded == str(kind == "with")
-            measured.append(float(value))
+    for line in done.stdout.splitlines():
+        kind, loaded, value = line.split()
+        assert loaded == str(kind == "with")
+        seconds[kind].append(float(value))
+    assert [len(values) for values in seconds.values()] == [5, 5]
     assert statistics.median(seconds["with"]) <= 1.2 * statistics.median(seconds["without"]), seconds

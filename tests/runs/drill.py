@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moetion_lightning.testing.compare import compare_states
-from tests.runs.ranks import TIMEOUT_SECONDS, Ended, environments, suffix
+from tests.runs.ranks import TIMEOUT_SECONDS, Ended, elastic_environments, environments, suffix
+from tests.runs.references import References
 
 #: What a run without callbacks knows nothing of.
 _OF_CAPTURES = (
@@ -87,6 +88,23 @@ class Zygote:
         self._process.wait(timeout=30)
 
 
+def start(zygote: Zygote, spec: dict[str, Any], out: Path, timeout_seconds: float) -> None:
+    """All ranks of a run under an elastic agent's environment, to their good end; they write to ``out``.
+
+    Args:
+        zygote: Starts processes.
+        spec: The run, with its ``runner`` and its ``ranks``.
+        out: Folder.
+        timeout_seconds: How long they may take.
+    """
+    ranks = spec["ranks"]
+    logs = [out / f"log-{rank}" for rank in range(ranks)]
+    ended = zygote.run_group(
+        [{**spec, "out": str(out)}] * ranks, logs, elastic_environments(ranks, "test"), timeout_seconds
+    )
+    assert ended.good, f"{ended}\n{read_logs(out)}"
+
+
 @dataclass
 class Drill:
     """Runs of one scenario beside each other.
@@ -95,12 +113,13 @@ class Drill:
         zygote: Starts processes.
         base: Directory for everything that the runs write.
         memory_dir: Host-memory tier.
+        references: Runs that never fail.
     """
 
     zygote: Zygote
     base: Path
     memory_dir: Path
-    _references: dict[str, Path] = field(default_factory=dict)
+    references: References
     _count: int = 0
 
     def _directory(self, name: str) -> Path:
@@ -122,13 +141,12 @@ class Drill:
     def reference(self, spec: dict[str, Any]) -> Path:
         """The run that never failed, without any of our callbacks."""
         bare = {k: v for k, v in spec.items() if k not in _OF_CAPTURES}
-        key = json.dumps(bare, sort_keys=True)
-        if key not in self._references:
-            out = self._directory("reference")
+
+        def make(out: Path) -> None:
             ended = self.start({**bare, "capture": False}, out)
             assert ended.good, f"{ended}\n{read_logs(out)}"
-            self._references[key] = out
-        return self._references[key]
+
+        return self.references.get(bare, make)
 
     def killed(
         self,

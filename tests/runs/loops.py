@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy
 from moetion_lightning.testing.compare import flatten_state, write_state
 from moetion_lightning.testing.faults import KillAt
+from tests.runs.commits import kill_when_committed
 from tests.runs.data import Samples, make_loader
 from tests.runs.models import Body, make_optimizer
 from tests.runs.optimizers import MADE
@@ -120,7 +120,7 @@ class Bench:
     def kill(self, hook: str, step: int) -> None:
         kill = self.spec["kill"]
         if kill and kill.get("hook") == hook and kill["step"] == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill_when_committed(kill, self.out / f"events{self.spec['suffix']}.jsonl")
 
     def write(self, epoch: int, batch: int, **values: Any) -> None:
         drawn = {"python": random.random(), "numpy": float(np.random.rand()), "torch": float(torch.rand(()))}

@@ -1,10 +1,8 @@
-"""Runs the same training as a pipeline and as one process: as a script, one start of all ranks serves many cases."""
+"""Runs the same training as a pipeline and as one process; one start of all ranks serves many cases."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,13 @@ from tests.runs.models import make_optimizer
 from tests.runs.scenario import DEFAULTS
 
 VOCABULARY, LENGTH = 32, 5
+EPOCH = 6  # steps
 
 COMMON: dict[str, Any] = {
     "model": "decoder",
     "num_microbatches": 4,
     "micro_batch_size": 2,
-    "steps": 20,
+    "steps": 2 * EPOCH,
     "accumulate": 1,
     "clip": 0.5,
     "precision": "32-true",
@@ -131,7 +130,7 @@ class Tokens(Decoder):
 
 def data(case: dict[str, Any]) -> TensorDataset:
     per_step = case["num_microbatches"] * case["micro_batch_size"] * case["accumulate"] * case.get("dp", 1)
-    count = per_step * 10 - (case["micro_batch_size"] if case["ragged"] else 0)
+    count = per_step * EPOCH - (case["micro_batch_size"] if case["ragged"] else 0)
     tokens = torch.randint(3, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(1))
     return TensorDataset(tokens)
 
@@ -172,7 +171,7 @@ def fit(given: dict[str, Any], out: Path, world: int, checkpoints: Path | None =
         strategy = MoEtionStrategy(
             pipeline_parallel_size=world // dp, num_microbatches=size, process_group_backend="gloo", **options
         )
-    checkpoint = ModelCheckpoint(out.parent / out.name, monitor="val_loss", save_last=True)
+    checkpoint = ModelCheckpoint(out.parent / out.name, monitor="val_loss", save_last=case.get("evaluate"))
     trainer = pl.Trainer(
         accelerator="cpu", devices=world, strategy=strategy, max_steps=case["steps"], callbacks=[checkpoint],
         accumulate_grad_batches=case["accumulate"] * (size if plain else 1), gradient_clip_val=case["clip"],
@@ -201,10 +200,9 @@ def fit(given: dict[str, Any], out: Path, world: int, checkpoints: Path | None =
     return module
 
 
-def main(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
-    for name, case in cases.items():
-        fit(case, folder / name, int(os.environ["WORLD_SIZE"]))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+def run(spec: dict[str, Any]) -> None:
+    """All cases of one world size."""
+    for name, case in spec["cases"].items():
+        fit(case, Path(spec["out"]) / name, spec["ranks"])
+    torch.distributed.barrier()  # rank 0 serves the store: it is the last one to need it
+    torch.distributed.destroy_process_group()

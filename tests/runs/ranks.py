@@ -44,9 +44,12 @@ def suffix(rank: int, ranks: int) -> str:
 
 
 def environments(ranks: int, job_id: str) -> list[dict[str, str]]:
+    """What :func:`elastic_environments` says; nothing for a job of one rank, which is an ordinary process."""
+    return elastic_environments(ranks, job_id) if ranks > 1 else [{}]
+
+
+def elastic_environments(ranks: int, job_id: str) -> list[dict[str, str]]:
     """What an elastic agent on one node sets for each of its ranks; rank 0 serves the store, on a fresh port."""
-    if ranks == 1:
-        return [{}]
     port = free_port()
     return [
         {

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,6 +23,7 @@ from moetion_lightning.events import Event
 from moetion_lightning.testing.compare import flatten_state, write_state
 from moetion_lightning.testing.faults import KillAt
 from tests.runs import changing, compiled, network, optimizers, variants
+from tests.runs.commits import kill_when_committed
 from tests.runs.data import Samples, make_loader
 from tests.runs.decoder import Decoder
 from tests.runs.models import Automatic, Manual, Sharded
@@ -90,6 +90,7 @@ class Recorder(pl.Callback):
 
     def __init__(self, path: Path, kill: dict[str, Any] | None, seed: int | None) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._events = path.with_name(path.name.replace("steps", "events"))
         self._kill = dict(kill) if kill and "hook" in kill else None
         self._seed = seed
 
@@ -102,7 +103,7 @@ class Recorder(pl.Callback):
 
     def _maybe_kill(self, hook: str, step: int) -> None:
         if self._kill and self._kill["hook"] == hook and self._kill["step"] == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill_when_committed(self._kill, self._events)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         parts = batch if isinstance(batch, list) else [batch]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import importlib
 import json
 import os
 import signal
 import sys
-import traceback
 from dataclasses import asdict
 from typing import Any
 
@@ -38,6 +38,7 @@ def main() -> None:
 
     def fork(spec: dict[str, Any], log: str, environment: dict[str, str]) -> int:
         runner = importlib.import_module(spec.get("runner", scenario.__name__))
+        gc.freeze()  # what is imported stays: a rank's collector need not look at it, nor copy its pages
         pid = os.fork()
         if pid:
             os.setpgid(pid, pid)
@@ -52,9 +53,11 @@ def main() -> None:
             groups.install()
             runner.run(spec)
             code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException as error:
-            traceback.print_exc()
             sys.last_type = type(error)  # as the interpreter does for an error that nobody catches
+            sys.excepthook(type(error), error, error.__traceback__)
             code = 1
         atexit._run_exitfuncs()
         sys.stdout.flush()

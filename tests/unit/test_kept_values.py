@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import dis
 import enum
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from moetion_lightning.core.kept_values import ClassFinder, LiveValues, MissingClassError, Reviver
 from moetion_lightning.core.packed_lists import PackedLists
 from moetion_lightning.engine.plain_attributes import PlainAttributes
+from moetion_lightning.engine.users_classes import _names_stored
 from moetion_lightning.store.tree import dump_tree, load_tree
 
 
@@ -251,3 +253,17 @@ def test_values_that_cannot_be_stored_are_left_out_one_by_one() -> None:
     )
     assert load_tree(dump_tree(values)) == {"module": {"good": [1]}}
     assert refused == [("module", "bad")]
+
+
+def test_names_that_a_function_stores_are_those_that_dis_finds() -> None:
+    """Also behind the 256th name, where an instruction has a prefix, and in functions that have run."""
+    many = "".join(f"  o.a{i} = o.b{i}\n" for i in range(300))
+    made: dict[str, Any] = {}
+    exec(f"def many(o):\n{many}  o.a7 += 1\n", made)
+    functions = [made["many"], *(f for kind in (nn.Module, nn.LSTM, argparse.Action) for f in vars(kind).values())]
+    found = 0
+    for code in (f.__code__ for f in functions if hasattr(f, "__code__")):
+        expected = [i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"]
+        assert list(_names_stored(code)) == expected
+        found += len(expected)
+    assert found > 310

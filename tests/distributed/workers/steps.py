@@ -1,9 +1,9 @@
 """A rank that counts steps together with the others, and rebuilds its group after a loss.
 
-usage: steps.py FOLDER STEPS [SECONDS_PER_STEP]
+usage: steps.py FOLDER STEPS
 
 Writes FOLDER/RANK.pids (one line for each process that had the rank) and FOLDER/RANK.step (`step pid`). The step
-counter of the survivors goes on; a replacement takes theirs.
+counter of the survivors goes on; a replacement takes theirs. The last step is counted when FOLDER/go exists.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moetion_lightning.distributed.membership import Membership
 from moetion_lightning.errors import RankLostError
 
 _TIMEOUT = timedelta(seconds=20)
+_SECONDS = 0.02
 
 
 def _write(path: Path, text: str) -> None:
@@ -59,7 +60,6 @@ def _lightning_rank() -> int | None:
 
 def main() -> None:
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-    seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 0.05
     membership = Membership.from_environment()
     assert membership is not None
     rank = membership.rank
@@ -88,10 +88,11 @@ def main() -> None:
                 group = _build(membership)
                 step = _together(group, step, dist.ReduceOp.MAX)
             membership.check()
-            _together(group, 1, dist.ReduceOp.SUM)
-            time.sleep(seconds)
-            step += 1
-            _write(folder / f"{rank}.step", f"{step} {os.getpid()}")
+            go = _together(group, int((folder / "go").exists()), dist.ReduceOp.MIN)
+            time.sleep(_SECONDS)
+            if go or step < steps - 1:
+                step += 1
+                _write(folder / f"{rank}.step", f"{step} {os.getpid()}")
         except (RankLostError, RuntimeError) as error:
             group = None
             if not membership.wait_for_loss(15.0):
