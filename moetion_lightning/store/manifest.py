@@ -36,8 +36,9 @@ MAX_MANIFEST_BYTES = 256 * 1024 * 1024
 """Longer files are refused unread."""
 
 _FORMAT = "moetion-window"
-# 1 knew nothing of other ranks, 2 nothing of the optimizer state of frozen parameters, 3 of several optimizers of one.
-_VERSION = 4
+# 1 knew nothing of other ranks, 2 nothing of the optimizer state of frozen parameters, 3 of several optimizers of one,
+# 4 nothing of neighbouring rows as one tensor.
+_VERSION = 5
 _FEW = 64  # longer containers are encoded in one go
 _MAX_INT_DIGITS = 40  # far above any size, seed or step; keeps int() from going quadratic on hostile input
 _CHECKSUM = re.compile(r"xxh3:[0-9a-f]{32}")
