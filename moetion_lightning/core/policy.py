@@ -207,6 +207,7 @@ class SparsePolicy:
         self._cost = CaptureCost()
         self._schedule: Schedule | None = None
         self._known: tuple[object, ...] = ()
+        self._seen: tuple[object, object] = (None, None)
         self._heaviest: dict[int, int] = {}
         self._full_bytes = 0  # of all parameters, also of those that other ranks capture
         self._sums = (0, 0)  # bytes of all operators, in full and as compute weights
@@ -268,6 +269,9 @@ class SparsePolicy:
         return "; ".join(reasons)
 
     def _what_changed_here(self, context: PolicyContext) -> str:
+        before, self._seen = self._seen, (context.operators, context.sizes)
+        if self._schedule is not None and all(new is old for new, old in zip(self._seen, before)):
+            return ""
         known = (tuple(op.name for op in context.operators), tuple(context.sizes.compute.items()))
         if self._schedule is None:
             self._known = known

@@ -40,7 +40,7 @@ CLOSURE_FIRST_OPTIMIZERS: frozenset[type] = frozenset(
 #: Kinds of devices that hold state which can be captured.
 DEVICES = frozenset({"cpu", "cuda"})
 
-_LOOKED_AT = 256  # parameters of which values are compared in each iteration
+_LOOKED_AT = 32  # parameters of which values are compared in each iteration
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _OPTIONAL_STATE_BYTES_PER_ELEMENT = 8  # estimate before an optimizer's first step: two float32 moments
 _NOTHING: Mapping[Any, Any] = {}
@@ -95,6 +95,7 @@ class LiveState:
         self._tables: tuple[tuple[str, ...], ...] = ()
         self._shared: dict[tuple[int, int], bool] = {}
         self._coupled: dict[int, tuple[Any, bool]] = {}
+        self._watched: dict[int, tuple[Sequence[str], list[Tensor], list[str]]] = {}
         self._foreign: list[str] = []
         self._look()
         if self.problem:
@@ -132,6 +133,7 @@ class LiveState:
         self._lazy = any(is_lazy(parameter) for _, parameter in named)
         self._shared.clear()
         self._coupled.clear()
+        self._watched.clear()
         self._coupled_shards: list[str] | None = None
         self.parameters = {name: parameter for name, parameter in named if not is_lazy(parameter)}
         #: Names of the parameters by ``id``.
@@ -284,11 +286,16 @@ class LiveState:
         On the CPU some values are looked at, too: a change of whole tensors through ``.data`` shows there.
 
         Args:
-            names: The parameters; of many, others in each turn are looked at.
+            names: The parameters, as the same object at each call; of many, others in each turn are looked at.
             turn: The iteration.
         """
-        own = self.parameters
-        shards = [own[n] if type(own[n]) is nn.Parameter else self.weight(n) for n in names if n in own]
+        known = self._watched.get(id(names))
+        if known is None or known[0] is not names:
+            own = self.parameters
+            plain = [own[name] for name in names if name in own and type(own[name]) is nn.Parameter]
+            others = [name for name in names if name in own and type(own[name]) is not nn.Parameter]
+            known = self._watched[id(names)] = (names, plain, others)
+        shards = [*known[1], *map(self.weight, known[2])]
         each = -(-len(shards) // _LOOKED_AT)
         looked_at = shards if each <= 1 else shards[turn % each :: each]
         return [shard._version for shard in shards], [_some_values(shard) for shard in looked_at]
