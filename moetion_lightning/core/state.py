@@ -294,7 +294,8 @@ class LiveState:
             own = self.parameters
             plain = [own[name] for name in names if name in own and type(own[name]) is nn.Parameter]
             others = [name for name in names if name in own and type(own[name]) is not nn.Parameter]
-            known = self._watched[id(names)] = (names, plain, others)
+            known = (names, plain, others)
+            self._watched[id(names)] = known
         shards = [*known[1], *map(self.weight, known[2])]
         each = -(-len(shards) // _LOOKED_AT)
         looked_at = shards if each <= 1 else shards[turn % each :: each]
