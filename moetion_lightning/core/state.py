@@ -292,7 +292,7 @@ class LiveState:
         known = self._watched.get(id(names))
         if known is None or known[0] is not names:
             own = self.parameters
-            plain = [own[name] for name in names if name in own and type(own[name]) is nn.Parameter]
+            plain: list[Tensor] = [own[name] for name in names if name in own and type(own[name]) is nn.Parameter]
             others = [name for name in names if name in own and type(own[name]) is not nn.Parameter]
             known = (names, plain, others)
             self._watched[id(names)] = known
