@@ -33,7 +33,7 @@ demo: $(STAMP)  ## Train a small MoE, kill it, watch it come back bit for bit
 	@$(PY) -m moetion_lightning demo $(ARGS)
 
 test: $(DOCS_STAMP)  ## Run all tests
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup --durations 15 $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal --durations 15 $(ARGS)
 
 check: $(DEV_STAMP)  ## Lint, type check, fast tests (a few minutes)
 	$(PY) -m ruff check .

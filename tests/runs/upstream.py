@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,15 @@ def _arm(kill: dict[str, Any]) -> None:
 
 
 def run(spec: dict[str, Any]) -> None:
-    out = Path(spec["out"])
+    """The script; rank 0 serves the store, and ends last: others may need it while they leave the group."""
+    out, ranks = Path(spec["out"]), spec.get("ranks", 1)
+    _run(spec, out)
+    (out / f"ended-{os.environ.get('RANK', '0')}").touch()
+    while os.environ.get("RANK") == "0" and len(list(out.glob("ended-*"))) < ranks:
+        time.sleep(0.01)
+
+
+def _run(spec: dict[str, Any], out: Path) -> None:
     script = str(ROOT / spec["script"])
     arguments = [*spec.get("arguments", ()), "--output_dir", str(out / "output")]
     kill = spec.get("kill")
