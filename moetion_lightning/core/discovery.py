@@ -9,10 +9,12 @@ decision (:mod:`moetion_lightning.moe.routing.calibration`).
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -127,11 +129,9 @@ class _Found:
 def _from_specs(found: _Found, specs: Sequence[MoESpec], *, user: bool) -> None:
     index = found.index
     for spec in specs:
-        pattern, matched = re.compile(spec.block), False
-        for name, block in index.modules.items():
-            if not any(pattern.fullmatch(f"{c.__module__}.{c.__qualname__}") for c in type(block).__mro__):
-                continue
-            matched = True
+        matched = index.of_classes(re.compile(spec.block))
+        for name in matched:
+            block = index.modules[name]
             paths = [index.join(name, path) for path in spec.expert_paths]
             router = None if spec.router is None else index.join(name, spec.router)
             missing = [p for p in (*paths, router) if p is not None and p not in index.modules]
@@ -202,12 +202,17 @@ def _index_tap(experts: nn.Module) -> Tap:
     return Tap(site="experts", io="in", key=named or 1, form="index")
 
 
-def _forward_arguments(module: nn.Module) -> list[str]:
+def _forward_arguments(module: nn.Module) -> Sequence[str]:
+    # The class's forward: expert parallelism replaces the instance's by one that takes *args.
+    return _arguments(type(module).forward)
+
+
+@functools.lru_cache(maxsize=4096)
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     try:
-        # The class's forward: expert parallelism replaces the instance's by one that takes *args.
-        return list(inspect.signature(type(module).forward).parameters)[1:]
+        return tuple(inspect.signature(forward).parameters)[1:]
     except (TypeError, ValueError):
-        return []
+        return ()
 
 
 def _named_router(index: ModuleIndex, block: str, container: str) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,36 @@ class ModuleIndex:
         first = {id(parameter): name for name, parameter in self.parameters.items()}
         #: Canonical name of every parameter, by each of its names.
         self.canonical = {n: first[id(p)] for n, p in root.named_parameters(remove_duplicate=False) if id(p) in first}
+        self._by_class: dict[type, list[str]] = {}
+        for name, module in self.modules.items():
+            self._by_class.setdefault(type(module), []).append(name)
+
+    def of_classes(self, pattern: re.Pattern[str]) -> list[str]:
+        """Modules of which a class in the MRO has a name (``module.Class``) that matches, in their order."""
+        kinds = {
+            kind
+            for kind in self._by_class
+            if any(pattern.fullmatch(f"{base.__module__}.{base.__qualname__}") for base in kind.__mro__)
+        }
+        return [name for name, module in self.modules.items() if type(module) in kinds] if kinds else []
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Elements by module, in one go for all of them."""
+        found: dict[str, int] = dict.fromkeys(self.modules, 0)
+        names = collections.Counter(self.canonical.values())
+        seen: set[tuple[str, str]] = set()  # of parameters that have several names
+        for name, canonical in self.canonical.items():
+            owner, count = name, self.parameters[canonical].numel()
+            while owner:
+                owner = owner.rpartition(".")[0]
+                if names[canonical] > 1:
+                    if (owner, canonical) in seen:
+                        continue
+                    seen.add((owner, canonical))
+                if owner in found:
+                    found[owner] += count
+        return found
 
     @staticmethod
     def join(module: str, path: str) -> str:
@@ -63,7 +95,7 @@ class ModuleIndex:
 
     def size(self, name: str) -> int:
         """Elements of all parameters of the module."""
-        return sum(self.parameters[n].numel() for n in self.parameters_of(name))
+        return self._sizes[name]
 
 
 @dataclass(frozen=True, kw_only=True)
