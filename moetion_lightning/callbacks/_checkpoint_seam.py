@@ -84,7 +84,8 @@ class CheckpointSeam:
         ]
         kinds += [(Callback, c) for c in trainer.callbacks if type(c).__module__.partition(".")[0] != _PACKAGE]
         hooks = ("on_save_checkpoint", "on_load_checkpoint")
-        if any(getattr(type(value), hook) is not getattr(base, hook) for base, value in kinds for hook in hooks):
+        pairs = [(getattr(type(value), h, None), getattr(base, h, None)) for base, value in kinds for h in hooks]
+        if any(own is not None and own is not given for own, given in pairs):
             return True
         if any(name in vars(module) for name in ("state_dict", "load_state_dict", *hooks)):
             return True
