@@ -32,7 +32,7 @@ class Story:
         self.starts += 1
         expected = code if code is not None else -signal.SIGKILL if kill else 0
         text = log.read_text()
-        assert ended == expected, text
+        assert ended == expected, f"{ended}: {text}"
         return text
 
     def steps(self, start: int | None = None) -> dict[str, tuple[str, list[int]]]:

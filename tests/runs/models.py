@@ -145,7 +145,7 @@ class Automatic(pl.LightningModule):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = {key: value for key, value in spec.items() if key not in ("break", "kill")}  # of this start
         self.body = Body(spec["block"], width=spec["width"], num_experts=spec["num_experts"])
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,8 @@ def frozen(script: Script) -> None:
 
         def freeze() -> None:
             (script.out / "pid").write_text(str(os.getpid()))
+            while not listing(script.out / "persist"):  # another thread persists
+                time.sleep(0.01)
             _meet(script, "freezes")
             os.kill(os.getpid(), signal.SIGSTOP)
 
