@@ -81,7 +81,8 @@ class CaptureThread:
             finish: Seals and commits; may take longer.
             failed: Called on the capture thread with an error of either, or of the device; no copy runs any more then.
             check: Called on the training thread when it waits for the copies, where these are only queued by ``copy``:
-                looks whether user code has changed the sources meanwhile.
+                looks whether user code has changed the sources meanwhile. It is called before an update, and before
+                anybody waits for ``finish``, which may wait for it.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="moetion-capture", daemon=True)
@@ -99,22 +100,28 @@ class CaptureThread:
         started = time.perf_counter()
         self._copied.wait()
         self.fence.hold_training()
-        unchecked, self._unchecked = self._unchecked, []
-        for check in unchecked:
-            check()
+        self._check()
         return time.perf_counter() - started
 
     def drain(self) -> None:
         """Training thread: wait until every job is finished."""
+        self._check()
         if self._thread is not None:
             self._jobs.join()
 
     def close(self) -> None:
         """Finish the queued jobs and end the thread."""
+        self._check()
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join()
             self._thread = None
+
+    def _check(self) -> None:
+        """Jobs may wait for this: whoever waits for them does it before."""
+        unchecked, self._unchecked = self._unchecked, []
+        for check in unchecked:
+            check()
 
     def _run(self) -> None:
         self.fence.enter_thread()

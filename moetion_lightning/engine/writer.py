@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -461,6 +462,7 @@ class _SlotJob:
         self._record = record
         self._buffer: HostBuffer | None = None
         self._compiled: CompiledSlot | None = None
+        self._checked = threading.Event()
         self._sources: SlotSources | None = None  # kept until the copies have arrived: they read from it
         self._static: tuple[HostBuffer, SnapshotLayout] | None = None
         # Taken on the training thread, at the iteration's end: copies that began late see later changes, too.
@@ -481,11 +483,16 @@ class _SlotJob:
         buffer = self._buffer = writer.acquire(self._iteration, self._slot, self._compiled.layout.nbytes)
         self._compiled.copy(self._sources, buffer, self._progress() if bus.fine_grained else None)
         self._samples = OperatorSamples(writer._live, self._whole, self._iteration, writer._thread.fence)
-        self.check()
+        self._look()
         if self._slot == 0:
             self._static = writer.copy_static(window)
 
     def check(self) -> None:
+        """Training thread, before the next update: copies that are queued may have run after a change by user code."""
+        self._look()
+        self._checked.set()
+
+    def _look(self) -> None:
         """User code may have changed the sources since the iteration's end: then the copies are of no use."""
         if self._versions != self._writer._live.versions(self._names, self._iteration):
             self._window.broken = TORN
@@ -573,6 +580,8 @@ class _SlotJob:
                 writer.take_static_of_newest(window)
         writer._bus.emit(SlotSealed(iteration=self._iteration, slot=self._slot, file=record.name))
         if self._slot == num_slots - 1:
+            if writer._thread.fence.enabled:
+                self._checked.wait()
             following = window.to_come.wait()
             if not window.broken:
                 writer.commit(window, self._iteration, following)

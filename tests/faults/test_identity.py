@@ -284,7 +284,7 @@ def test_a_script_without_a_seed_continues(drill: Drill) -> None:
 @WINDOWS
 def test_a_failure_after_training_continues_at_its_end(drill: Drill, then: str, window: int) -> None:
     story = Story(drill, "plain", window=window, changes={"0": {"then": then}})
-    story.start(code={"raise": 1, "exit": 1, "kill": -signal.SIGKILL}[then])
+    story.start(code={"raise": 1, "exit": 3, "kill": -signal.SIGKILL}[then])
     story.start()
     assert len(story.steps(1)) <= 2 * window
     assert story.differences(story.twin(changes={})) == []

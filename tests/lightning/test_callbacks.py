@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import json
@@ -273,7 +274,8 @@ class Watcher(pl.Callback):
         modules = dict(pl_module.named_modules()).items()
         self.hooked |= {name for name, m in modules if m._forward_hooks or m._forward_pre_hooks}
         for path in self.memory_dir.glob("*/rank-*/windows/*.json"):
-            self.manifests.append(json.loads(path.read_bytes()))
+            with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
+                self.manifests.append(json.loads(path.read_bytes()))
 
 
 EXPERTS = {"body.blocks.0.experts", "body.blocks.1.experts"}
