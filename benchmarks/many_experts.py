@@ -195,10 +195,15 @@ def main() -> None:
         for experts in sorted(args.experts):
             results["rows"].append(measure(experts, form, args.rounds, args.iterations))
             print(results["rows"][-1], flush=True)
+            write(results, args.out)  # the last row takes long
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """The table of the rows so far."""
     columns = list(results["rows"][0])
     table = markdown_table(columns, [[str(row[name]) for name in columns] for row in results["rows"]])
-    text = f"# Many experts\n\n{__doc__.strip()}\n\n{table}\n\n{machine_line(results)}\n"
-    write_results("many_experts", results, text, args.out)
+    text = f"# Many experts\n\n{(__doc__ or '').strip()}\n\n{table}\n\n{machine_line(results)}\n"
+    write_results("many_experts", results, text, folder)
 
 
 if __name__ == "__main__":
