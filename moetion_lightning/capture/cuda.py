@@ -28,7 +28,9 @@ class CudaFence(DeviceFence):
     enabled = True
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._streams = {device: torch.cuda.Stream(device=device) for device in dict.fromkeys(devices)}
+        current = torch.cuda.current_device()
+        known = [torch.device("cuda", current if device.index is None else device.index) for device in devices]
+        self._streams = {device: torch.cuda.Stream(device=device) for device in dict.fromkeys(known)}
         self._ready: dict[torch.device, torch.cuda.Event] = {}
         self._first: dict[torch.device, torch.cuda.Event] = {}
         self._done: dict[torch.device, torch.cuda.Event] = {}
