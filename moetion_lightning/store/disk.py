@@ -174,10 +174,14 @@ class DirectoryTier:
             ForeignWindowError: of another job or rank.
             StoreError: a file is missing, or writing fails.
         """
+        # Listed before the owner is asked: this process may be frozen at any point, and what is there when it comes
+        # back may be another one's.
+        later = [iteration for iteration in self._set.windows() if iteration > manifest.iteration]
         self.check_owner()
         self._set.commit(manifest, on_stage)
-        for later in [i for i in self._set.windows() if i > manifest.iteration]:
-            self._root.remove_manifest(later)
+        for iteration in later:
+            self.check_owner()
+            self._root.remove_manifest(iteration)
 
     def drop(self, iteration: int) -> None:
         """Remove a window: its manifest first, then the files that no other window names."""
@@ -337,20 +341,23 @@ class DirectoryTier:
                 del readable[iteration]
 
     def _retain(self) -> None:
-        self.check_owner()
+        iterations = self._set.windows()
         readable, _ = self._set.named_files()
         # Damaged windows do not count as kept; they go when they are older than all that are.
         kept = windows_to_keep(readable, self.keep, finite=[i for i, m in readable.items() if m.finite])
-        for iteration in self._set.windows():
+        for iteration in iterations:
             if iteration not in kept and (iteration in readable or iteration < kept[-1]):
+                self.check_owner()
                 self._root.remove_manifest(iteration)
         self._collect()
 
     def _collect(self, keep: Collection[str] = ()) -> None:
+        existing = self._root.files()  # before the manifests are read: a file that comes later is no garbage
         readable, is_safe = self._set.named_files()
         aside, is_aside_safe = self._set.manifests_aside()
         if is_safe and is_aside_safe:
             manifests = [*readable.values(), *aside]
-            for name in set(files_to_drop(manifests, self._root.files())).difference(keep):
+            for name in set(files_to_drop(manifests, existing)).difference(keep):
+                self.check_owner()
                 self._root.remove_file(name)
             self._known &= {record for manifest in manifests for record in manifest.files}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import uuid
 
 import pytest
@@ -182,6 +184,47 @@ def test_one_that_is_frozen_while_it_writes_does_not_commit(url, memory):
         tier.persist(manifest, memory, on_file=lambda name: put_record(tier, host="elsewhere", nonce="n"))
     assert tier.windows() == [1]
     tier.verify(tier.read_manifest(1))
+
+
+@pytest.mark.parametrize("moment", range(40))
+def test_one_that_is_frozen_at_any_moment_removes_nothing_of_its_successor(url, memory, tmp_path, moment):
+    """Another process takes the place and persists windows before the n-th call of storage that the first one makes."""
+    tier = DirectoryTier(url, "job", keep=1)
+    for iteration in (1, 2):
+        tier.persist(commit_window(memory, iteration), memory)
+    manifest, calls, windows = commit_window(memory, 3), [], []
+
+    def take_over() -> None:
+        successor = DirectoryTier(url, "job", keep=3)
+        put_record(successor, host="elsewhere", nonce="n")
+        successor._owner = types.SimpleNamespace(claim=lambda: None, check=lambda: None, release=lambda: None)
+        with HostMemoryTier(tmp_path / "other", "job") as source:
+            for iteration in (4, 5):
+                successor.persist(commit_window(source, iteration), source)
+        windows.extend(successor.windows())
+
+    def watched(method):
+        def call(*args, **kwargs):
+            calls.append(method)
+            if len(calls) == moment + 1:
+                take_over()
+            return method(*args, **kwargs)
+
+        return call
+
+    for name in [name for name in dir(tier._root) if not name.startswith("_")]:
+        method = getattr(tier._root, name)
+        if callable(method):
+            setattr(tier._root, name, watched(method))
+    with contextlib.suppress(OwnerLostError, StoreError):  # or its files are gone: they were nobody's any more
+        tier.persist(manifest, memory)
+    if not windows:
+        assert len(calls) <= moment
+        pytest.skip("the first process makes fewer calls")
+    left = DirectoryTier(url, "job")
+    assert {4, 5} <= set(left.windows())
+    for iteration in (4, 5):
+        left.verify(left.read_manifest(iteration))
 
 
 def test_an_owner_that_has_ended_meanwhile_is_not_followed(url):
