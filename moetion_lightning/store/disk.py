@@ -178,7 +178,14 @@ class DirectoryTier:
         # back may be another one's.
         later = [iteration for iteration in self._set.windows() if iteration > manifest.iteration]
         self.check_owner()
-        self._set.commit(manifest, on_stage)
+
+        def staged(stage: str) -> None:
+            if stage == "temporary":  # writing took a while; what follows is one rename
+                self.check_owner()
+            if on_stage is not None:
+                on_stage(stage)
+
+        self._set.commit(manifest, staged)
         for iteration in later:
             self.check_owner()
             self._root.remove_manifest(iteration)
