@@ -136,7 +136,7 @@ def frozen(script: Script) -> None:
 
         def freeze() -> None:
             (script.out / "pid").write_text(str(os.getpid()))
-            while not any("/windows/" in line for line in listing(script.out / "persist")):  # another thread persists
+            while not any((script.out / "persist").glob("*/rank-00000/windows/[0-9]*")):  # another thread persists
                 time.sleep(0.01)
             _meet(script, "freezes")
             os.kill(os.getpid(), signal.SIGSTOP)
