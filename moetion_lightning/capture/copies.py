@@ -16,7 +16,7 @@ from torch import Tensor
 from moetion_lightning.capture.fence import DeviceFence
 from moetion_lightning.errors import UnsupportedStateError
 
-__all__ = ["copy_tensors", "has_memory", "move", "write_small"]
+__all__ = ["copy_tensors", "move", "write_small"]
 
 # ATen runs an elementwise kernel on the calling thread alone up to this many elements. Staying below it keeps the
 # capture thread from opening a thread team of its own, which would compete with the training step for the same cores.
@@ -33,7 +33,7 @@ if _pwritev is not None:
     _pwritev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
 
 
-def has_memory(tensor: Tensor) -> bool:
+def _has_memory(tensor: Tensor) -> bool:
     """Whether a tensor on the CPU is plain, with memory of its own that can be copied from."""
     return type(tensor) is Tensor and tensor.device.type == "cpu" and bool(tensor.data_ptr() or not tensor.numel())
 
@@ -58,7 +58,7 @@ def copy_tensors(
     for target, source in zip(targets, sources):
         if fence.orders(source.device):
             pair = queued.setdefault(source.device, ([], []))
-        elif not has_memory(source):
+        elif not _has_memory(source):
             raise UnsupportedStateError(
                 f"a {type(source).__name__} on {source.device} has no memory of its own that could be copied: only "
                 "plain tensors on the CPU and on CUDA can be captured"

@@ -36,7 +36,6 @@ class _Part:
     name: str
     parameter: nn.Parameter
     plain: bool  # its values are its own memory
-    active: bool
     #: Where the state is flat (tensors by name): for each optimizer its index, and the names; None for no state.
     flat: tuple[tuple[int, tuple[str, ...] | None], ...] | None
     #: What the description said: paths of the tensors, and whether they have the parameter's rows.
@@ -94,7 +93,6 @@ class CompiledSlot:
                     name=name,
                     parameter=parameter,
                     plain=_is_plain(parameter),
-                    active=True,
                     flat=_flat_form(live, name, scalars[name]),
                     paths=tuple((path, with_rows) for path, _, with_rows in kept),
                 )
@@ -111,7 +109,7 @@ class CompiledSlot:
                     places.append((_spec(f"s:{name}:{path}", None, tensor, tensor.dtype), number, None))
         for name, rows in neighbours_joined(frozen).items():
             parameter, weight = live.parameters[name], live.weight(name)
-            self._parts.append(_Part(name, parameter, _is_plain(parameter), active=False, flat=()))
+            self._parts.append(_Part(name, parameter, _is_plain(parameter), flat=()))
             dtype = compute_dtype.get(name, weight.dtype)
             places += [(_spec(f"c:{piece.key}", piece, weight, dtype), len(tensors), piece) for piece in rows]
             tensors.append(weight)
@@ -179,9 +177,10 @@ class CompiledSlot:
         changed: dict[str, Any] = {}
         for part in self._parts:
             parameter = part.parameter
-            tensors.append(parameter if part.plain else live.weight(part.name))
+            weight = parameter if part.plain else live.weight(part.name)
+            tensors.append(weight)
             if part.flat is None:
-                changed[part.name], kept = describe_kept(live, part.name, live.weight(part.name))
+                changed[part.name], kept = describe_kept(live, part.name, weight)
                 if part.paths != tuple((path, with_rows) for path, _, with_rows in kept):
                     return None
                 tensors += [tensor for _, tensor, _ in kept]
@@ -216,7 +215,7 @@ class CompiledSlot:
         memory, tensors = buffer.tensor, sources.tensors
         pointers = np.zeros(len(tensors), dtype=np.uint64)
         pointers[self._moved] = [tensors[number].data_ptr() for number in self._moved]
-        if not pointers[self._moved].all() and self._has_nothing(pointers):
+        if not pointers[self._moved].all():
             raise UnsupportedStateError("a tensor has no memory of its own that could be copied")
         start = memory.data_ptr()
         for place, number, skipped, size in self._large:
@@ -232,11 +231,6 @@ class CompiledSlot:
                 self._fence,
                 progress,
             )
-
-    def _has_nothing(self, pointers: np.ndarray[Any, Any]) -> bool:
-        """Whether something is to be copied from nowhere."""
-        wanted = [number for _, number, _, _ in self._large] + [n for _, s, _, _ in self._small for n in s]
-        return not pointers[wanted].all()
 
     def stored_weights(self, buffer: HostBuffer, count: int) -> list[Tensor]:
         """Some of the captured master weights, evenly spread, in the buffer."""

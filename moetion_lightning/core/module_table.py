@@ -68,7 +68,7 @@ class ModuleTable:
         """Modules of which something holds that does not change while they are there; looked at once.
 
         Args:
-            condition: A function of a module's class; the same object at each call.
+            condition: Of a module; the same object at each call.
         """
         if condition not in self._kept:
             self._kept[condition] = [(name, module) for name, module in self.modules.items() if condition(module)]
