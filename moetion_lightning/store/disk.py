@@ -314,7 +314,7 @@ class DirectoryTier:
 
     def _put(self, record: FileRecord, source: Path, manifest: Manifest) -> None:
         try:
-            self._root.put_file(record, source)
+            self._root.put_file(record, source, self.check_owner)
         except StoreError as error:
             cause = error.__cause__
             if not isinstance(cause, OSError) or cause.errno not in _FULL or not self.courses_aside():
@@ -325,7 +325,7 @@ class DirectoryTier:
                 self.location,
             )
             self.forget_aside(keep={r.name for r in manifest.files})
-            self._root.put_file(record, source)
+            self._root.put_file(record, source, self.check_owner)
 
     def _make_way(self, record: FileRecord, manifest: Manifest, readable: dict[int, Manifest]) -> None:
         """Before a file is replaced: a window that names it with other content stops being a restore point.
@@ -344,6 +344,7 @@ class DirectoryTier:
                         f"{self.location}: window {iteration} needs {record.name} with other content than window "
                         f"{manifest.iteration}. Give files names that no earlier window has used."
                     )
+                self.check_owner()
                 self._root.remove_manifest(iteration)
                 del readable[iteration]
 

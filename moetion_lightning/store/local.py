@@ -286,7 +286,7 @@ class LocalRoot:
                 raise CorruptSnapshotError(f"{path}: {size} bytes, committed with {record.nbytes}. {_REMEDY}")
         return path
 
-    def put_file(self, record: FileRecord, source: Path) -> None:
+    def put_file(self, record: FileRecord, source: Path, before_naming: Callable[[], None]) -> None:
         """Copy a file in, verifying its checksum in the same pass; its name appears when it is whole and durable."""
         path = self.files_dir / record.name
         temporary = self.files_dir / f".{record.name}.part"
@@ -299,6 +299,7 @@ class LocalRoot:
                         f"{source}: checksum {checksum}, committed with {record.checksum}. {_REMEDY}"
                     )
                 os.fsync(fd)
+                before_naming()
                 os.replace(temporary, path)
             except BaseException:
                 with contextlib.suppress(OSError):

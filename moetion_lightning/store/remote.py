@@ -165,13 +165,14 @@ class RemoteRoot:
             self._downloaded.add(record)
         return path
 
-    def put_file(self, record: FileRecord, source: Path) -> None:
+    def put_file(self, record: FileRecord, source: Path, before_naming: Callable[[], None]) -> None:
         """Upload a file, verifying its checksum in the same pass."""
         target = self._join(f"files/{record.name}")
         with _explain(f"upload {record.nbytes} bytes", f"{self.location}/files/{record.name}"):
             try:
                 with self._fs.open(target, "wb", block_size=_CHUNK_BYTES) as upload:
                     checksum = hash_file(source, record.nbytes, on_chunk=lambda chunk: upload.write(bytes(chunk)))
+                    before_naming()
                 if checksum != record.checksum:
                     raise CorruptSnapshotError(
                         f"{source}: checksum {checksum}, committed with {record.checksum}. {_REMEDY}"

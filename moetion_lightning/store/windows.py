@@ -98,8 +98,8 @@ class Root(Protocol):
     def file_path(self, record: FileRecord) -> Path:
         """A local path to read the file from."""
 
-    def put_file(self, record: FileRecord, source: Path) -> None:
-        """Copy a local file in."""
+    def put_file(self, record: FileRecord, source: Path, before_naming: Callable[[], None]) -> None:
+        """Copy a local file in; what is called right before it takes its name may refuse it."""
 
     def remove_file(self, name: str) -> None:
         """Remove a file."""

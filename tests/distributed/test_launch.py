@@ -229,6 +229,12 @@ def node(job: Job, endpoint: str, *options: object, **kwargs: Any) -> Command:
     return job.launch(*common, *options, **kwargs)
 
 
+def wait_for_end(pid: int) -> None:
+    until(
+        lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, f"the end of {pid}"
+    )
+
+
 def wait_for_spare(spare: Command) -> None:
     until(lambda: "waiting as a spare" in spare.text, f"the spare; {spare.text}")
 
@@ -239,7 +245,8 @@ def test_spare_takes_the_place_of_a_lost_node(job: Job) -> None:
     before = job.wait_for_step(2)
     spare = node(job, endpoint, "--nnodes", "2:3", "--failure-domain", "spare")
     wait_for_spare(spare)
-    nodes[0].process.kill()  # its rank ends with it
+    nodes[0].process.kill()
+    wait_for_end(before[0])  # its rank ends with it, but not at once
     job.go()
     assert nodes[1].wait() == 0, job.logs()
     assert spare.wait() == 0, job.logs()

@@ -69,7 +69,7 @@ def test_files_that_are_there_already_are_not_copied_again(memory, disk, monkeyp
     shared = write_snapshot(memory, "shared", 0.0)
     copied = []
     put = disk._root.put_file
-    monkeypatch.setattr(disk._root, "put_file", lambda record, path: (copied.append(record.name), put(record, path)))
+    monkeypatch.setattr(disk._root, "put_file", lambda record, *rest: (copied.append(record.name), put(record, *rest)))
     for i in (1, 2):
         memory.commit(make_manifest(i, [shared]))
         disk.persist(memory.read_manifest(i), memory)

@@ -187,12 +187,12 @@ def test_one_that_is_frozen_while_it_writes_does_not_commit(url, memory):
 
 
 @pytest.mark.parametrize("moment", range(40))
-def test_one_that_is_frozen_at_any_moment_removes_nothing_of_its_successor(url, memory, tmp_path, moment):
+def test_one_that_is_frozen_at_any_moment_neither_removes_nor_adds_anything(url, memory, tmp_path, moment):
     """Another process takes the place and persists windows before the n-th call of storage that the first one makes."""
     tier = DirectoryTier(url, "job", keep=1)
     for iteration in (1, 2):
         tier.persist(commit_window(memory, iteration), memory)
-    manifest, calls, windows = commit_window(memory, 3), [], []
+    manifest, calls, windows, files = commit_window(memory, 3), [], [], set()
 
     def take_over() -> None:
         successor = DirectoryTier(url, "job", keep=3)
@@ -202,6 +202,7 @@ def test_one_that_is_frozen_at_any_moment_removes_nothing_of_its_successor(url, 
             for iteration in (4, 5):
                 successor.persist(commit_window(source, iteration), source)
         windows.extend(successor.windows())
+        files.update(successor._root.files())
 
     def watched(method):
         def call(*args, **kwargs):
@@ -223,6 +224,7 @@ def test_one_that_is_frozen_at_any_moment_removes_nothing_of_its_successor(url, 
         pytest.skip("the first process makes fewer calls")
     left = DirectoryTier(url, "job")
     assert {4, 5} <= set(left.windows())
+    assert set(left._root.files()) <= files
     for iteration in (4, 5):
         left.verify(left.read_manifest(iteration))
 

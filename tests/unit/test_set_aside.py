@@ -187,12 +187,12 @@ def test_storage_that_is_full_takes_what_lies_aside_but_not_the_window_being_wri
     disk.set_aside()
     manifest, real, calls = commit_window(memory, 2), LocalRoot.put_file, []
 
-    def put_file(root, record, source):
+    def put_file(root, record, source, before_naming):
         calls.append(record.name)
         if len(calls) == 2:
             with buffers.explain_os_errors("write", source):
                 raise OSError(28, "No space left on device")
-        real(root, record, source)
+        real(root, record, source, before_naming)
 
     monkeypatch.setattr(LocalRoot, "put_file", put_file)
     disk.persist(manifest, memory)
