@@ -37,13 +37,15 @@ class CheckpointSeam:
         self._trainer = trainer
         self._patches = patches
         self._placed = InstancePatches()  # only while a checkpoint is restored
+        self._taking = InstancePatches()  # only while one is taken
         self._taken: dict[str, Any] | None = None
+        self._other_loops: dict[str, Any] | None = None  # none of which moves while training does
         #: Puts weights into the module where the trainer would load them; None leaves them to the engine.
         self.load_weights: Callable[[], None] | None = None
 
     # --- taking --------------------------------------------------------------------------------------------------
 
-    def dump(self, counters: Mapping[str, Any], *, weights: bool) -> dict[str, Any]:
+    def dump(self, counters: dict[str, Any], *, weights: bool) -> dict[str, Any]:
         """What an ordinary checkpoint of this moment would hold, without what others keep.
 
         Args:
@@ -55,14 +57,20 @@ class CheckpointSeam:
             ``own``: what the trainer restores; ``shown``: what the user's hooks left of the dict, for the user's hooks.
         """
         self._taken = {}
+        connector = self._trainer._checkpoint_connector
+        if self._other_loops is None:
+            self._other_loops = connector._get_loops_state_dict()
+        seen = {**self._other_loops, "fit_loop": _copy(counters)}
+        undo = self._taking.put(connector, "_get_loops_state_dict", lambda: seen)
         try:
             weights = weights and not gathers_state(self._trainer) and self._weights_are_seen()
             with contextlib.nullcontext() if weights else self._without_weights():
-                shown = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+                shown = connector.dump_checkpoint(weights_only=False)
             # Without a callback of ours in the trainer's list (a tuner has taken it away) there was no look before.
             own = self._taken or self._own_part(shown)
         finally:
             self._taken = None
+            undo()
         for key in self._hyper_parameters():
             shown.pop(key, None)
         states = shown.get("optimizer_states")
@@ -70,9 +78,10 @@ class CheckpointSeam:
             shown["optimizer_states"] = [
                 {**state, "state": {}} if isinstance(state, dict) and "state" in state else state for state in states
             ]
+        now = {"fit_loop": counters}
         if "loops" in shown:
-            shown["loops"] = {"fit_loop": counters}
-        return {"own": {**own, "loops": {"fit_loop": counters}}, "shown": shown}
+            shown["loops"] = now
+        return {"own": {**own, "loops": now}, "shown": shown}
 
     def _weights_are_seen(self) -> bool:
         """Whether anything looks at, or adds to, a checkpoint's weights: to list them takes long if they are many."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.loops.progress import _BaseProgress
 from lightning.pytorch.trainer import call
 
 from moetion_lightning.callbacks._checkpoint_seam import CheckpointSeam
@@ -37,6 +38,7 @@ class LoopSeam:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self.patches = InstancePatches()
+        self._counters: _Counters | None = None
         self.checkpoints = CheckpointSeam(trainer, self.patches)
         self.results = LoggedResults(trainer)
         self.epoch_start = EpochStart(trainer, self.patches)
@@ -84,7 +86,9 @@ class LoopSeam:
 
         Called in ``on_train_batch_start``, when the next batch is fetched and counted as ready: that is taken back.
         """
-        state = self._trainer.fit_loop.state_dict()
+        if self._counters is None:
+            self._counters = _Counters(self._trainer.fit_loop)
+        state = self._counters.read()
         state["state_dict"] = {k: v for k, v in state["state_dict"].items() if k != "combined_loader"}
         progress = state["epoch_loop.batch_progress"]
         for counter in ("total", "current"):
@@ -177,3 +181,35 @@ def _settle(loop: _Loop) -> None:
     for child in vars(loop).values():
         if isinstance(child, _Loop):
             _settle(child)
+
+
+class _Counters:
+    """Reads what ``loop.state_dict()`` gives, which takes most of a millisecond in copies of copies.
+
+    Args:
+        loop: The loop.
+    """
+
+    def __init__(self, loop: _Loop) -> None:
+        self._loops: list[tuple[str, _Loop]] = []
+        self._progress: list[tuple[str, _Loop, str]] = []
+        self._find(loop, "")
+
+    def _find(self, loop: _Loop, prefix: str) -> None:
+        self._loops.append((f"{prefix}state_dict", loop))
+        for name, value in vars(loop).items():
+            if isinstance(value, _BaseProgress):
+                self._progress.append((prefix + name, loop, name))
+            elif isinstance(value, _Loop):
+                self._find(value, f"{prefix}{name}.")
+
+    def read(self) -> dict[str, Any]:
+        """The loops' states by name, and the counters of each."""
+        state = {name: loop.on_save_checkpoint() for name, loop in self._loops}
+        return {**state, **{key: _read(getattr(loop, name)) for key, loop, name in self._progress}}
+
+
+def _read(progress: _BaseProgress) -> dict[str, Any]:
+    values = vars(progress)
+    names: dict[str, Any] = type(progress).__dataclass_fields__
+    return {k: _read(v) if isinstance(v := values[k], _BaseProgress) else v for k in names}

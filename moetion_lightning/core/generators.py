@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import random
 import time
+from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -259,7 +260,7 @@ def _new_generator(state: Any) -> object:
 def packed_python(state: tuple[Any, ...]) -> tuple[Any, ...]:
     """The state of a python generator with its 625 integers as one array."""
     version, values, gauss = state
-    return version, np.array(values, dtype=np.uint32), gauss
+    return version, np.frombuffer(array("I", values), dtype=np.uint32), gauss
 
 
 def unpacked_python(state: Any) -> tuple[Any, ...]:

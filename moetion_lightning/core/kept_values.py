@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moetion_lightning.core.packed_lists import PackedLists
 
-__all__ = ["ClassFinder", "Kept", "LiveValues", "MissingClassError", "Reviver", "class_name", "describe"]
+__all__ = ["ClassFinder", "Kept", "LiveValues", "MissingClassError", "Reviver", "Unchanging", "class_name", "describe"]
 
 FindClass = Callable[[str], "type | None"]
 _NOTHING: Any = object()
@@ -48,6 +48,10 @@ class Kept:
     name: str
     items: Any = None
     attributes: dict[str, Any] | None = None
+
+
+class Unchanging(dict[str, Any]):
+    """A dict that nobody changes any more, nor anything in it: what was once made of it holds."""
 
 
 class LiveValues:

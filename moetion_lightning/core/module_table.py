@@ -93,13 +93,14 @@ def module_table(module: nn.Module) -> ModuleTable:
     return found
 
 
-def split_flags(flags: Iterable[tuple[str, bool]]) -> dict[str, Any]:
+def split_flags(names: Iterable[str], flags: Iterable[bool]) -> dict[str, Any]:
     """Flags by name as one value and the names of those that differ, of which there are few."""
     flags = list(flags)
-    on = [name for name, flag in flags if flag]
-    if 2 * len(on) > len(flags):
-        return {"most": True, "others": [name for name, flag in flags if not flag]}
-    return {"most": False, "others": on}
+    count = sum(flags)
+    most = 2 * count > len(flags)
+    if count == (len(flags) if most else 0):
+        return {"most": most, "others": []}
+    return {"most": most, "others": [name for name, flag in zip(names, flags) if flag is not most]}
 
 
 def joined_flags(saved: dict[str, Any]) -> Callable[[str], bool]:

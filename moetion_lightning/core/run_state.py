@@ -5,6 +5,7 @@ Everything here is small next to the operators and is captured once per window, 
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -20,35 +21,101 @@ from moetion_lightning.core.generators import (
     set_generator,
     unpacked_python,
 )
+from moetion_lightning.core.kept_values import Unchanging
 from moetion_lightning.core.module_table import module_table
 
 __all__ = ["Rng", "get_rng", "set_rng", "with_extra_state", "write_buffers"]
+
+
+class _NumpyGlobal:
+    """The state of numpy's global generator.
+
+    numpy takes 0.1 ms to give it, in a loop over its numbers. Their memory is looked at first, and that of the object
+    that may keep a second normal number: as long as both are as they were, so is the state.
+    """
+
+    _NUMBERS = 4 * 625  # bytes of a Mersenne twister: 624 numbers and the position
+    _HEAD = 16  # bytes at the beginning of an object, where its references are counted
+
+    def __init__(self) -> None:
+        self._bits: Any = None
+        self._address = 0
+        self._seen: tuple[bytes, bytes] | None = None
+        self._state: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """As ``numpy.random.get_state(legacy=False)``; not to be changed."""
+        owner: Any = np.random.mtrand._rand
+        bits = owner._bit_generator  # another one after numpy.random.set_bit_generator
+        if type(bits) is not np.random.MT19937:
+            return dict(np.random.get_state(legacy=False))
+        if bits is not self._bits:
+            self._bits, self._address, self._seen = bits, bits.ctypes.state_address, None
+        held = ctypes.string_at(id(owner) + self._HEAD, type(owner).__basicsize__ - self._HEAD)
+        seen = held, ctypes.string_at(self._address, self._NUMBERS)
+        if seen != self._seen:
+            self._seen, self._state = seen, Unchanging(np.random.get_state(legacy=False))
+        return self._state
+
+
+_numpy = _NumpyGlobal()
+
+
+_packed: dict[str, Rng] = {}  # the last one whose packed form there is
 
 
 class Rng:
     """State of the global generators of python, numpy and torch (all devices), as of now: cheap to take.
 
     Attributes:
-        parts: Their states, as the libraries give them.
+        parts: Their states, as the libraries give them; not to be changed.
     """
 
     def __init__(self) -> None:
         self.parts: dict[str, Any] = {
             "python": random.getstate(),
-            "numpy": np.random.get_state(legacy=False),
+            "numpy": _numpy.state(),
             "torch": torch.get_rng_state(),
         }
         if torch.cuda.is_initialized():
             self.parts["cuda"] = torch.cuda.get_rng_state_all()
+        self._packed: Unchanging | None = None
 
     def packed(self, generators: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Plain values and tensors, as of :func:`get_rng`.
+        """Plain values and arrays, as of :func:`get_rng`; the same object as long as nothing is drawn.
 
         Args:
             generators: States of further generators, by name.
         """
-        state = {**self.parts, "python": packed_python(self.parts["python"])}
-        return {**state, "generators": dict(generators)} if generators else state
+        if self._packed is None:
+            self._packed = self._pack(_packed.get("last"))
+            _packed["last"] = self
+        return {**self._packed, "generators": dict(generators)} if generators else self._packed
+
+    def _pack(self, last: Rng | None) -> Unchanging:
+        if last is not None and last._packed is not None:
+            if last._equals(self):
+                return last._packed
+            same = last.parts["python"] == self.parts["python"]
+            python = last._packed["python"] if same else None
+        else:
+            python = None
+        if python is None:
+            python = Unchanging(state=packed_python(self.parts["python"]))
+        state = Unchanging(self.parts, python=python)
+        state.update((name, _arrays(state[name])) for name in ("torch", "cuda") if name in state)
+        return state
+
+    def _equals(self, other: Rng) -> bool:
+        a, b = self.parts, other.parts
+        if a["numpy"] is not b["numpy"] or a["python"] != b["python"] or not torch.equal(a["torch"], b["torch"]):
+            return False
+        first, second = a.get("cuda", []), b.get("cuda", [])
+        return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def _arrays(states: Any) -> Any:
+    return [state.numpy() for state in states] if isinstance(states, list) else states.numpy()
 
 
 def get_rng(generators: Mapping[str, object] | None = None) -> dict[str, Any]:
@@ -58,7 +125,7 @@ def get_rng(generators: Mapping[str, object] | None = None) -> dict[str, Any]:
         generators: Further generators by name (torch, numpy or python objects).
 
     Returns:
-        Plain values and tensors; every tensor is a copy.
+        Plain values and arrays, which nothing changes later.
     """
     return Rng().packed({name: generator_state(g) for name, g in (generators or {}).items()})
 
@@ -73,11 +140,11 @@ def set_rng(state: Mapping[str, Any], generators: Generators | Mapping[str, obje
     Returns:
         Names in the state that no generator was found for.
     """
-    random.setstate(unpacked_python(state["python"]))
+    random.setstate(unpacked_python(state["python"]["state"]))
     np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(torch.from_numpy(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(list(state["cuda"])[: torch.cuda.device_count()])
+        torch.cuda.set_rng_state_all([torch.from_numpy(s) for s in state["cuda"]][: torch.cuda.device_count()])
     named = state.get("generators", {})
     if isinstance(generators, Generators):
         return generators.take(named)

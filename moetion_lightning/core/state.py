@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
@@ -138,6 +139,7 @@ class LiveState:
         self.parameters = {name: parameter for name, parameter in named if not is_lazy(parameter)}
         #: Names of the parameters by ``id``.
         names = self.names_by_id = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._listed: dict[int, tuple[list[Any], str]] = {}
         self._places: dict[tuple[Any, ...], str] | None = None
         self._pointers: list[int] = []
         owners: dict[str, dict[int, None]] = {}
@@ -309,6 +311,20 @@ class LiveState:
             weights = ((name, self.weight(name)) for name in self.parameters)
             self._places = {place(weight): name for name, weight in weights if weight.numel()}
         return self._places
+
+    def listed(self, key: int, parameters: Sequence[Any]) -> str:
+        """Names of parameters as one text (JSON): there may be tens of thousands. Lazy ones have none yet.
+
+        Args:
+            key: Under which to remember it.
+            parameters: A parameter group's.
+        """
+        known, text = self._listed.get(key, ([], ""))
+        if not text or len(known) != len(parameters) or not all(map(operator.is_, known, parameters)):
+            names = self.names_by_id
+            text = json.dumps([names[id(p)] for p in parameters if id(p) in names])
+            self._listed[key] = list(parameters), text
+        return text
 
     def sizes_depend_on(self) -> tuple[int, ...]:
         """Equal as long as sizes of parameters and of what optimizers keep of them are."""

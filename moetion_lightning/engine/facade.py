@@ -58,6 +58,7 @@ from moetion_lightning.events import (
 from moetion_lightning.moe.routing import Routing, TokenCounts
 from moetion_lightning.store.tier import Accept
 from moetion_lightning.store.tree import FlatTree, flatten_tree
+from moetion_lightning.store.tree_cache import TreeCache
 
 __all__ = ["Engine", "RunState"]
 
@@ -118,6 +119,7 @@ class Engine:
         self._started_at = 0.0
         self._said: set[str] = set()
         self.protection = Protection(bus, self._say)
+        self._flattened, self._noted = TreeCache(), TreeCache()
         self._stages = Stages(self.ranks, bus)
 
     # --- before training -----------------------------------------------------------------------------------------
@@ -526,7 +528,7 @@ class Engine:
             header = self._header()
             extra = {**header.extra, "first_captured_at": time.time()}
             whole = {**fields, "tree": tree, "extra": extra, "copies": list(attached.shares.copies())}
-            return flatten_tree(whole, clone=True, leaf=leaf)
+            return flatten_tree(whole, clone=True, leaf=leaf, cache=self._noted)
 
         self.living.note(self.iteration, describe, advance=advance)
 
@@ -707,4 +709,4 @@ class Engine:
 
     def _flatten(self, run_state: RunState) -> FlatTree:
         tree, leaf = self._tree(run_state, weights=True)
-        return flatten_tree(tree, clone=True, leaf=leaf)
+        return flatten_tree(tree, clone=True, leaf=leaf, cache=self._flattened)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from moetion_lightning.errors import ForeignWindowError
 
 __all__ = ["EngineState", "build_values", "capture_run_state"]
 
+_TRAINING, _REQUIRES_GRAD = operator.attrgetter("training"), operator.attrgetter("requires_grad")
 _log = logging.getLogger(__name__)
 
 
@@ -57,11 +59,11 @@ def capture_run_state(
         "buffers": table.buffers(),
         "metrics": _read_metrics(live),
         "optimizers": [type(optimizer).__name__ for optimizer in live.optimizers],
-        "groups": [[_read_group(group, names) for group in opt.param_groups] for opt in live.optimizers],
+        "groups": [[_read_group(group, live) for group in opt.param_groups] for opt in live.optimizers],
         # Optimizers may keep state that belongs to no parameter, and state in attributes.
         **_read_optimizers(live, names),
-        "training": split_flags((name, m.training) for name, m in table.modules.items()),
-        "requires_grad": split_flags((name, p.requires_grad) for name, p in live.parameters.items()),
+        "training": split_flags(table.modules, map(_TRAINING, table.modules.values())),
+        "requires_grad": split_flags(live.parameters, map(_REQUIRES_GRAD, live.parameters.values())),
     }
     return tree, leaf
 
@@ -112,8 +114,11 @@ def _kept_by_parameter(optimizer: Optimizer, tables: Sequence[str]) -> dict[str,
 
 def _order(table: Mapping[Any, Any], optimizer: Optimizer, names: Mapping[int, str]) -> list[str] | None:
     """Names of a table's parameters in its order; None if it is that of the groups."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(parameters) == len(table) and all(map(operator.is_, parameters, table)):
+        return None
     found = [id(key) for key in table if isinstance(key, Tensor)]
-    groups = [id(p) for group in optimizer.param_groups for p in group["params"] if p in table]
+    groups = [id(p) for p in parameters if p in table]
     return None if found == groups else [names[key] for key in found if key in names]
 
 
@@ -123,11 +128,9 @@ def _own_keys(optimizer: Optimizer) -> dict[str, Any]:
     return {k: v for k, v in optimizer.state_dict().items() if k not in ("state", "param_groups")}
 
 
-def _read_group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+def _read_group(group: Mapping[str, Any], live: LiveState) -> dict[str, Any]:
     settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-    # Lazy parameters have no name until they are initialised: nothing is captured before.
-    # As one text: there may be tens of thousands.
-    return {"parameters": json.dumps([names[id(p)] for p in group["params"] if id(p) in names]), "settings": settings}
+    return {"parameters": live.listed(id(group), group["params"]), "settings": settings}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moetion_lightning.core.kept_values import Unchanging
 from moetion_lightning.errors import UnsupportedStateError
 from moetion_lightning.store.format import is_storable, tensor_bytes
 
@@ -36,6 +37,7 @@ CONTAINER_TAGS: dict[type, str] = {
     frozenset: "frozenset",
     deque: "deque",
     dict: "d",
+    Unchanging: "d",
     defaultdict: "d",
     OrderedDict: "od",
     Counter: "counter",
@@ -43,7 +45,7 @@ CONTAINER_TAGS: dict[type, str] = {
 SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {"tuple": tuple, "frozenset": frozenset}
 MAPPINGS: dict[str, Callable[[], Any]] = {"m": dict, "od": OrderedDict, "counter": Counter}
 
-_INLINE_BYTES = 1024  # longer byte strings are stored beside the JSON
+_INLINE_BYTES = 8192  # longer byte strings are stored beside the JSON; states of generators are shorter
 _PATHS = {"path": Path, "posix": PurePosixPath, "windows": PureWindowsPath}
 _DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 
@@ -58,6 +60,8 @@ class TensorCollector:
         # The tensors are kept until the end: a freed storage's address could be given to another tensor.
         self._views: dict[tuple[object, ...], tuple[torch.Tensor, dict[str, Any]]] = {}
         self._storages: dict[tuple[object, ...], list[tuple[object, ...]]] = {}
+        #: How often a tensor was added.
+        self.added = 0
 
     def add(self, tensor: torch.Tensor) -> dict[str, Any]:
         """A JSON reference to a tensor; complete only after :meth:`finish`."""
@@ -71,6 +75,7 @@ class TensorCollector:
                 f"a tensor of layout {tensor.layout}, dtype {tensor.dtype} on {tensor.device} has no plain bytes. "
                 "Return a dense tensor from state_dict()."
             )
+        self.added += 1
         tensor = tensor.detach().resolve_conj().resolve_neg()
         storage = tensor.untyped_storage()
         # Storages without memory all have address 0.

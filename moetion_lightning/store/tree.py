@@ -7,6 +7,7 @@ training thread and the second behind it.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ from typing import Any
 
 import torch
 
-from moetion_lightning.core.kept_values import Kept, LiveValues, describe
+from moetion_lightning.core.kept_values import Kept, LiveValues, Unchanging, describe
 from moetion_lightning.core.packed_lists import pack
 from moetion_lightning.errors import CorruptSnapshotError, UnsupportedStateError, VersionError
 from moetion_lightning.store import leaves
 from moetion_lightning.store.format import SnapshotLayout, TensorSpec, tensor_bytes
 from moetion_lightning.store.local import read_regular
 from moetion_lightning.store.manifest import parse_json
+from moetion_lightning.store.tree_cache import PACK_ITEMS, Plain, TreeCache
 
 __all__ = ["FlatTree", "Leaf", "Resolve", "dump_tree", "flatten_tree", "load_tree"]
 
@@ -33,8 +35,7 @@ Resolve = Callable[[Any], object]
 _MAX_DEPTH = 100  # deeper JSON would meet Python's recursion limit on the way back
 _MAX_FILE_BYTES = 1 << 40
 _STRUCTURE = "tree"
-_VERSION = 2  # 1 knew neither shared containers nor values of users' classes
-_PACK_ITEMS = 32  # lists of at least so many numbers, or small tensors of one kind, are stored as one tensor
+_VERSION = 3  # 1 knew neither shared containers nor values of users' classes, 2 no plain parts
 _REMEDY = "Restore from another window or tier."
 
 
@@ -50,10 +51,12 @@ class FlatTree:
     structure: Any
     tensors: list[torch.Tensor] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def layout(self) -> SnapshotLayout:
         """Layout of the file that :meth:`write_into` fills."""
-        return self._layout(self._structure_bytes())
+        specs = [TensorSpec(_STRUCTURE, torch.uint8, (len(self._structure_bytes),))]
+        specs += [TensorSpec(f"t{i}", t.dtype, tuple(t.shape)) for i, t in enumerate(self.tensors)]
+        return SnapshotLayout(specs)
 
     def write_into(self, buffer: torch.Tensor, layout: SnapshotLayout) -> None:
         """Write the file, header included.
@@ -75,7 +78,7 @@ class FlatTree:
         """Write all but the tensors. Returns where those are to be written, by name; arguments as `write_into`."""
         views = layout.views(buffer)
         layout.write_header(buffer)
-        views.pop(_STRUCTURE).copy_(torch.frombuffer(bytearray(self._structure_bytes()), dtype=torch.uint8))
+        views.pop(_STRUCTURE).copy_(torch.frombuffer(bytearray(self._structure_bytes), dtype=torch.uint8))
         return views
 
     def to_bytes(self) -> bytes:
@@ -85,16 +88,19 @@ class FlatTree:
         self.write_into(torch.frombuffer(data, dtype=torch.uint8), layout)
         return bytes(data)
 
+    @functools.cached_property
     def _structure_bytes(self) -> bytes:
-        return json.dumps(self.structure, separators=(",", ":"), ensure_ascii=False).encode()
-
-    def _layout(self, structure: bytes) -> SnapshotLayout:
-        specs = [TensorSpec(_STRUCTURE, torch.uint8, (len(structure),))]
-        specs += [TensorSpec(f"t{i}", t.dtype, tuple(t.shape)) for i, t in enumerate(self.tensors)]
-        return SnapshotLayout(specs)
+        text = json.dumps(self.structure, separators=(",", ":"), ensure_ascii=False, default=_plain_node)
+        return text.encode()
 
 
-def flatten_tree(tree: object, *, clone: bool = False, leaf: Leaf | None = None) -> FlatTree:
+def _plain_node(part: Plain) -> dict[str, Any]:
+    return part.node(lambda value: _Flattener(None, None).encode(value, (), 0))
+
+
+def flatten_tree(
+    tree: object, *, clone: bool = False, leaf: Leaf | None = None, cache: TreeCache | None = None
+) -> FlatTree:
     """Take a tree apart.
 
     Supported: None, bool, int, float, complex, str, bytes, bytearray; list, tuple, dict, OrderedDict, defaultdict
@@ -106,6 +112,7 @@ def flatten_tree(tree: object, *, clone: bool = False, leaf: Leaf | None = None)
         tree: the state; not changed.
         clone: copy tensors and arrays to new CPU memory, so that the caller may change them afterwards.
         leaf: asked first for every value that is neither None, bool, int, float, str nor a builtin container.
+        cache: what earlier calls made of trees of the same form; parts that are as they were are not walked again.
 
     Returns:
         The parts. Without ``clone``, tensors alias the caller's.
@@ -113,7 +120,7 @@ def flatten_tree(tree: object, *, clone: bool = False, leaf: Leaf | None = None)
     Raises:
         UnsupportedStateError: a value cannot be stored; the message has its path, its type and the remedy.
     """
-    flattener = _Flattener(leaf)
+    flattener = _Flattener(leaf, cache)
     root = flattener.encode(tree, (), 0)
     tensors = flattener.finish(clone=clone)
     return FlatTree(structure={"version": _VERSION, "root": root}, tensors=tensors)
@@ -161,10 +168,13 @@ def load_tree(data: bytes | Path | str, *, resolve: Resolve | None = None) -> An
 
 
 class _Flattener:
-    def __init__(self, leaf: Leaf | None) -> None:
+    def __init__(self, leaf: Leaf | None, cache: TreeCache | None) -> None:
         self._leaf = leaf
+        self._cache = cache
         self._live: LiveValues | None = None
         self._numbers: dict[int, int] = {}  # of containers that may be referred to again, in the order of their begin
+        self._count = 0  # of them
+        self._referred = 0  # how often one was
         self._open: set[int] = set()  # containers on the way from the root, to notice cycles
         self._store = leaves.TensorCollector()
 
@@ -200,11 +210,11 @@ class _Flattener:
         for owner, values in live.values.items():
             found = owners[owner] = {}
             for name, value in values.items():
-                known = dict(self._numbers)
+                known = dict(self._numbers), self._count
                 try:
                     found[name] = self.encode(value, (*path, owner, name), depth + 2)
                 except UnsupportedStateError as error:
-                    self._numbers, self._open = known, set()
+                    (self._numbers, self._count), self._open = known, set()
                     live.on_refused(owner, name, str(error))
         self._live = None
         return {"live": owners}
@@ -223,7 +233,7 @@ class _Flattener:
             items = [self.encode(item, (*path, str(i)), depth + 1) for i, item in enumerate(kept.items)]
             return {"kept": ["namedtuple", kept.name, items, None]}
         if id(value) in self._numbers and id(value) not in self._open:
-            return {"same": self._numbers[id(value)]}
+            return self._same(value)
         self._enter(value, path, depth)
         try:
             body: Any = None
@@ -241,13 +251,16 @@ class _Flattener:
     def _attributes(self, kept: Kept, path: tuple[str, ...], depth: int) -> dict[str, Any]:
         found = {}
         for name, value in (kept.attributes or {}).items():
-            known, are_open = dict(self._numbers), set(self._open)
+            known, are_open = (dict(self._numbers), self._count), set(self._open)
             try:
                 found[name] = self.encode(value, (*path, name), depth + 1)
             except UnsupportedStateError:
                 if kept.kind != "object":
                     raise
-                self._numbers, self._open = known, are_open  # restored into an object that has one of its own
+                (self._numbers, self._count), self._open = (
+                    known,
+                    are_open,
+                )  # restored into an object that has one of its own
         return found
 
     def _enter(self, value: object, path: tuple[str, ...], depth: int) -> None:
@@ -256,27 +269,52 @@ class _Flattener:
         if depth >= _MAX_DEPTH:
             raise UnsupportedStateError(f"{_show(path)}: nested deeper than {_MAX_DEPTH}. Flatten the state.")
         self._open.add(id(value))
-        self._numbers[id(value)] = len(self._numbers)
+        self._number(value, 1)
+
+    def _number(self, value: object, count: int) -> None:
+        """A container begins which, with those in it, is so many."""
+        self._numbers[id(value)] = self._count
+        self._count += count
+
+    def _same(self, value: object) -> dict[str, int]:
+        self._referred += 1
+        return {"same": self._numbers[id(value)]}
 
     def _encode_container(self, value: Any, path: tuple[str, ...], depth: int) -> Any:
         tag = leaves.CONTAINER_TAGS[type(value)]
         is_shared = tag not in ("tuple", "frozenset")
         if is_shared and id(value) in self._numbers and id(value) not in self._open:
-            return {"same": self._numbers[id(value)]}
-        numbered = len(self._numbers)
+            return self._same(value)
+        if self._cache is None or self._live is not None or type(value) not in (dict, list, Unchanging):
+            return self._walk(value, tag, path, depth)
+        known, count = self._cache.find(path, value)
+        if known is not None:
+            self._number(value, count)
+            return known
+        before, outside = self._count, self._referred + self._store.added
+        node = self._walk(value, tag, path, depth)
+        # Numbers of other containers and of tensors are not those of the next tree.
+        if type(value) is Unchanging and self._referred + self._store.added == outside:
+            self._cache.keep(path, value, node, self._count - before)
+        return node
+
+    def _walk(self, value: Any, tag: str, path: tuple[str, ...], depth: int) -> Any:
+        is_shared = tag not in ("tuple", "frozenset")
+        numbered = self._count
         self._enter(value, path, depth)
         if not is_shared:
             del self._numbers[id(value)]
+            self._count -= 1
         try:
             if isinstance(value, dict):
                 return self._encode_dict(value, tag, path, depth)
-            if tag == "list" and len(value) >= _PACK_ITEMS:
+            if tag == "list" and len(value) >= PACK_ITEMS:
                 packed = self._pack(value)
                 if packed is not None:
                     return packed
             items = [self.encode(item, (*path, str(i)), depth + 1) for i, item in enumerate(value)]
             if tag in ("set", "frozenset"):
-                if len(self._numbers) > numbered + is_shared:
+                if self._count > numbered + is_shared:
                     raise UnsupportedStateError(f"{_show(path)}: a set of objects has no order. Keep them in a list.")
                 items.sort(key=json.dumps)  # iteration order varies from process to process; equal sets, equal bytes
             if tag == "list":
@@ -326,6 +364,10 @@ class _Loader:
             for key, item in body.items():
                 made[key] = self.decode(item)
             return made
+        if tag == "plain":
+            return self._known(body)
+        if tag == "apart":
+            return self._known(_Loader(self._views, None).decode(body))
         if tag in leaves.MAPPINGS:
             made = self._known(leaves.MAPPINGS[tag]())
             for key_node, item in body:

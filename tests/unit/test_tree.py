@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import datetime
 import enum
 import math
@@ -15,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from moetion_lightning.core.kept_values import Unchanging
 from moetion_lightning.errors import CorruptSnapshotError, UnsupportedStateError, VersionError
 from moetion_lightning.store.tree import dump_tree, flatten_tree, load_tree
+from moetion_lightning.store.tree_cache import TreeCache
 
 TENSOR_DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.uint16,
@@ -224,3 +227,60 @@ def test_damaged_trees_load_or_are_refused_but_never_crash(position, byte):
         load_tree(bytes(data))
     except (CorruptSnapshotError, UnsupportedStateError, VersionError):
         pass
+
+
+def through(tree, cache):
+    return load_tree(flatten_tree(tree, cache=cache).to_bytes())
+
+
+def in_the_end(tree, cache):
+    """As :func:`through`; parts may be refused once each, when they begin to hold other kinds."""
+    for _ in range(20):
+        with contextlib.suppress(UnsupportedStateError):
+            return through(tree, cache)
+    return through(tree, cache)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(trees, min_size=2, max_size=4), st.data())
+def test_what_a_cache_knows_of_other_trees_changes_nothing(forms, data):
+    """Trees take turns, so that values of all kinds come and go in the same places."""
+    cache = TreeCache()
+    for _ in range(6):
+        tree = {"a": data.draw(st.sampled_from(forms)), "b": [data.draw(st.sampled_from(forms))]}
+        assert same(in_the_end(tree, cache), load_tree(dump_tree(tree)))
+
+
+def test_values_that_become_others_of_the_same_bytes_are_told_apart():
+    cache, values = TreeCache(), [1, True, 1.0, 0.0, -0.0, "1", (1,), [1], None, math.nan, 2**70, {1: 2}, {"1": 2}]
+    for value in values + values[::-1]:
+        assert same(through({"x": {"y": value}}, cache), {"x": {"y": value}})
+
+
+def test_a_plain_part_that_begins_to_hold_arrays_is_refused_once():
+    cache = TreeCache()
+    for _ in range(2):
+        assert through({"x": {"y": 1.5}}, cache) == {"x": {"y": 1.5}}
+    changed = {"x": {"y": np.float64(1.5)}}
+    with pytest.raises(UnsupportedStateError, match="of other kinds than before"):
+        through(changed, cache)
+    assert same(in_the_end(changed, cache), changed)
+
+
+def test_parts_of_a_cached_tree_that_are_one_object_stay_one():
+    cache, shared = TreeCache(), {"n": [1, 2]}
+    for count in range(4):
+        shared["n"].append(count)
+        tree = {"one": {"it": shared}, "two": {"it": shared}, "tensor": torch.ones(1), "list": [shared, shared]}
+        found = through(tree, cache)
+        assert found["list"][0] is found["list"][1]
+        assert same(found, tree)
+
+
+def test_a_dict_that_does_not_change_is_walked_once():
+    cache = TreeCache()
+    state = Unchanging(numbers=np.arange(625, dtype=np.uint32), inner=Unchanging(x=(1, None)))
+    first = flatten_tree({"a": state, "b": 1}, cache=cache).structure["root"]["d"]["a"]
+    again = flatten_tree({"a": state, "b": 2}, cache=cache)
+    assert again.structure["root"]["d"]["a"] is first
+    assert same(load_tree(again.to_bytes()), {"a": {"numbers": state["numbers"], "inner": {"x": (1, None)}}, "b": 2})
