@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moetion_lightning.config import default_memory_dir
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.store.jobs import JobInfo, clean_stale, default_base_dir, find_jobs, stale_jobs
+from moetion_lightning.storage.jobs import JobInfo, clean_stale, default_base_dir, find_jobs, stale_jobs
 from moetion_lightning.units import age_text, bytes_text
 
 __all__ = ["clean", "inspect", "jobs", "parse_duration"]
@@ -32,7 +32,7 @@ def inspect(args: Sequence[str]) -> int:
     )
     parser.add_argument("path", help="a window, a job's folder, or a folder of jobs (memory or storage tier)")
     options = parser.parse_args(args)
-    from moetion_lightning.store.inspect import describe, format_report
+    from moetion_lightning.storage.inspect import describe, format_report
 
     report = describe(options.path)
     print(format_report(report))

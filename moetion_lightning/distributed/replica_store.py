@@ -18,11 +18,11 @@ from moetion_lightning.errors import (
     ReplicationError,
     StoreError,
 )
-from moetion_lightning.store.buffers import HostBuffer
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.local import hash_file, read_regular, write_atomically
-from moetion_lightning.store.manifest import FileRecord, Manifest
-from moetion_lightning.store.mapping import map_fd
+from moetion_lightning.storage.buffers import HostBuffer
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.local import hash_file, read_regular, write_atomically
+from moetion_lightning.storage.manifest import FileRecord, Manifest
+from moetion_lightning.storage.mapping import map_fd
 
 __all__ = [
     "MAX_NOTE_BYTES",

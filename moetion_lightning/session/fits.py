@@ -38,11 +38,11 @@ from moetion_lightning.session.lineage import (
 )
 from moetion_lightning.session.neighbours import say_what_lies_there
 from moetion_lightning.session.process_end import at_good_end
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.format import Manifest
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.jobs import is_locked
-from moetion_lightning.store.neighbours import Neighbour, find_neighbours
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.format import Manifest
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.jobs import is_locked
+from moetion_lightning.storage.neighbours import Neighbour, find_neighbours
 from moetion_lightning.units import age_text
 
 __all__ = ["Fit", "base_job"]

@@ -6,8 +6,8 @@ import logging
 import shlex
 from collections.abc import Iterable
 
-from moetion_lightning.store.jobs import main_file
-from moetion_lightning.store.neighbours import Neighbour
+from moetion_lightning.storage.jobs import main_file
+from moetion_lightning.storage.neighbours import Neighbour
 from moetion_lightning.units import age_text, bytes_text
 
 __all__ = ["say_what_lies_there"]

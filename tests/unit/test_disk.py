@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 
 from moetion_lightning.errors import ConfigurationError, CorruptSnapshotError, StoreError
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.tier import choose_window
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.tier import choose_window
 from tests.store_windows import commit_window, make_manifest, write_snapshot
 
 

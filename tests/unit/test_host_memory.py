@@ -21,10 +21,10 @@ from moetion_lightning.errors import (
     JobBusyError,
     StoreError,
 )
-from moetion_lightning.store.format import FileRecord, SnapshotLayout, TensorSpec
-from moetion_lightning.store.host_memory import HostMemoryTier, clean_stale, find_jobs
-from moetion_lightning.store.inspect import describe, format_report
-from moetion_lightning.store.tier import choose_window
+from moetion_lightning.storage.format import FileRecord, SnapshotLayout, TensorSpec
+from moetion_lightning.storage.host_memory import HostMemoryTier, clean_stale, find_jobs
+from moetion_lightning.storage.inspect import describe, format_report
+from moetion_lightning.storage.tier import choose_window
 from tests.store_windows import SPECS, commit_window, make_manifest, write_snapshot
 
 NBYTES = SnapshotLayout(SPECS).nbytes

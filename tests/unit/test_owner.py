@@ -19,11 +19,11 @@ import pytest
 from moetion_lightning.engine.persist import Persister
 from moetion_lightning.errors import JobBusyError, OwnerLostError, StoreError
 from moetion_lightning.events import EventBus, Notice, WindowPersisted
-from moetion_lightning.store import owner as owner_module
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.local import LocalRoot
-from moetion_lightning.store.owner import LEASE_SECONDS, Ownership
+from moetion_lightning.storage import owner as owner_module
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.local import LocalRoot
+from moetion_lightning.storage.owner import LEASE_SECONDS, Ownership
 from tests.store_windows import commit_window
 
 
@@ -352,6 +352,6 @@ def test_a_jobs_directory_of_another_user_is_refused(tmp_path):
 
 def test_new_directories_are_made_durable_in_their_parents(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr("moetion_lightning.store.local.sync_dir", synced.append)
+    monkeypatch.setattr("moetion_lightning.storage.local.sync_dir", synced.append)
     LocalRoot(tmp_path / "a" / "b").create()
     assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced)

@@ -19,10 +19,10 @@ from moetion_lightning.engine.reduced_window import reduce_window
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.errors import ConfigurationError, CorruptSnapshotError, StoreError
 from moetion_lightning.events import Event, EventBus
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout, TensorSpec
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.tier import choose_window
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.format import FileRecord, Manifest, SnapshotLayout, TensorSpec
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.tier import choose_window
 
 EXPERTS, ELEMENTS = 8, 4096
 EXPERT_BYTES = 2 * 4 * ELEMENTS

@@ -20,9 +20,9 @@ from moetion_lightning.errors import (
     ReplicationError,
     StoreError,
 )
-from moetion_lightning.store import host_memory
-from moetion_lightning.store.host_memory import HostMemoryTier, clean_stale, find_jobs
-from moetion_lightning.store.inspect import describe
+from moetion_lightning.storage import host_memory
+from moetion_lightning.storage.host_memory import HostMemoryTier, clean_stale, find_jobs
+from moetion_lightning.storage.inspect import describe
 from tests.store_windows import commit_window, make_manifest, write_snapshot
 
 OWNER, HOLDER = 3, 0

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetion_lightning.store.format import FileRecord
-from moetion_lightning.store.retention import files_to_drop, windows_to_keep
+from moetion_lightning.storage.format import FileRecord
+from moetion_lightning.storage.retention import files_to_drop, windows_to_keep
 from tests.store_windows import make_manifest
 
 

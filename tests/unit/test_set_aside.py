@@ -10,14 +10,14 @@ import uuid
 import pytest
 
 from moetion_lightning.errors import ConfigurationError, CorruptSnapshotError, HostMemoryError
-from moetion_lightning.store import buffers
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.host_memory import HostMemoryTier, clean_stale, find_jobs
-from moetion_lightning.store.inspect import describe, format_report
-from moetion_lightning.store.local import LocalRoot
-from moetion_lightning.store.neighbours import find_neighbours
-from moetion_lightning.store.remote import RemoteRoot
-from moetion_lightning.store.tier import choose_window
+from moetion_lightning.storage import buffers
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.host_memory import HostMemoryTier, clean_stale, find_jobs
+from moetion_lightning.storage.inspect import describe, format_report
+from moetion_lightning.storage.local import LocalRoot
+from moetion_lightning.storage.neighbours import find_neighbours
+from moetion_lightning.storage.remote import RemoteRoot
+from moetion_lightning.storage.tier import choose_window
 from tests.store_windows import commit_window, make_manifest, write_snapshot
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from moetion_lightning.errors import UnsupportedStateError
-from moetion_lightning.store.format import is_storable, tensor_bytes
+from moetion_lightning.storage.format import is_storable, tensor_bytes
 
 __all__ = [
     "CONTAINER_TAGS",

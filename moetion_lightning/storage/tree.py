@@ -18,10 +18,10 @@ import torch
 from moetion_lightning.core.kept_values import Kept, LiveValues, describe
 from moetion_lightning.core.packed_lists import pack
 from moetion_lightning.errors import CorruptSnapshotError, UnsupportedStateError, VersionError
-from moetion_lightning.store import leaves
-from moetion_lightning.store.format import SnapshotLayout, TensorSpec, tensor_bytes
-from moetion_lightning.store.local import read_regular
-from moetion_lightning.store.manifest import parse_json
+from moetion_lightning.storage import leaves
+from moetion_lightning.storage.format import SnapshotLayout, TensorSpec, tensor_bytes
+from moetion_lightning.storage.local import read_regular
+from moetion_lightning.storage.manifest import parse_json
 
 __all__ = ["FlatTree", "Leaf", "Resolve", "dump_tree", "flatten_tree", "load_tree"]
 

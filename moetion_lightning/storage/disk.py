@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from moetion_lightning.errors import CorruptSnapshotError, StoreError
-from moetion_lightning.store.folders import COMPLETED, RESUMED, TRAINED
-from moetion_lightning.store.jobs import check_storage_dir, is_of_this_process, job_note
-from moetion_lightning.store.local import LocalRoot
-from moetion_lightning.store.manifest import FileRecord, Manifest, parse_json
-from moetion_lightning.store.owner import Ownership
-from moetion_lightning.store.remote import RemoteRoot
-from moetion_lightning.store.retention import files_to_drop, windows_to_keep
-from moetion_lightning.store.tier import Tier
-from moetion_lightning.store.windows import Root, WindowSet, rank_dir
+from moetion_lightning.storage.folders import COMPLETED, RESUMED, TRAINED
+from moetion_lightning.storage.jobs import check_storage_dir, is_of_this_process, job_note
+from moetion_lightning.storage.local import LocalRoot
+from moetion_lightning.storage.manifest import FileRecord, Manifest, parse_json
+from moetion_lightning.storage.owner import Ownership
+from moetion_lightning.storage.remote import RemoteRoot
+from moetion_lightning.storage.retention import files_to_drop, windows_to_keep
+from moetion_lightning.storage.tier import Tier
+from moetion_lightning.storage.windows import Root, WindowSet, rank_dir
 
 __all__ = ["DirectoryTier", "is_local_url", "local_path_of"]
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from moetion_lightning.errors import CorruptSnapshotError, JobBusyError, StoreError
-from moetion_lightning.store.folders import WINDOWS
-from moetion_lightning.store.local import LocalRoot, explain_os_errors, make_private_dir, read_regular
-from moetion_lightning.store.owner import OWNER_NOTE, boot_id
+from moetion_lightning.storage.folders import WINDOWS
+from moetion_lightning.storage.local import LocalRoot, explain_os_errors, make_private_dir, read_regular
+from moetion_lightning.storage.owner import OWNER_NOTE, boot_id
 from moetion_lightning.units import age_text, bytes_text
 
 __all__ = [

@@ -1,7 +1,7 @@
 """This node's memory, outliving the process: files in /dev/shm, mapped by the writer.
 
 The kernel keeps them when the process is killed, so that no keeper process is needed; the next start of the same job
-finds them, and :func:`~moetion_lightning.store.jobs.clean_stale` removes what nobody came back for.
+finds them, and :func:`~moetion_lightning.storage.jobs.clean_stale` removes what nobody came back for.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from moetion_lightning.errors import HostMemoryError, StoreError
-from moetion_lightning.store.buffers import BufferPool, BufferState, HostBuffer
-from moetion_lightning.store.folders import NOTES, RESUMED, TRAINED
-from moetion_lightning.store.format import SnapshotLayout
-from moetion_lightning.store.jobs import (
+from moetion_lightning.storage.buffers import BufferPool, BufferState, HostBuffer
+from moetion_lightning.storage.folders import NOTES, RESUMED, TRAINED
+from moetion_lightning.storage.format import SnapshotLayout
+from moetion_lightning.storage.jobs import (
     JobInfo,
     JobLock,
     clean_stale,
@@ -35,12 +35,12 @@ from moetion_lightning.store.jobs import (
     remove_rank_dir,
     who_holds_memory,
 )
-from moetion_lightning.store.local import LocalRoot
-from moetion_lightning.store.manifest import FILE_NAME, FileRecord, Manifest, bytes_checksum
-from moetion_lightning.store.mapping import hide_from_children
-from moetion_lightning.store.retention import files_to_drop
-from moetion_lightning.store.room import free_bytes_at, no_room
-from moetion_lightning.store.windows import WindowSet, rank_dir, replica_dir
+from moetion_lightning.storage.local import LocalRoot
+from moetion_lightning.storage.manifest import FILE_NAME, FileRecord, Manifest, bytes_checksum
+from moetion_lightning.storage.mapping import hide_from_children
+from moetion_lightning.storage.retention import files_to_drop
+from moetion_lightning.storage.room import free_bytes_at, no_room
+from moetion_lightning.storage.windows import WindowSet, rank_dir, replica_dir
 from moetion_lightning.units import bytes_text
 
 __all__ = ["HostBuffer", "HostMemoryTier", "JobInfo", "clean_stale", "find_jobs"]

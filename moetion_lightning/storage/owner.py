@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetion_lightning.errors import CorruptSnapshotError, JobBusyError, OwnerLostError
-from moetion_lightning.store.manifest import parse_json
-from moetion_lightning.store.windows import Root
+from moetion_lightning.storage.manifest import parse_json
+from moetion_lightning.storage.windows import Root
 from moetion_lightning.units import age_text
 
 __all__ = ["OWNER_NOTE", "RENEW_SECONDS", "Ownership", "boot_id"]

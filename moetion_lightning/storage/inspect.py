@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moetion_lightning.errors import MoEtionError, StoreError
-from moetion_lightning.store.disk import is_local_url, local_path_of
-from moetion_lightning.store.folders import ASIDE_NAME, WINDOWS
-from moetion_lightning.store.jobs import is_locked, read_job_note
-from moetion_lightning.store.local import LocalRoot
-from moetion_lightning.store.manifest import Manifest
-from moetion_lightning.store.windows import WindowSet
+from moetion_lightning.storage.disk import is_local_url, local_path_of
+from moetion_lightning.storage.folders import ASIDE_NAME, WINDOWS
+from moetion_lightning.storage.jobs import is_locked, read_job_note
+from moetion_lightning.storage.local import LocalRoot
+from moetion_lightning.storage.manifest import Manifest
+from moetion_lightning.storage.windows import WindowSet
 from moetion_lightning.units import age_text, bytes_text, span_text
 
 __all__ = ["RootReport", "StoreReport", "WindowReport", "describe", "format_report"]

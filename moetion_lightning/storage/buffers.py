@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from moetion_lightning.errors import HostMemoryError, StoreError
-from moetion_lightning.store.local import explain_os_errors
-from moetion_lightning.store.manifest import FileRecord
-from moetion_lightning.store.mapping import map_fd
-from moetion_lightning.store.room import free_bytes_at, no_room
+from moetion_lightning.storage.local import explain_os_errors
+from moetion_lightning.storage.manifest import FileRecord
+from moetion_lightning.storage.mapping import map_fd
+from moetion_lightning.storage.room import free_bytes_at, no_room
 
 __all__ = ["BufferPool", "BufferState", "HostBuffer"]
 

@@ -15,7 +15,7 @@ from moetion_lightning.errors import (
     StoreError,
     VersionError,
 )
-from moetion_lightning.store.manifest import FileRecord, Manifest
+from moetion_lightning.storage.manifest import FileRecord, Manifest
 from moetion_lightning.units import span_text
 
 __all__ = ["Accept", "Problem", "Refusal", "RestoreChoice", "Tier", "choose_window"]

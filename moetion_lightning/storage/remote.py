@@ -14,9 +14,9 @@ from typing import Any
 import fsspec
 
 from moetion_lightning.errors import ConfigurationError, CorruptSnapshotError, MoEtionError, StoreError
-from moetion_lightning.store.folders import ASIDE_NAME, MANIFEST_NAME, WINDOWS, manifest_name
-from moetion_lightning.store.local import LocalRoot, hash_file
-from moetion_lightning.store.manifest import FileRecord
+from moetion_lightning.storage.folders import ASIDE_NAME, MANIFEST_NAME, WINDOWS, manifest_name
+from moetion_lightning.storage.local import LocalRoot, hash_file
+from moetion_lightning.storage.manifest import FileRecord
 
 __all__ = ["RemoteRoot"]
 
@@ -39,7 +39,7 @@ def _explain(what: str, path: str) -> Iterator[None]:
 
 
 class RemoteRoot:
-    """The tier root of one rank behind an fsspec URL. See :class:`~moetion_lightning.store.windows.Root`.
+    """The tier root of one rank behind an fsspec URL. See :class:`~moetion_lightning.storage.windows.Root`.
 
     Objects appear when their upload ends; the manifest's is put last. Reading downloads to a private temporary
     directory, which :meth:`close` removes, and verifies there.

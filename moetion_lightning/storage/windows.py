@@ -15,8 +15,8 @@ from moetion_lightning.errors import (
     StoreError,
     VersionError,
 )
-from moetion_lightning.store.folders import COMPLETED, NOTES, RESTORES, RESUMED, TRAINED, WINDOWS, next_aside
-from moetion_lightning.store.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest
+from moetion_lightning.storage.folders import COMPLETED, NOTES, RESTORES, RESUMED, TRAINED, WINDOWS, next_aside
+from moetion_lightning.storage.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest
 
 __all__ = ["Root", "WindowSet", "rank_dir", "replica_dir"]
 

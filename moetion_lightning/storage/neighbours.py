@@ -16,12 +16,12 @@ from typing import Any
 import fsspec
 
 from moetion_lightning.errors import MoEtionError
-from moetion_lightning.store.disk import is_local_url, local_path_of
-from moetion_lightning.store.jobs import default_base_dir, is_locked
-from moetion_lightning.store.local import LocalRoot
-from moetion_lightning.store.manifest import Manifest
-from moetion_lightning.store.remote import RemoteRoot
-from moetion_lightning.store.windows import Root, WindowSet
+from moetion_lightning.storage.disk import is_local_url, local_path_of
+from moetion_lightning.storage.jobs import default_base_dir, is_locked
+from moetion_lightning.storage.local import LocalRoot
+from moetion_lightning.storage.manifest import Manifest
+from moetion_lightning.storage.remote import RemoteRoot
+from moetion_lightning.storage.windows import Root, WindowSet
 
 __all__ = ["Neighbour", "find_neighbours"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from moetion_lightning.store.manifest import Manifest
+from moetion_lightning.storage.manifest import Manifest
 
 __all__ = ["files_to_drop", "windows_to_keep"]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import xxhash
 
 from moetion_lightning.errors import CorruptSnapshotError, MoEtionError, StoreError
-from moetion_lightning.store.folders import ASIDE_NAME, MANIFEST_NAME, WINDOWS, manifest_name
-from moetion_lightning.store.manifest import FileRecord
+from moetion_lightning.storage.folders import ASIDE_NAME, MANIFEST_NAME, WINDOWS, manifest_name
+from moetion_lightning.storage.manifest import FileRecord
 
 __all__ = ["LocalRoot", "explain_os_errors", "hash_file", "make_private_dir", "read_regular", "write_atomically"]
 
@@ -184,7 +184,7 @@ def _remove(path: Path) -> None:
 
 
 class LocalRoot:
-    """The tier root of one rank in a local directory. See :class:`~moetion_lightning.store.windows.Root`.
+    """The tier root of one rank in a local directory. See :class:`~moetion_lightning.storage.windows.Root`.
 
     Args:
         path: ``<base>/<job>/rank-00000`` or ``<base>/<job>/replica-00003-at-00000``.
