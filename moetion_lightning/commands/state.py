@@ -122,5 +122,5 @@ def _line(info: JobInfo) -> str:
     aside = f", {len(info.aside)} of an earlier course aside, newest {info.aside[0]}" if info.aside else ""
     return (
         f"{info.name}/{info.rank_name}: {state}, {newest}{aside}, {bytes_text(info.nbytes)}, "
-        f"{age_text(info.age_seconds)} old, {info.path}"
+        f"{age_text(info.age_seconds)} old, {info.location}"
     )

@@ -56,7 +56,7 @@ from moetion_lightning.events import (
     StepSkipped,
 )
 from moetion_lightning.moe.routing import Routing, TokenCounts
-from moetion_lightning.storage.tier import Accept
+from moetion_lightning.storage.choice import Accept
 from moetion_lightning.storage.tree import FlatTree, flatten_tree
 
 __all__ = ["Engine", "RunState"]

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from moetion_lightning.errors import HostMemoryError, StoreError
-from moetion_lightning.storage.local import explain_os_errors
 from moetion_lightning.storage.manifest import FileRecord
 from moetion_lightning.storage.mapping import map_fd
+from moetion_lightning.storage.posix import explain_os_errors
 from moetion_lightning.storage.room import free_bytes_at, no_room
 
 __all__ = ["BufferPool", "BufferState", "HostBuffer"]

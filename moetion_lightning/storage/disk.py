@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable
+import stat
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from moetion_lightning.errors import CorruptSnapshotError, StoreError
-from moetion_lightning.storage.folders import COMPLETED, RESUMED, TRAINED
-from moetion_lightning.storage.jobs import check_storage_dir, is_of_this_process, job_note
-from moetion_lightning.storage.local import LocalRoot
-from moetion_lightning.storage.manifest import FileRecord, Manifest, parse_json
+from moetion_lightning.storage.folders import FILES, OWNER_NOTE, WINDOWS, manifest_name, rank_dir
+from moetion_lightning.storage.job_note import write_job_note
+from moetion_lightning.storage.local import LocalPlace
+from moetion_lightning.storage.manifest import FileRecord, Manifest
 from moetion_lightning.storage.owner import Ownership
-from moetion_lightning.storage.remote import RemoteRoot
+from moetion_lightning.storage.place import Place, anyone
+from moetion_lightning.storage.posix import check_private_dir, explain_os_errors
+from moetion_lightning.storage.remote import RemotePlace
 from moetion_lightning.storage.retention import files_to_drop, windows_to_keep
 from moetion_lightning.storage.tier import Tier
-from moetion_lightning.storage.windows import Root, WindowSet, rank_dir
 
 __all__ = ["DirectoryTier", "is_local_url", "local_path_of"]
 
@@ -38,10 +39,11 @@ def local_path_of(url: str) -> Path:
     return Path(url.split("://", 1)[-1]).expanduser()
 
 
-class DirectoryTier:
+class DirectoryTier(Tier):
     """Committed windows of one rank on storage.
 
-    Not thread-safe: one thread (the persister) writes; reads happen before it starts.
+    It is opened, and its owner asked, by the first method that changes anything. One thread (the persister) writes
+    windows; reads happen before it starts.
 
     Args:
         url: directory, or fsspec URL; the job's directory is made under it.
@@ -68,19 +70,18 @@ class DirectoryTier:
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         windows_to_keep((), keep)
-        url = os.fspath(url)
-        self.url = url
-        self.job, self.rank, self.world_size, self.keep = job, rank, world_size, keep
+        self.url, self.keep = os.fspath(url), keep
         self._storage_options = storage_options
-        self._root: Root
-        if is_local_url(url):
-            self.name = "disk"
-            self._root = LocalRoot(local_path_of(url) / rank_dir(job, rank))
-        else:
-            self.name = "storage"
-            self._root = RemoteRoot(f"{url.rstrip('/')}/{rank_dir(job, rank)}", storage_options)
-        self._set = WindowSet(self._root, job=job, rank=rank)
-        self._owner = Ownership(self._root, run)
+        directory = rank_dir(job, rank)
+
+        def place(may_change: Callable[[], object]) -> Place:
+            if is_local_url(self.url):
+                return LocalPlace(local_path_of(self.url) / directory, may_change)
+            return RemotePlace(f"{self.url.rstrip('/')}/{directory}", may_change, storage_options)
+
+        super().__init__(place(self.check_owner), job, rank, world_size)
+        self.name = "storage" if self.place.is_remote else "disk"
+        self._owner = Ownership(place(anyone), run)
         self._known: set[FileRecord] = set()  # written or read whole by this process
         self._is_open = False
 
@@ -90,11 +91,6 @@ class DirectoryTier:
             self.url, self.job, rank, self.world_size, keep=self.keep, storage_options=self._storage_options
         )
 
-    @property
-    def location(self) -> str:
-        """Path or URL of this rank's windows."""
-        return self._root.location
-
     def open(self) -> DirectoryTier:
         """Become the owner of the directory, now, to learn before the first step that it is impossible.
 
@@ -103,15 +99,12 @@ class DirectoryTier:
             StoreError: it cannot be created or written, or others may write there.
         """
         if not self._is_open:
-            self._root.create()
             self._owner.claim()
             self._is_open = True
             try:
-                self._root.clean()
-                if isinstance(self._root, LocalRoot):
-                    check_storage_dir(local_path_of(self.url), self._root.path)
-                note = job_note(job=self.job, rank=self.rank, world_size=self.world_size)
-                self._root.write_note("job.json", json.dumps(note, indent=1).encode())
+                self.place.clean()
+                self._check_users()
+                write_job_note(self.place, job=self.job, rank=self.rank, world_size=self.world_size)
             except BaseException:
                 self.close()
                 raise
@@ -129,6 +122,14 @@ class DirectoryTier:
         """Before anything is written or removed. Raises ``OwnerLostError`` when another process is the owner now."""
         self.open()
         self._owner.check()
+
+    def close(self) -> None:
+        """Let go of the directory, and remove downloaded copies."""
+        if self._is_open:
+            self._is_open = False
+            with contextlib.suppress(StoreError):  # a record that nobody renews is nobody's in the end
+                self._owner.release()
+        super().close()
 
     def persist(
         self,
@@ -151,8 +152,8 @@ class DirectoryTier:
             StoreError: writing fails (full, no permission); the windows committed before are untouched.
         """
         self.check_owner()
-        readable, _ = self._set.named_files()
-        sizes = self._root.files()
+        readable, _ = self.manifests()
+        sizes = self.place.entries(FILES)
         for record in manifest.files:
             if not self._is_present(record, sizes):
                 self._make_way(record, manifest, readable)
@@ -163,158 +164,72 @@ class DirectoryTier:
         self.commit(manifest, on_stage)
         self._retain()
 
-    def commit(self, manifest: Manifest, on_stage: Callable[[str], None] | None = None) -> None:
-        """Write a manifest whose files are here. Windows of later iterations go, as in the host-memory tier.
-
-        Args:
-            manifest: the window.
-            on_stage: called with ``"temporary"`` before the manifest takes its name and ``"committed"`` after.
-
-        Raises:
-            ForeignWindowError: of another job or rank.
-            StoreError: a file is missing, or writing fails.
-        """
-        # Listed before the owner is asked: this process may be frozen at any point, and what is there when it comes
-        # back may be another one's.
-        later = [iteration for iteration in self._set.windows() if iteration > manifest.iteration]
-        self.check_owner()
-
-        def staged(stage: str) -> None:
-            if stage == "temporary":  # writing took a while; what follows is one rename
-                self.check_owner()
-            if on_stage is not None:
-                on_stage(stage)
-
-        self._set.commit(manifest, staged)
-        for iteration in later:
-            self.check_owner()
-            self._root.remove_manifest(iteration)
-
-    def drop(self, iteration: int) -> None:
-        """Remove a window: its manifest first, then the files that no other window names."""
-        self.check_owner()
-        self._root.remove_manifest(iteration)
-        self._collect()
-
-    def windows(self, aside: str = "") -> list[int]:
-        """Iterations of committed windows, newest first; of a course that lies aside when one is named."""
-        return self._set.windows(aside)
-
-    def courses_aside(self) -> list[str]:
-        """Courses of training whose windows lie aside, the latest first."""
-        return self._set.courses_aside()
-
-    def read_manifest(self, iteration: int, aside: str = "") -> Manifest:
-        """Read and check a manifest. Raises ``CorruptSnapshotError``, ``VersionError``, ``ForeignWindowError``."""
-        return self._set.read_manifest(iteration, aside)
-
     def verify(self, manifest: Manifest) -> None:
         """Check sizes and checksums of all files of a window. Raises ``CorruptSnapshotError``."""
-        self._set.verify(manifest)
+        super().verify(manifest)
         self._known.update(manifest.files)
 
-    def local_path(self, record: FileRecord) -> Path:
-        """A local path of a file; remote ones are downloaded to a private directory and verified."""
-        return self._root.file_path(record)
+    # --- inside ------------------------------------------------------------------------------------------------------
 
-    def set_aside(self, iterations: Iterable[int] | None = None) -> str:
-        """Another course of training begins: move windows aside, where no restart takes them by itself.
+    def _check_users(self) -> None:
+        """Check that no other user could put windows in place of ours.
 
-        Args:
-            iterations: the windows; None for all, with what was noted of their course.
-
-        Returns:
-            Name of the course that lies aside now, "" when there was no such window.
+        The base may be a group's, as shared folders are, and a link; what is below it is this user's alone. On network
+        file systems this user may have another number: what counts is that of a file that it has just written.
         """
-        self.check_owner()
-        return self._set.set_aside(iterations)
-
-    def take_back(self, course: str) -> None:
-        """Make the windows of a course that lies aside the current ones; the current ones go aside."""
-        self.check_owner()
-        self._set.take_back(course)
-
-    def forget_aside(self, *, keep: Collection[str] = ()) -> None:
-        """The current course has a window of its own: remove what lies aside.
-
-        Args:
-            keep: files of a window that is being written.
-        """
-        if self._root.courses_aside():
-            self.check_owner()
-            self._set.forget_aside()
-            self._collect(keep)
-
-    def mark_trained(self) -> None:
-        """Note that training came to its end. The windows can be restored until the process has ended well, too."""
-        self.check_owner()
-        self._set.mark(TRAINED)
-
-    def mark_resumed(self, iteration: int) -> None:
-        """Note which iteration the user asked for when this course began."""
-        self.check_owner()
-        self._set.mark(RESUMED, {"iteration": iteration})
-
-    def count_restore(self, iteration: int, *, asked_for: bool = False) -> int:
-        """A window is restored. Returns how often in a row; 0 for one that was asked for, although there are others."""
-        self.check_owner()
-        return self._set.count_restore(iteration, asked_for=asked_for)
-
-    def mark_completed(self) -> None:
-        """Note that the process ended well, so that the same command starts anew instead of resuming."""
-        self.check_owner()
-        if self.windows():
-            self.forget_aside()
-        self._set.mark(COMPLETED)
-
-    def mark_continued(self) -> None:
-        """The course of the current windows goes on: it is neither at its end nor completed."""
-        self.check_owner()
-        self._set.mark_continued()
-
-    def is_trained(self, aside: str = "") -> bool:
-        """Whether a course came to its end (:meth:`mark_trained`): the current one, or one that lies aside."""
-        return self._set.is_trained(aside)
-
-    @property
-    def completed(self) -> bool:
-        """Whether the process that trained the current windows ended well (:meth:`mark_completed`)."""
-        return self._set.completed
-
-    @property
-    def resumed(self) -> int | None:
-        """The iteration that the user asked for when this course began (:meth:`mark_resumed`)."""
-        return self._set.resumed
-
-    def is_of_this_process(self) -> bool:
-        """Whether this process was the last one to open it for writing."""
-        data = self._root.read_note("job.json")
-        return data is not None and is_of_this_process(parse_json(data, path=self.location))
-
-    def close(self) -> None:
-        """Let go of the directory, and remove downloaded copies."""
-        if self._is_open:
-            self._is_open = False
-            with contextlib.suppress(StoreError):  # a record that nobody renews is nobody's in the end
-                self._owner.release()
-        self._root.close()
+        if not isinstance(self.place, LocalPlace):
+            return
+        base, path = local_path_of(self.url), self.place.path
+        with explain_os_errors("inspect", base):
+            mode = os.stat(base).st_mode
+            if mode & 0o002 and not mode & stat.S_ISVTX:
+                raise StoreError(
+                    f"{base}: all users may write there (mode {stat.S_IMODE(mode):o}), and could put other windows in "
+                    f"place of this job's. Run: chmod o-w {base}"
+                )
+            user = os.lstat(path / OWNER_NOTE).st_uid
+        for directory in (path.parent, path):
+            check_private_dir(directory, user, "another persist_dir or job_id")
 
     def _is_present(self, record: FileRecord, sizes: dict[str, int]) -> bool:
         if sizes.get(record.name) != record.nbytes:
             return False
         if record in self._known:
             return True
-        if isinstance(self._root, RemoteRoot):
+        if self.place.is_remote:
             return False  # reading it back costs as much as writing it
         try:
-            self._root.verify_file(record)
+            self.place.verify(record)
         except CorruptSnapshotError:
             return False
         return True
 
+    def _make_way(self, record: FileRecord, manifest: Manifest, readable: dict[int, Manifest]) -> None:
+        """Before a file is replaced: a window that names it with other content stops being a restore point.
+
+        That can only be the window being written again, or a later one of a course that was given up.
+        """
+
+        def has_another(other: Manifest) -> bool:
+            return any(r.name == record.name and r != record for r in other.files)
+
+        def refuse(which: str) -> StoreError:
+            return StoreError(
+                f"{self.location}: {which} needs {record.name} with other content than window {manifest.iteration}. "
+                "Give files names that no earlier window has used."
+            )
+
+        if any(map(has_another, self.manifests_aside()[0])):
+            raise refuse("a window that lies aside")
+        for iteration in [iteration for iteration, other in readable.items() if has_another(other)]:
+            if iteration < manifest.iteration:
+                raise refuse(f"window {iteration}")
+            self.place.remove(f"{WINDOWS}/{manifest_name(iteration)}")
+            del readable[iteration]
+
     def _put(self, record: FileRecord, source: Path, manifest: Manifest) -> None:
         try:
-            self._root.put_file(record, source, self.check_owner)
+            self.place.put(record, source)
         except StoreError as error:
             cause = error.__cause__
             if not isinstance(cause, OSError) or cause.errno not in _FULL or not self.courses_aside():
@@ -325,47 +240,24 @@ class DirectoryTier:
                 self.location,
             )
             self.forget_aside(keep={r.name for r in manifest.files})
-            self._root.put_file(record, source, self.check_owner)
-
-    def _make_way(self, record: FileRecord, manifest: Manifest, readable: dict[int, Manifest]) -> None:
-        """Before a file is replaced: a window that names it with other content stops being a restore point.
-
-        That can only be the window being written again, or a later one of a course that was given up.
-        """
-        if any(r.name == record.name and r != record for other in self._set.manifests_aside()[0] for r in other.files):
-            raise StoreError(
-                f"{self.location}: a window that lies aside needs {record.name} with other content than window "
-                f"{manifest.iteration}. Give files names that no earlier window has used."
-            )
-        for iteration, other in list(readable.items()):
-            if any(r.name == record.name and r != record for r in other.files):
-                if iteration < manifest.iteration:
-                    raise StoreError(
-                        f"{self.location}: window {iteration} needs {record.name} with other content than window "
-                        f"{manifest.iteration}. Give files names that no earlier window has used."
-                    )
-                self.check_owner()
-                self._root.remove_manifest(iteration)
-                del readable[iteration]
+            self.place.put(record, source)
 
     def _retain(self) -> None:
-        iterations = self._set.windows()
-        readable, _ = self._set.named_files()
+        iterations = self.windows()
+        readable, _ = self.manifests()
         # Damaged windows do not count as kept; they go when they are older than all that are.
         kept = windows_to_keep(readable, self.keep, finite=[i for i, m in readable.items() if m.finite])
         for iteration in iterations:
             if iteration not in kept and (iteration in readable or iteration < kept[-1]):
-                self.check_owner()
-                self._root.remove_manifest(iteration)
-        self._collect()
+                self.place.remove(f"{WINDOWS}/{manifest_name(iteration)}")
+        self._free_files()
 
-    def _collect(self, keep: Collection[str] = ()) -> None:
-        existing = self._root.files()  # before the manifests are read: a file that comes later is no garbage
-        readable, is_safe = self._set.named_files()
-        aside, is_aside_safe = self._set.manifests_aside()
+    def _free_files(self, keep: Collection[str] = ()) -> None:
+        existing = self.place.entries(FILES)  # before the manifests are read: a file that comes later is no garbage
+        readable, is_safe = self.manifests()
+        aside, is_aside_safe = self.manifests_aside()
         if is_safe and is_aside_safe:
             manifests = [*readable.values(), *aside]
             for name in set(files_to_drop(manifests, existing)).difference(keep):
-                self.check_owner()
-                self._root.remove_file(name)
+                self.place.remove(f"{FILES}/{name}")
             self._known &= {record for manifest in manifests for record in manifest.files}

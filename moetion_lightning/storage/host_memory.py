@@ -7,57 +7,44 @@ finds them, and :func:`~moetion_lightning.storage.jobs.clean_stale` removes what
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
 import re
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from moetion_lightning.errors import HostMemoryError, StoreError
 from moetion_lightning.storage.buffers import BufferPool, BufferState, HostBuffer
-from moetion_lightning.storage.folders import NOTES, RESUMED, TRAINED
+from moetion_lightning.storage.folders import FILES, NOTES, WINDOWS, manifest_name, rank_dir, replica_dir
 from moetion_lightning.storage.format import SnapshotLayout
-from moetion_lightning.storage.jobs import (
-    JobInfo,
-    JobLock,
-    clean_stale,
-    default_base_dir,
-    find_jobs,
-    is_of_this_process,
-    job_note,
-    prepare_base_dir,
-    read_job_note,
-    remove_rank_dir,
-    who_holds_memory,
-)
-from moetion_lightning.storage.local import LocalRoot
+from moetion_lightning.storage.job_note import write_job_note
+from moetion_lightning.storage.jobs import default_base_dir, prepare_base_dir, who_holds_memory
+from moetion_lightning.storage.local import LocalPlace
+from moetion_lightning.storage.lock import JobLock
 from moetion_lightning.storage.manifest import FILE_NAME, FileRecord, Manifest, bytes_checksum
 from moetion_lightning.storage.mapping import hide_from_children
 from moetion_lightning.storage.retention import files_to_drop
 from moetion_lightning.storage.room import free_bytes_at, no_room
-from moetion_lightning.storage.windows import WindowSet, rank_dir, replica_dir
+from moetion_lightning.storage.tier import Tier
 from moetion_lightning.units import bytes_text
 
-__all__ = ["HostBuffer", "HostMemoryTier", "JobInfo", "clean_stale", "find_jobs"]
+__all__ = ["HostBuffer", "HostMemoryTier"]
 
 _log = logging.getLogger(__name__)
 _LOOK_AGAIN_SECONDS = 30.0
 
 
-class HostMemoryTier:
+class HostMemoryTier(Tier):
     """Committed windows of one rank in host memory, and the buffers of the window being captured.
 
     A buffer belongs to exactly one of: the pool (free), a capture, a sealed file that waits for its commit, the
     committed windows that name it, or the persister that pinned such a window. Only free ones are handed out.
     All methods may be called from any thread.
 
-    Windows of an earlier course of training lie aside until the current course has one of its own
-    (:meth:`forget_aside`), or until memory runs out.
+    What lies aside is given up when memory runs out.
 
     Args:
         base_dir: None for ``/dev/shm/moetion-<uid>``, or the temporary directory where there is no /dev/shm.
@@ -68,6 +55,7 @@ class HostMemoryTier:
     """
 
     name = "host memory"
+    place: LocalPlace
 
     def __init__(
         self,
@@ -82,12 +70,10 @@ class HostMemoryTier:
         self.base_dir = default if base_dir is None else Path(base_dir)
         self.is_fallback = base_dir is None and is_default_fallback
         self.path = self.base_dir / (rank_dir(job, rank) if holder is None else replica_dir(job, rank, holder))
-        self.job, self.rank, self.world_size = job, rank, world_size
-        self._root = LocalRoot(self.path)
-        self._set = WindowSet(self._root, job=job, rank=rank)
         self._lock = JobLock(self.path)
-        self._mutex = threading.RLock()
+        super().__init__(LocalPlace(self.path, self._lock.check), job, rank, world_size)
         self._pool = BufferPool()
+        # Files by the window that needs them: manifests are long, and read only when the tier is opened.
         self._named: dict[int, frozenset[str]] = {}
         self._named_aside: frozenset[str] = frozenset()
         self._pins: Counter[int] = Counter()
@@ -116,16 +102,15 @@ class HostMemoryTier:
             prepare_base_dir(self.base_dir)
             self._lock.acquire(wait_seconds=wait_seconds)
             try:
-                self._root.create()
-                self._root.clean()
-                hide_from_children(self._root.files_dir)
-                note = job_note(job=self.job, rank=self.rank, world_size=self.world_size)
-                self._root.write_note("job.json", json.dumps(note, indent=1).encode())
+                self.place.create()
+                self.place.clean()
+                hide_from_children(self.place.files_dir)
+                write_job_note(self.place, job=self.job, rank=self.rank, world_size=self.world_size)
                 manifests, is_safe = self._read_names()
-                unnamed = files_to_drop(manifests, self._root.files())
+                unnamed = files_to_drop(manifests, self.place.entries(FILES))
                 self.reached = max(map(_iteration_of, unnamed), default=-1)
                 for name in unnamed if is_safe else ():
-                    self._root.remove_file(name)
+                    self.place.remove(f"{FILES}/{name}")
             except BaseException:
                 self._lock.release()
                 raise
@@ -138,7 +123,39 @@ class HostMemoryTier:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    # -- capture ---------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Give up ownership: committed windows stay, everything else is removed."""
+        with self._mutex:
+            if not self._is_open:
+                return
+            self._is_open = False
+            for name in set(self._pool.forget_all()) - self._in_use():
+                self.place.remove(f"{FILES}/{name}")
+            self._lock.release()
+
+    def destroy(self) -> None:
+        """Remove all state of this job and rank (the normal end of training), and close.
+
+        Windows that lie aside stay if the current course has none of its own to show for them.
+        """
+        with self._mutex:
+            self._lock.check()
+            if self._named_aside and not self._named:
+                for note in NOTES:
+                    self.place.remove(f"{WINDOWS}/{note}")
+            else:
+                self.place.remove_all()
+                self._pool.forget_all()
+                self._named_aside = frozenset()
+                for names in (self._named, self._pins, self._pinned):
+                    names.clear()
+            self.close()
+
+    def mark_completed(self) -> None:
+        """The process ends well: remove everything, which nothing needs any more, and close."""
+        self.destroy()
+
+    # --- capture -------------------------------------------------------------------------------------------------
 
     def acquire(self, uid: str, nbytes: int) -> HostBuffer:
         """A buffer to capture into.
@@ -158,7 +175,7 @@ class HostMemoryTier:
         if nbytes < 1:
             raise StoreError(f"{self.path}: acquire({uid!r}, {nbytes}): a buffer has at least one byte.")
         with self._mutex:
-            self._require_open()
+            self._lock.check()
             return self._acquire(self._free_path(uid), nbytes)
 
     def acquire_copy(self, record: FileRecord) -> HostBuffer:
@@ -175,8 +192,8 @@ class HostMemoryTier:
             StoreError: a file of that name is in use here, or the tier is not open.
         """
         with self._mutex:
-            self._require_open()
-            path = self._root.files_dir / record.name
+            self._lock.check()
+            path = self.place.files_dir / record.name
             old = self._pool.get(record.name)
             if record.name in self._in_use() or (old is not None and old.state is not BufferState.FREE):
                 raise StoreError(
@@ -186,7 +203,7 @@ class HostMemoryTier:
             if old is not None:
                 self._pool.delete(old)
             else:
-                self._root.remove_file(record.name)  # of no committed window
+                self.place.remove(f"{FILES}/{record.name}")  # of no committed window
             return self._acquire(path, record.nbytes)
 
     def seal(self, buffer: HostBuffer, layout: SnapshotLayout | None = None) -> FileRecord:
@@ -203,8 +220,9 @@ class HostMemoryTier:
             StoreError: the buffer is not being captured, or the layout is of another size.
         """
         with self._mutex:
-            self._require_open()
-            self._require(buffer, BufferState.CAPTURING)
+            self._lock.check()
+            if self._pool.get(buffer.name) is not buffer or buffer.state is not BufferState.CAPTURING:
+                raise StoreError(f"{buffer.path}: the buffer is {buffer.state.value}, it is not being captured into.")
         if layout is not None:
             if layout.nbytes != buffer.nbytes:
                 raise StoreError(
@@ -233,25 +251,11 @@ class HostMemoryTier:
             if buffer is not None:
                 self.release(buffer)
 
-    # -- windows ---------------------------------------------------------------------------------------------------
+    # --- windows -------------------------------------------------------------------------------------------------
 
     def commit(self, manifest: Manifest, on_stage: Callable[[str], None] | None = None) -> None:
-        """Make a window a restore point.
-
-        Windows of later iterations go: they belong to a course of training that was given up (a restore from an older
-        window), and would otherwise win the next restore.
-
-        Args:
-            manifest: names sealed files, or files of windows that are committed already.
-            on_stage: called with ``"temporary"`` when the manifest is written under a temporary name, and with
-                ``"committed"`` after the rename.
-
-        Raises:
-            ForeignWindowError: the manifest is of another job or rank.
-            StoreError: a file is missing or not sealed, or writing fails.
-        """
+        """Make a window a restore point; its files are sealed, or of windows that are committed already."""
         with self._mutex:
-            self._require_open()
             for record in manifest.files:
                 buffer = self._pool.get(record.name)
                 if buffer is not None and (buffer.record != record or buffer.state is not BufferState.SEALED):
@@ -267,17 +271,14 @@ class HostMemoryTier:
                 if on_stage is not None:
                     on_stage(stage)
 
-            self._set.commit(manifest, staged)
-            for later in [i for i in self._set.windows() if i > manifest.iteration]:
-                self.drop(later)
+            super().commit(manifest, staged)
             self._settle(replaced)
             self._pool.trim()
 
     def drop(self, iteration: int) -> None:
         """Remove a window: its manifest first; files that no other window names and no pin holds are freed."""
         with self._mutex:
-            self._require_open()
-            self._root.remove_manifest(iteration)
+            self.place.remove(f"{WINDOWS}/{manifest_name(iteration)}")
             self._settle(self._named.pop(iteration, frozenset()))
 
     def pin(self, iteration: int) -> Manifest:
@@ -290,8 +291,8 @@ class HostMemoryTier:
             CorruptSnapshotError: there is no such window, or it cannot be read.
         """
         with self._mutex:
-            self._require_open()
-            manifest = self._set.read_manifest(iteration)
+            self._lock.check()
+            manifest = self.read_manifest(iteration)
             self._pins[iteration] += 1
             self._pinned[iteration] = self._pinned.get(iteration, frozenset()) | {r.name for r in manifest.files}
             return manifest
@@ -315,105 +316,7 @@ class HostMemoryTier:
         finally:
             self.unpin(iteration)
 
-    def windows(self, aside: str = "") -> list[int]:
-        """Iterations of committed windows, newest first; of a course that lies aside when one is named."""
-        return self._set.windows(aside)
-
-    def courses_aside(self) -> list[str]:
-        """Courses of training whose windows lie aside, the latest first."""
-        return self._set.courses_aside()
-
-    def read_manifest(self, iteration: int, aside: str = "") -> Manifest:
-        """Read and check a manifest. Raises ``CorruptSnapshotError``, ``VersionError``, ``ForeignWindowError``."""
-        return self._set.read_manifest(iteration, aside)
-
-    def verify(self, manifest: Manifest) -> None:
-        """Check sizes and checksums of all files of a window. Raises ``CorruptSnapshotError``."""
-        self._set.verify(manifest)
-
-    def local_path(self, record: FileRecord) -> Path:
-        """Where to read or map a file from. Raises ``CorruptSnapshotError`` when it is missing or of another size."""
-        return self._root.file_path(record)
-
-    # -- courses of training ---------------------------------------------------------------------------------------
-
-    def set_aside(self, iterations: Iterable[int] | None = None) -> str:
-        """Another course of training begins: move windows aside, where no restart takes them by itself.
-
-        Args:
-            iterations: the windows; None for all, with what was noted of their course.
-
-        Returns:
-            Name of the course that lies aside now, "" when there was no such window.
-        """
-        with self._mutex:
-            self._require_open()
-            course = self._set.set_aside(iterations)
-            self._read_names()
-            return course
-
-    def take_back(self, course: str) -> None:
-        """Make the windows of a course that lies aside the current ones; the current ones go aside."""
-        with self._mutex:
-            self._require_open()
-            self._set.take_back(course)
-            self._read_names()
-
-    def forget_aside(self) -> None:
-        """The current course has a window of its own: free what lies aside."""
-        with self._mutex:
-            if not self._named_aside and not self._set.root.courses_aside():
-                return
-            self._require_open()
-            self._set.forget_aside()
-            names, self._named_aside = self._named_aside, frozenset()
-            self._settle(names)
-
-    def mark_trained(self) -> None:
-        """Note that training came to its end. The windows stay until the process has ended well, too."""
-        with self._mutex:
-            self._require_open()
-            self._set.mark(TRAINED)
-
-    def mark_resumed(self, iteration: int) -> None:
-        """Note which iteration the user asked for when this course began."""
-        with self._mutex:
-            self._require_open()
-            self._set.mark(RESUMED, {"iteration": iteration})
-
-    def count_restore(self, iteration: int, *, asked_for: bool = False) -> int:
-        """A window is restored. Returns how often in a row; 0 for one that was asked for, although there are others."""
-        with self._mutex:
-            self._require_open()
-            return self._set.count_restore(iteration, asked_for=asked_for)
-
-    def mark_completed(self) -> None:
-        """The process ends well: remove everything, which nothing needs any more, and close."""
-        self.destroy()
-
-    def mark_continued(self) -> None:
-        """The course of the current windows goes on: it is neither at its end nor completed."""
-        self._set.mark_continued()
-
-    def is_trained(self, aside: str = "") -> bool:
-        """Whether a course came to its end (:meth:`mark_trained`): the current one, or one that lies aside."""
-        return self._set.is_trained(aside)
-
-    @property
-    def completed(self) -> bool:
-        """Whether the process that trained the current windows ended well, too."""
-        return self._set.completed
-
-    @property
-    def resumed(self) -> int | None:
-        """The iteration that the user asked for when this course began (:meth:`mark_resumed`)."""
-        return self._set.resumed
-
-    def is_of_this_process(self) -> bool:
-        """Whether this process was the last one to open it."""
-        return is_of_this_process(read_job_note(self.path))
-
-    # -- room and end ----------------------------------------------------------------------------------------------
+    # --- room ----------------------------------------------------------------------------------------------------
 
     def free_bytes(self) -> int:
         """Bytes that can still be acquired: free room there, plus this tier's own free buffers."""
@@ -422,7 +325,7 @@ class HostMemoryTier:
 
     def used_bytes(self) -> int:
         """Bytes of all files of this job and rank, free buffers included."""
-        return sum(self._root.files().values())
+        return sum(self.place.entries(FILES).values())
 
     def pooled_bytes(self) -> int:
         """Bytes of this tier's own free buffers."""
@@ -434,8 +337,8 @@ class HostMemoryTier:
         with self._mutex:
             if not self._named_aside:
                 return 0
-            needed = set().union(*self._named.values(), *self._pinned.values())
-            return sum(n for name, n in self._root.files().items() if name in self._named_aside and name not in needed)
+            only_aside = self._named_aside.difference(*self._named.values(), *self._pinned.values())
+            return sum(nbytes for name, nbytes in self.place.entries(FILES).items() if name in only_aside)
 
     def check_capacity(self, needed_bytes: int) -> None:
         """Refuse before the first step what would fail in the middle of a window.
@@ -457,59 +360,21 @@ class HostMemoryTier:
             self._holders = (time.monotonic(), text)
         return text
 
-    def close(self) -> None:
-        """Give up ownership: committed windows stay, everything else is removed."""
-        with self._mutex:
-            if not self._is_open:
-                return
-            self._is_open = False
-            in_use = self._in_use()
-            for name in self._pool.forget_all():
-                if name not in in_use:
-                    self._root.remove_file(name)
-            self._lock.release()
-
-    def destroy(self) -> None:
-        """Remove all state of this job and rank (the normal end of training), and close.
-
-        Windows that lie aside stay if the current course has none of its own to show for them.
-        """
-        with self._mutex:
-            self._require_open()
-            if self._named_aside and not self._named:
-                for note in NOTES:
-                    self._root.write_note(note, None)
-                self.close()
-                return
-            remove_rank_dir(self.path)
-            self._named.clear()
-            self._named_aside = frozenset()
-            self._pins.clear()
-            self._pinned.clear()
-            self._pool.forget_all()
-            self._is_open = False
-            self._lock.release()
-
-    # -- inside (the mutex is held) ----------------------------------------------------------------------------------
-
-    def _require_open(self) -> None:
-        if not self._is_open:
-            raise StoreError(f"{self.path}: the tier is not open. Call open() first.")
-
-    def _require(self, buffer: HostBuffer, state: BufferState) -> None:
-        if self._pool.get(buffer.name) is not buffer or buffer.state is not state:
-            raise StoreError(f"{buffer.path}: the buffer is {buffer.state.value}, expected {state.value}.")
+    # --- inside (the mutex is held) ------------------------------------------------------------------------------
 
     def _in_use(self) -> set[str]:
         return set(self._named_aside).union(*self._named.values(), *self._pinned.values())
 
     def _read_names(self) -> tuple[list[Manifest], bool]:
-        """Learn which files committed windows need; see :meth:`WindowSet.named_files`."""
-        readable, is_safe = self._set.named_files()
-        aside, is_aside_safe = self._set.manifests_aside()
+        """Learn which files committed windows need; see :meth:`manifests`."""
+        readable, is_safe = self.manifests()
+        aside, is_aside_safe = self.manifests_aside()
         self._named = {i: frozenset(r.name for r in m.files) for i, m in readable.items()}
         self._named_aside = frozenset(record.name for manifest in aside for record in manifest.files)
         return [*readable.values(), *aside], is_safe and is_aside_safe
+
+    def _moved(self) -> None:
+        self._read_names()
 
     def _explained(self, error: HostMemoryError) -> HostMemoryError:
         return HostMemoryError(f"{error}{self.who_holds_memory()}")
@@ -522,6 +387,7 @@ class HostMemoryTier:
                 raise self._explained(error) from error
             before = self.used_bytes()
             self.forget_aside()
+            self._free_files()  # also where somebody else has removed the folders
             _log.warning(
                 "%s: memory is full; windows that lay aside (of an earlier course of training, or older than the one "
                 "restored) are removed, before this run has committed one (%s)",
@@ -534,20 +400,22 @@ class HostMemoryTier:
             name = f"{uid}.safetensors" if number == 1 else f"{uid}-{number}.safetensors"
             if not FILE_NAME.fullmatch(name):
                 raise StoreError(f"{self.path}: {uid!r} cannot name a file: use at most 100 letters, digits and ._-")
-            path = self._root.files_dir / name
+            path = self.place.files_dir / name
             if not os.path.lexists(path):
                 return path
         raise StoreError(f"{self.path}: too many files are named after {uid!r}. Use another uid.")
 
+    def _free_files(self, keep: Collection[str] = ()) -> None:
+        """What lay aside is gone."""
+        names, self._named_aside = self._named_aside, frozenset()
+        self._settle(names)
+
     def _settle(self, names: Iterable[str]) -> None:
         """Free the files among ``names`` that nothing needs any more."""
-        in_use = self._in_use()
-        for name in names:
-            if name in in_use:
-                continue
+        for name in set(names) - self._in_use():
             buffer = self._pool.get(name)
             if buffer is None:
-                self._root.remove_file(name)
+                self.place.remove(f"{FILES}/{name}")
             else:
                 self._pool.put_back(buffer)
 

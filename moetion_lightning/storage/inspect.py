@@ -10,11 +10,11 @@ from pathlib import Path
 
 from moetion_lightning.errors import MoEtionError, StoreError
 from moetion_lightning.storage.disk import is_local_url, local_path_of
-from moetion_lightning.storage.folders import ASIDE_NAME, WINDOWS
-from moetion_lightning.storage.jobs import is_locked, read_job_note
-from moetion_lightning.storage.local import LocalRoot
+from moetion_lightning.storage.folders import ASIDE_NAME, FILES, WINDOWS
+from moetion_lightning.storage.jobs import JobInfo, describe_place
+from moetion_lightning.storage.local import LocalPlace
 from moetion_lightning.storage.manifest import Manifest
-from moetion_lightning.storage.windows import WindowSet
+from moetion_lightning.storage.tier import Tier
 from moetion_lightning.units import age_text, bytes_text, span_text
 
 __all__ = ["RootReport", "StoreReport", "WindowReport", "describe", "format_report"]
@@ -46,28 +46,18 @@ class WindowReport:
 
 @dataclass(frozen=True, kw_only=True)
 class RootReport:
-    """What one rank of one job has on one tier: its own windows, or its copies of another rank's.
+    """What one rank of one job has in one place.
 
     Args:
         path: the rank directory.
-        job: name of the job (the directory's, when no manifest is readable).
-        rank_name: ``rank-00000``, or ``replica-00003-at-00000`` for rank 0's copies of rank 3's windows.
-        pid: process that owned it last, if known.
-        alive: whether a live process holds its lock.
-        completed: whether training and its process ended as planned.
-        nbytes: bytes of all files, uncommitted ones included.
+        info: what is there, None when it cannot be listed.
         uncommitted_nbytes: bytes of files that no readable window names (a capture in progress, or garbage).
         windows: current ones, then those that lie aside, newest first.
         problem: why it could not be listed.
     """
 
     path: Path
-    job: str
-    rank_name: str
-    pid: int | None = None
-    alive: bool = False
-    completed: bool = False
-    nbytes: int = 0
+    info: JobInfo | None = None
     uncommitted_nbytes: int = 0
     windows: tuple[WindowReport, ...] = field(default_factory=tuple)
     problem: str | None = None
@@ -124,7 +114,7 @@ def describe(path: str | os.PathLike[str], *, verify: bool = True) -> StoreRepor
 
 def _find_roots(path: Path, depth: int) -> Iterator[Path]:
     try:
-        if (path / WINDOWS).is_dir() or LocalRoot(path).courses_aside():
+        if (path / WINDOWS).is_dir() or Tier(LocalPlace(path)).courses_aside():
             yield path
         elif depth > 0 and path.is_dir():
             for child in path.iterdir():
@@ -135,48 +125,39 @@ def _find_roots(path: Path, depth: int) -> Iterator[Path]:
 
 
 def _describe_root(path: Path, *, only: int | None, verify: bool) -> RootReport:
-    root = LocalRoot(path)
-    found = WindowSet(root, job=None, rank=None)
-    job = path.resolve().parent.name
+    place = LocalPlace(path)
+    tier = Tier(place)
     try:
-        courses = ["", *found.courses_aside()]
-        listed = [(course, i) for course in courses for i in found.windows(course) if only in (None, i)]
-        sizes = root.files()
-        completed = found.completed
+        info = describe_place(place, path.resolve().parent.name, path.name, tier.name)
+        courses = ["", *tier.courses_aside()]
+        listed = [(course, i) for course in courses for i in tier.windows(course) if only in (None, i)]
+        sizes = place.entries(FILES)
     except MoEtionError as error:
-        return RootReport(path=path, job=job, rank_name=path.name, problem=_one_line(error))
-    windows = tuple(_describe_window(found, iteration, course, verify=verify) for course, iteration in listed)
-    manifests = [*found.named_files()[0].values(), *found.manifests_aside()[0]]
+        return RootReport(path=path, problem=_one_line(error))
+    manifests = [*tier.manifests()[0].values(), *tier.manifests_aside()[0]]
     named = {record.name for manifest in manifests for record in manifest.files}
-    pid = read_job_note(path).get("pid")
     return RootReport(
         path=path,
-        job=next((w.manifest.job for w in windows if w.manifest), job),
-        rank_name=path.name,
-        pid=pid if isinstance(pid, int) else None,
-        alive=is_locked(path),
-        completed=completed,
-        nbytes=sum(sizes.values()),
+        info=info,
         uncommitted_nbytes=sum(size for name, size in sizes.items() if name not in named),
-        windows=windows,
+        windows=tuple(_describe_window(tier, iteration, course, verify=verify) for course, iteration in listed),
     )
 
 
-def _describe_window(found: WindowSet, iteration: int, course: str, *, verify: bool) -> WindowReport:
-    manifest = None
+def _describe_window(tier: Tier, iteration: int, course: str, *, verify: bool) -> WindowReport:
+    manifest = problem = None
     try:
-        manifest = found.read_manifest(iteration, course)
+        manifest = tier.read_manifest(iteration, course)
         if verify:
-            found.verify(manifest)
+            tier.verify(manifest)
     except MoEtionError as error:
-        return WindowReport(
-            iteration=iteration, manifest=manifest, verified=False, problem=_one_line(error), aside=bool(course)
-        )
+        problem = _one_line(error)
     return WindowReport(
         iteration=iteration,
         manifest=manifest,
-        age_seconds=max(0.0, time.time() - manifest.created_at),
-        verified=True if verify else None,
+        age_seconds=None if manifest is None else max(0.0, time.time() - manifest.created_at),
+        verified=False if problem else True if verify else None,
+        problem=problem,
         aside=bool(course),
     )
 
@@ -185,12 +166,9 @@ def format_report(report: StoreReport) -> str:
     """The report as a plain text table."""
     lines = []
     for root in report.roots:
-        owner = f"process {root.pid}" if root.pid is not None else "unknown process"
-        state = f"in use by {owner}" if root.alive else f"last owner: {owner}, not running"
-        if root.completed:
-            state += ", completed"
         lines.append(f"{root.path}")
-        lines.append(f"  job {root.job}, {root.rank_name}, {state}, {bytes_text(root.nbytes)} in files")
+        if root.info is not None:
+            lines.append(_line(root.info, next((w.manifest.job for w in root.windows if w.manifest), root.info.name)))
         if root.uncommitted_nbytes:
             lines.append(f"  {bytes_text(root.uncommitted_nbytes)} of them belong to no committed window")
         if root.problem:
@@ -205,6 +183,14 @@ def format_report(report: StoreReport) -> str:
         lines.append("")
     lines.append("whole" if report.is_whole else "DAMAGED: see the problems above")
     return "\n".join(lines)
+
+
+def _line(info: JobInfo, job: str) -> str:
+    owner = f"process {info.pid}" if info.pid is not None else "unknown process"
+    state = f"in use by {owner}" if info.alive else f"last owner: {owner}, not running"
+    if info.completed:
+        state += ", completed"
+    return f"  job {job}, {info.rank_name}, {state}, {bytes_text(info.nbytes)} in files"
 
 
 def _row(window: WindowReport) -> tuple[str, ...]:

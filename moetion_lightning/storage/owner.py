@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetion_lightning.errors import CorruptSnapshotError, JobBusyError, OwnerLostError
+from moetion_lightning.storage.folders import OWNER_NOTE
 from moetion_lightning.storage.manifest import parse_json
-from moetion_lightning.storage.windows import Root
+from moetion_lightning.storage.place import Place
 from moetion_lightning.units import age_text
 
-__all__ = ["OWNER_NOTE", "RENEW_SECONDS", "Ownership", "boot_id"]
+__all__ = ["RENEW_SECONDS", "Ownership", "boot_id"]
 
 _log = logging.getLogger(__name__)
 
-OWNER_NOTE = "owner.json"
 RENEW_SECONDS = 8.0
 """How often a living owner writes the record again."""
 LEASE_SECONDS = 20.0
@@ -82,15 +82,15 @@ class Ownership:
     """This process's right to write under one root.
 
     Args:
-        root: The rank's directory.
+        place: The rank's directory. It must let this write: nobody else asks whether it may write the record.
         run: Launch that this process belongs to and which start of it this is; ("", 0) for none.
         sleep: How to wait.
     """
 
     def __init__(
-        self, root: Root, run: tuple[str, int] = ("", 0), sleep: Callable[[float], object] = time.sleep
+        self, place: Place, run: tuple[str, int] = ("", 0), sleep: Callable[[float], object] = time.sleep
     ) -> None:
-        self._root = root
+        self.place = place
         self._sleep = sleep
         self._mutex = threading.Lock()  # one thread renews, another one commits
         self._mine = _Record(
@@ -111,10 +111,11 @@ class Ownership:
             JobBusyError: A live process is; the message names it.
             StoreError: The record cannot be read or written.
         """
+        self.place.create()
         theirs = self._read()
         if theirs is not None and theirs.nonce != self._mine.nonce and not self._may_replace(theirs):
             raise JobBusyError(
-                f"{self._root.location}: {theirs} persists the windows of this job and rank here. Two runs in one "
+                f"{self.place.location}: {theirs} persists the windows of this job and rank here. Two runs in one "
                 "place would restore each other's state: stop it, or give this run another job_id= or persist_dir=."
             )
         self._mine = dataclasses.replace(self._mine, created=time.time())
@@ -132,7 +133,7 @@ class Ownership:
         elif theirs.nonce != self._mine.nonce:
             what = "took this place over and has ended" if theirs.released else "has taken this place over"
             raise OwnerLostError(
-                f"{self._root.location}: {theirs} {what}. This process (number {self._mine.pid} on {self._mine.host}) "
+                f"{self.place.location}: {theirs} {what}. This process (number {self._mine.pid} on {self._mine.host}) "
                 "was frozen or cut off for a while, or began at the same time; it writes nothing there any more."
             )
 
@@ -169,7 +170,7 @@ class Ownership:
             return True
         _log.info(
             "%s: %s wrote here. Looking for up to %.0f s whether it still lives",
-            self._root.location, theirs, LEASE_SECONDS,
+            self.place.location, theirs, LEASE_SECONDS,
         )  # fmt: skip
         for _ in range(int(LEASE_SECONDS / _LOOK_SECONDS)):
             self._sleep(_LOOK_SECONDS)
@@ -182,17 +183,17 @@ class Ownership:
 
     def _read(self) -> _Record | None:
         try:
-            data = self._root.read_note(OWNER_NOTE)
+            data = self.place.read(OWNER_NOTE)
             if data is None:
                 return None
-            return _Record(**parse_json(data, path=f"{self._root.location}/{OWNER_NOTE}"))
+            return _Record(**parse_json(data, path=self.place.where(OWNER_NOTE)))
         except (CorruptSnapshotError, TypeError):
             return None  # damaged: nobody's
 
     def _write(self, *, released: bool) -> None:
         with self._mutex:
             self._mine = dataclasses.replace(self._mine, renewed=time.time(), released=released)
-            self._root.write_note(OWNER_NOTE, json.dumps(dataclasses.asdict(self._mine)).encode())
+            self.place.write(OWNER_NOTE, json.dumps(dataclasses.asdict(self._mine)).encode())
 
 
 def boot_id() -> str:

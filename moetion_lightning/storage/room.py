@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moetion_lightning.errors import HostMemoryError
-from moetion_lightning.storage.local import explain_os_errors
+from moetion_lightning.storage.posix import explain_os_errors
 from moetion_lightning.units import bytes_text
 
 __all__ = ["available_memory_bytes", "free_bytes_at", "memory_limit_bytes", "no_room", "reserve_bytes_at"]

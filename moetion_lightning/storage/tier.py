@@ -1,306 +1,297 @@
-"""The seam between engine and tiers, and the choice of the window to restore."""
+"""The windows of one rank of one job in one place: listed, read, committed, set aside and dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import json
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any
 
-from moetion_lightning.errors import (
-    ConfigurationError,
-    CorruptSnapshotError,
-    ForeignWindowError,
-    MoEtionError,
-    StoreError,
-    VersionError,
+from moetion_lightning.errors import CorruptSnapshotError, ForeignWindowError, StoreError, VersionError
+from moetion_lightning.storage.folders import (
+    ASIDE_NAME,
+    COMPLETED,
+    FILES,
+    MANIFEST_NAME,
+    NOTES,
+    RESTORES,
+    RESUMED,
+    TRAINED,
+    WINDOWS,
+    manifest_name,
+    next_aside,
 )
-from moetion_lightning.storage.manifest import FileRecord, Manifest
-from moetion_lightning.units import span_text
+from moetion_lightning.storage.job_note import is_of_this_process
+from moetion_lightning.storage.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest
+from moetion_lightning.storage.place import Place
 
-__all__ = ["Accept", "Problem", "Refusal", "RestoreChoice", "Tier", "choose_window"]
-
-Accept = Callable[[Manifest], str]
-"""Says why a window is not to be restored; "" if it is."""
+__all__ = ["Tier"]
 
 
-class Tier(Protocol):
-    """One place that holds committed windows of one rank of one job."""
+class Tier:
+    """Committed windows of one rank of one job.
+
+    A window is there when its manifest is. Windows of an earlier course of training lie aside, where no restart takes
+    them by itself, until the current course has one of its own (:meth:`forget_aside`).
+
+    Reading needs no right. Whatever changes something needs the place's, see :class:`~.place.Place`.
+
+    Args:
+        place: where they are.
+        job: name of the job; "" accepts any (inspection).
+        rank: global rank; -1 accepts any.
+        world_size: number of ranks of the job.
+    """
+
+    #: What messages call it.
+    name = "files"
+
+    def __init__(self, place: Place, job: str = "", rank: int = -1, world_size: int = 1) -> None:
+        self.place = place
+        self.job, self.rank, self.world_size = job, rank, world_size
+        self._mutex = threading.RLock()
 
     @property
-    def name(self) -> str:
-        """What messages call it: ``"host memory"``, ``"disk"``."""
+    def location(self) -> str:
+        """Path or URL."""
+        return self.place.location
 
-    @property
-    def completed(self) -> bool:
-        """Whether the current windows are of a course that came to its end, in a process that ended well."""
+    def close(self) -> None:
+        """Give back what is held; committed windows stay."""
+        self.place.close()
+
+    def is_of_this_process(self) -> bool:
+        """Whether this process was the last one to open it for writing."""
+        return is_of_this_process(self.place)
+
+    # --- windows -------------------------------------------------------------------------------------------------
 
     def windows(self, aside: str = "") -> list[int]:
-        """Iterations of committed windows (a manifest is present), newest first; of a course aside if one is named."""
-
-    def courses_aside(self) -> list[str]:
-        """Courses of training whose windows lie aside, the latest first."""
+        """Iterations of committed windows, newest first; of a course that lies aside when one is named."""
+        found = map(MANIFEST_NAME.fullmatch, self.place.entries(aside or WINDOWS))
+        return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def read_manifest(self, iteration: int, aside: str = "") -> Manifest:
-        """Read and check a manifest."""
+        """Read and check a manifest.
+
+        Raises:
+            CorruptSnapshotError: missing, unreadable, altered, or under another iteration's name.
+            VersionError: from a newer version.
+            ForeignWindowError: of another job or rank.
+        """
+        name = f"{aside or WINDOWS}/{manifest_name(iteration)}"
+        where = self.place.where(name)
+        data = self.place.read(name, MAX_MANIFEST_BYTES)
+        if data is None:
+            raise CorruptSnapshotError(f"{where}: the manifest is missing. Restore from another window or tier.")
+        manifest = Manifest.from_bytes(data, path=where)
+        if manifest.iteration != iteration:
+            raise CorruptSnapshotError(
+                f"{where}: holds the manifest of window {manifest.iteration}. It was renamed or copied; delete it."
+            )
+        self._check_belongs(manifest, where)
+        return manifest
 
     def verify(self, manifest: Manifest) -> None:
-        """Check sizes and checksums of all files of a window; raises ``CorruptSnapshotError``."""
+        """Check sizes and checksums of all files of a window. Raises ``CorruptSnapshotError``."""
+        for record in manifest.files:
+            self.place.verify(record)
 
     def local_path(self, record: FileRecord) -> Path:
-        """A local path to read or map a file of a verified window from."""
+        """Where to read or map a file from; remote ones are downloaded and verified.
 
-    def commit(self, manifest: Manifest) -> None:
-        """Make a window a restore point; its files are there already."""
+        Raises:
+            CorruptSnapshotError: it is missing or of another size.
+        """
+        return self.place.local_path(record)
+
+    def commit(self, manifest: Manifest, on_stage: Callable[[str], None] | None = None) -> None:
+        """Make a window a restore point. Its files are there already, those of the manifest's name are replaced.
+
+        Windows of later iterations go: they belong to a course of training that was given up (a restore from an older
+        window), and would otherwise win the next restore.
+
+        Args:
+            manifest: the window.
+            on_stage: called with ``"temporary"`` before the manifest takes its name and ``"committed"`` after.
+
+        Raises:
+            ForeignWindowError: the manifest is of another job or rank.
+            StoreError: a file is missing, or writing fails.
+        """
+        name = f"{WINDOWS}/{manifest_name(manifest.iteration)}"
+        where = self.place.where(name)
+        self._check_belongs(manifest, where)
+        with self._mutex:
+            # Listed before anything is asked of the owner: this process may be frozen at any point, and what is there
+            # when it comes back may be another one's.
+            later = [iteration for iteration in self.windows() if iteration > manifest.iteration]
+            sizes = self.place.entries(FILES)
+            for record in manifest.files:
+                if sizes.get(record.name) != record.nbytes:
+                    raise StoreError(
+                        f"{where}: cannot commit, file {record.name} has {sizes.get(record.name, 'no')} bytes there, "
+                        f"expected {record.nbytes}. Write and seal all files before the commit."
+                    )
+            self.place.sync(FILES)
+            self.place.write(name, manifest.to_bytes(), on_stage)
+            for iteration in later:
+                self.drop(iteration)
 
     def drop(self, iteration: int) -> None:
         """Remove a window: its manifest first, then the files that no other window names."""
+        with self._mutex:
+            self.place.remove(f"{WINDOWS}/{manifest_name(iteration)}")
+            self._free_files()
 
-    @property
-    def resumed(self) -> int | None:
-        """The iteration that the user asked for when the course of the current windows began."""
+    def manifests(self, aside: str = "") -> tuple[dict[int, Manifest], bool]:
+        """Manifests that can be read, and whether it is safe to call all other files garbage.
 
-    def mark_resumed(self, iteration: int) -> None:
-        """Note that iteration."""
+        It is not when a manifest could not be read for a reason that may pass (a newer version, no permission): its
+        window may be whole.
+        """
+        readable, is_safe = {}, True
+        for iteration in self.windows(aside):
+            try:
+                readable[iteration] = self.read_manifest(iteration, aside)
+            except CorruptSnapshotError:
+                pass
+            except (VersionError, ForeignWindowError, StoreError):
+                is_safe = False
+        return readable, is_safe
 
-    def count_restore(self, iteration: int, *, asked_for: bool = False) -> int:
-        """A window is restored. Returns how often in a row; 0 for one that was asked for, although there are others."""
+    def manifests_aside(self) -> tuple[list[Manifest], bool]:
+        """As :meth:`manifests`, of all courses that lie aside."""
+        found = [self.manifests(course) for course in self._folders_aside()]
+        return [m for readable, _ in found for m in readable.values()], all(is_safe for _, is_safe in found)
 
-    def is_trained(self, aside: str = "") -> bool:
-        """Whether a course came to its end: that of the current windows, or one that lies aside."""
+    # --- courses of training ---------------------------------------------------------------------------------------
 
-    def mark_continued(self) -> None:
-        """The course of the current windows goes on: it is neither at its end nor completed."""
+    def courses_aside(self) -> list[str]:
+        """Courses of training whose windows lie aside, the latest first."""
+        return [course for course in self._folders_aside() if self.windows(course)]
 
     def set_aside(self, iterations: Iterable[int] | None = None) -> str:
-        """Move windows (None: all, with what is noted of their course) aside, for another course of training."""
+        """Another course of training begins: move windows aside.
+
+        A kill leaves every window readable, in its old place or in the new one.
+
+        Args:
+            iterations: the windows; None for all, with what was noted of their course.
+
+        Returns:
+            Name of the course that lies aside now, "" when there was no such window.
+        """
+        with self._mutex:
+            existing = self.windows()
+            if iterations is None and not existing:
+                for note in NOTES:
+                    self._forget(note)
+            moved = existing if iterations is None else sorted(set(iterations).intersection(existing), reverse=True)
+            if not moved:
+                return ""
+            course = next_aside(self._folders_aside())
+            self.place.move(WINDOWS, course, None if iterations is None else map(manifest_name, moved))
+            self._moved()
+            return course
 
     def take_back(self, course: str) -> None:
         """Make the windows of a course that lies aside the current ones; the current ones go aside."""
+        with self._mutex:
+            if not self.set_aside():
+                self.place.remove_folder(WINDOWS)  # notes of a course without windows
+            self.place.move(course, WINDOWS)
+            self._moved()
 
-    def forget_aside(self) -> None:
-        """Remove what lies aside."""
+    def forget_aside(self, *, keep: Collection[str] = ()) -> None:
+        """The current course has a window of its own: remove what lies aside, the oldest course first.
 
+        Args:
+            keep: files of a window that is being written.
+        """
+        with self._mutex:
+            if courses := self._folders_aside():
+                for course in reversed(courses):
+                    self.place.remove_folder(course)
+                self._free_files(keep)
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Why a window, or a whole tier, was passed over.
+    def mark_trained(self) -> None:
+        """Note that training came to its end. The windows can be restored until the process has ended well, too."""
+        self._mark(TRAINED)
 
-    Args:
-        tier: name of the tier.
-        iteration: the window, or None when the tier itself could not be listed.
-        error: what happened; its message names the file and the remedy.
-    """
+    def is_trained(self, aside: str = "") -> bool:
+        """Whether a course came to its end (:meth:`mark_trained`): the current one, or one that lies aside."""
+        return self._has(TRAINED, aside)
 
-    tier: str
-    iteration: int | None
-    error: MoEtionError
+    def mark_completed(self) -> None:
+        """Note that the process ended well, so that the same command starts anew instead of resuming."""
+        if self.windows():
+            self.forget_aside()
+        self._mark(COMPLETED)
 
-    def __str__(self) -> str:
-        what = "the tier" if self.iteration is None else f"window {self.iteration}"
-        return f"{what} in {self.tier}: {self.error}"
+    @property
+    def completed(self) -> bool:
+        """Whether the process that trained the current windows ended well (:meth:`mark_completed`)."""
+        return self._has(COMPLETED)
 
+    def mark_continued(self) -> None:
+        """The course of the current windows goes on: it is neither at its end nor completed."""
+        for note in (TRAINED, COMPLETED):
+            if self._has(note):
+                self._forget(note)
 
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """A readable window that was passed over although nothing is wrong with its bytes.
+    def mark_resumed(self, iteration: int) -> None:
+        """Note which iteration the user asked for when this course began."""
+        self._mark(RESUMED, iteration=iteration)
 
-    Args:
-        tier: name of the tier.
-        manifest: the window's manifest; its files were not read.
-        reason: why it was not taken.
-        aside: the course that it lies aside with; "" for a current window.
-    """
+    @property
+    def resumed(self) -> int | None:
+        """The iteration that the user asked for when this course began (:meth:`mark_resumed`)."""
+        value = self._noted(RESUMED).get("iteration")
+        return value if type(value) is int else None
 
-    tier: str
-    manifest: Manifest
-    reason: str
-    aside: str = ""
+    def count_restore(self, iteration: int, *, asked_for: bool = False) -> int:
+        """A window is restored. Returns how often in a row; 0 for one that was asked for, although there are others."""
+        before = self._noted(RESTORES)
+        count = before.get("count") if before.get("iteration") == iteration else 0
+        count = 0 if asked_for else count + 1 if type(count) is int else 1
+        self._mark(RESTORES, iteration=iteration, count=count)
+        return count
 
-    def __str__(self) -> str:
-        span = span_text(self.manifest.first_iteration, self.manifest.last_iteration)
-        return f"window {span} in {self.tier}{' (aside)' if self.aside else ''}: {self.reason}"
+    # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _free_files(self, keep: Collection[str] = ()) -> None:
+        """Free the files that no window needs any more, except ``keep``."""
+        raise NotImplementedError
 
-@dataclass(frozen=True, kw_only=True)
-class RestoreChoice:
-    """The window to restore.
+    def _moved(self) -> None:
+        """Windows were moved from one folder to another."""
 
-    Args:
-        tier: where to read it from.
-        manifest: its verified manifest.
-        problems: newer or nearer windows that were passed over because something is wrong with them.
-        refused: those that are whole, but not wanted.
-        aside: the course that the window lies aside with: :meth:`Tier.take_back` it; "" for a current one.
-    """
+    def _folders_aside(self) -> list[str]:
+        return sorted(filter(ASIDE_NAME.fullmatch, self.place.folders()), reverse=True)
 
-    tier: Tier
-    manifest: Manifest
-    problems: tuple[Problem, ...] = ()
-    refused: tuple[Refusal, ...] = ()
-    aside: str = ""
+    def _mark(self, note: str, **content: Any) -> None:
+        self.place.write(f"{WINDOWS}/{note}", json.dumps({**content, "at": time.time()}).encode())
 
+    def _forget(self, note: str) -> None:
+        self.place.remove(f"{WINDOWS}/{note}")
 
-# Order of preference: current windows before those aside, newest first, nearest first.
-_Place: TypeAlias = tuple[int, int, int]
+    def _has(self, note: str, aside: str = "") -> bool:
+        return note in self.place.entries(aside or WINDOWS)
 
-
-@dataclass(kw_only=True)
-class _Candidates:
-    """Windows of all tiers, and what was passed over on the way; each with its place in the order of preference."""
-
-    found: list[tuple[_Place, Tier, str, Manifest]] = field(default_factory=list)
-    problems: list[tuple[_Place, Problem]] = field(default_factory=list)
-    refused: list[Refusal] = field(default_factory=list)
-
-
-def choose_window(
-    tiers: Sequence[Tier],
-    *,
-    job: str,
-    rank: int | None = None,
-    world_size: int | None = None,
-    fingerprint: str | None = None,
-    accept: Accept | None = None,
-    iteration: int | None = None,
-    on_refused: Callable[[Refusal], object] | None = None,
-) -> RestoreChoice | None:
-    """Find the newest window that is whole and wanted.
-
-    Every file of the chosen window is read and its checksum compared. A window that fails gives way to the same window
-    on a later tier, then to the next older one. Windows that hold a value that is not finite come after all others,
-    windows that lie aside after current ones; those of a course that is completed are left out.
-
-    Args:
-        tiers: fastest first; of two copies of one window the earlier tier's is taken.
-        job: the window must belong to this job.
-        rank: and to this rank, unless None.
-        world_size: and be of a run with as many ranks, unless None.
-        fingerprint: and of this model, unless None.
-        accept: and be wanted: returns why not.
-        iteration: take the window that ends with this iteration, or else the one that contains it.
-        on_refused: told of every window that is readable and not taken, also when none is.
-
-    Returns:
-        The choice, or None when no tier has any window that is wanted.
-
-    Raises:
-        ConfigurationError: there is no window of ``iteration``; the message lists those that there are.
-        CorruptSnapshotError: there are windows, but none is whole; the message lists every problem. Not where others
-            can be read and are not wanted: what is damaged may be of their kind.
-        ForeignWindowError: all of them belong to another job or model.
-        VersionError: all of them were written by a newer version.
-        StoreError: a tier could not be read and no other has a window: starting anew could lose the run.
-    """
-    candidates = _Candidates()
-
-    def refuse(tier: Tier, aside: str, manifest: Manifest, reason: str) -> None:
-        refusal = Refusal(tier=tier.name, manifest=manifest, reason=reason, aside=aside)
-        candidates.refused.append(refusal)
-        if on_refused is not None:
-            on_refused(refusal)
-
-    for order, tier in enumerate(tiers):
-        for aside, window in _listed(tier, order, candidates, completed=iteration is not None):
-            place: _Place = (int(aside != ""), -window, order)
-            try:
-                manifest = tier.read_manifest(window, aside)
-                _check_belongs(manifest, job=job, rank=rank, world_size=world_size, fingerprint=fingerprint)
-            except MoEtionError as error:
-                candidates.problems.append((place, Problem(tier=tier.name, iteration=window, error=error)))
-                continue
-            reason = accept(manifest) if accept is not None else ""
-            if reason:
-                refuse(tier, aside, manifest, reason)
-            else:
-                candidates.found.append((place, tier, aside, manifest))
-    if iteration is not None:
-        candidates.found = _of_iteration(candidates, iteration)
-    for place, tier, aside, manifest in sorted(candidates.found, key=lambda item: (not item[3].finite, item[0])):
+    def _noted(self, note: str) -> dict[str, Any]:
+        """Content of a note, empty when it is absent or damaged."""
         try:
-            tier.verify(manifest)
-        except MoEtionError as error:
-            candidates.problems.append((place, Problem(tier=tier.name, iteration=manifest.iteration, error=error)))
-            continue
-        for other_place, other_tier, other_aside, other in candidates.found:
-            if manifest.finite and not other.finite and other_place < place:
-                refuse(
-                    other_tier, other_aside, other, "it holds a loss, a gradient norm or a weight that is not finite"
-                )
-        problems = tuple(problem for where, problem in sorted(candidates.problems, key=_place) if where < place)
-        return RestoreChoice(
-            tier=tier, manifest=manifest, problems=problems, refused=tuple(candidates.refused), aside=aside
-        )
-    # Damage among windows that lie aside, which nobody asked for, must not keep training from beginning.
-    serious = [problem for place, problem in sorted(candidates.problems, key=_place) if place[0] <= 0]
-    if not serious or (candidates.refused and not candidates.found):
-        return None
-    raise _nothing_whole(job, serious)
+            content = json.loads(self.place.read(f"{WINDOWS}/{note}") or b"{}")
+        except (CorruptSnapshotError, ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
-
-def _place(item: tuple[_Place, Problem]) -> _Place:
-    return item[0]
-
-
-def _listed(tier: Tier, order: int, candidates: _Candidates, *, completed: bool) -> Iterator[tuple[str, int]]:
-    """Windows of a tier, current ones (of a completed course only if asked for) first: (course aside, iteration)."""
-    try:
-        listed = [("", iteration) for iteration in tier.windows()] if completed or not tier.completed else []
-        for course in tier.courses_aside():
-            listed += [(course, iteration) for iteration in tier.windows(course)]
-    except MoEtionError as error:
-        candidates.problems.append(((-1, order, 0), Problem(tier=tier.name, iteration=None, error=error)))
-        return
-    yield from listed
-
-
-def _of_iteration(candidates: _Candidates, iteration: int) -> list[tuple[_Place, Tier, str, Manifest]]:
-    """The windows that end with an iteration, or else those that contain it."""
-    found = candidates.found
-    exact = [item for item in found if item[3].last_iteration == iteration]
-    around = [item for item in found if item[3].first_iteration <= iteration <= item[3].last_iteration]
-    if exact or around:
-        return exact or around
-    there = [
-        f"{span_text(m.first_iteration, m.last_iteration)} in {tier.name}{' (aside)' if aside else ''}"
-        for _, tier, aside, m in sorted(found, key=lambda item: item[0])
-    ]
-    passed = [str(refusal) for refusal in candidates.refused] + [str(problem) for _, problem in candidates.problems]
-    raise ConfigurationError(
-        f"resume={iteration}: no window ends with or contains iteration {iteration}. Windows of this job: "
-        f"{', '.join(there) or 'none'}.{''.join(f' Passed over: {text}.' for text in passed)} Give the last iteration "
-        "of one of them, or resume='auto'."
-    )
-
-
-def _check_belongs(
-    manifest: Manifest, *, job: str, rank: int | None, world_size: int | None, fingerprint: str | None
-) -> None:
-    where = f"Window {manifest.iteration}"
-    if manifest.job != job:
-        raise ForeignWindowError(f"{where} belongs to job {manifest.job!r}, not {job!r}.")
-    if rank is not None and manifest.rank != rank:
-        raise ForeignWindowError(f"{where} belongs to rank {manifest.rank}, not {rank}.")
-    if world_size is not None and manifest.world_size != world_size:
-        raise ForeignWindowError(
-            f"{where} is of a run with {manifest.world_size} ranks, this one has {world_size}. Start as many ranks."
-        )
-    if fingerprint is not None and manifest.fingerprint != fingerprint:
-        raise ForeignWindowError(
-            f"{where} is of another model or optimizer (fingerprint {manifest.fingerprint}, this model has "
-            f"{fingerprint}). Restore the model's configuration, or give the run another job_id."
-        )
-    if not manifest.complete:
-        raise CorruptSnapshotError(f"{where} is marked incomplete: it is no restore point by itself.")
-
-
-def _nothing_whole(job: str, problems: Sequence[Problem]) -> MoEtionError:
-    listed = "\n".join(f"  - {problem}" for problem in problems)
-    message = (
-        f"No whole window of job {job!r} was found; nothing was restored.\n{listed}\n"
-        "Repair the cause, or start anew: give the run another job_id, or delete these windows."
-    )
-    for kind in (ForeignWindowError, VersionError, StoreError):
-        if all(isinstance(problem.error, kind) for problem in problems):
-            return kind(message)
-    return CorruptSnapshotError(message)
+    def _check_belongs(self, manifest: Manifest, where: str) -> None:
+        if self.job not in ("", manifest.job) or self.rank not in (-1, manifest.rank):
+            raise ForeignWindowError(
+                f"{where}: window of rank {manifest.rank} of job {manifest.job!r}, expected rank {self.rank} of job "
+                f"{self.job!r}. Remove it from this directory."
+            )

@@ -20,8 +20,8 @@ from moetion_lightning.core.packed_lists import pack
 from moetion_lightning.errors import CorruptSnapshotError, UnsupportedStateError, VersionError
 from moetion_lightning.storage import leaves
 from moetion_lightning.storage.format import SnapshotLayout, TensorSpec, tensor_bytes
-from moetion_lightning.storage.local import read_regular
 from moetion_lightning.storage.manifest import parse_json
+from moetion_lightning.storage.posix import read_regular
 
 __all__ = ["FlatTree", "Leaf", "Resolve", "dump_tree", "flatten_tree", "load_tree"]
 

@@ -18,7 +18,8 @@ from moetion_lightning.distributed.wire import connect
 from moetion_lightning.errors import ConfigurationError, ReplicationError
 from moetion_lightning.events import EventBus, ReplicationFailed, WindowReplicated
 from moetion_lightning.storage.format import TensorSpec
-from moetion_lightning.storage.host_memory import HostMemoryTier, find_jobs
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.jobs import find_jobs
 from tests.replica_ranks import (
     HOLDER,
     KEY,

@@ -23,11 +23,11 @@ from moetion_lightning.errors import (
     StoreError,
     VersionError,
 )
+from moetion_lightning.storage.choice import choose_window
 from moetion_lightning.storage.disk import DirectoryTier
 from moetion_lightning.storage.format import Manifest, SnapshotLayout
 from moetion_lightning.storage.host_memory import HostMemoryTier
 from moetion_lightning.storage.manifest import bytes_checksum
-from moetion_lightning.storage.tier import choose_window
 from tests.store_windows import SPECS, commit_window, make_manifest, write_snapshot
 
 FORK = multiprocessing.get_context("fork")

@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 
 from moetion_lightning.errors import ConfigurationError, CorruptSnapshotError, StoreError
+from moetion_lightning.storage.choice import choose_window
 from moetion_lightning.storage.disk import DirectoryTier
 from moetion_lightning.storage.host_memory import HostMemoryTier
-from moetion_lightning.storage.tier import choose_window
 from tests.store_windows import commit_window, make_manifest, write_snapshot
 
 
@@ -62,14 +62,14 @@ def test_old_windows_go_and_shared_files_stay(memory, disk):
     assert disk.windows() == [4, 3]
     for i in (4, 3):
         disk.verify(disk.read_manifest(i))
-    assert set(disk._root.files()) == {"shared.safetensors", "own3.safetensors", "own4.safetensors"}
+    assert set(disk.place.entries("files")) == {"shared.safetensors", "own3.safetensors", "own4.safetensors"}
 
 
 def test_files_that_are_there_already_are_not_copied_again(memory, disk, monkeypatch):
     shared = write_snapshot(memory, "shared", 0.0)
     copied = []
-    put = disk._root.put_file
-    monkeypatch.setattr(disk._root, "put_file", lambda record, *rest: (copied.append(record.name), put(record, *rest)))
+    put = disk.place.put
+    monkeypatch.setattr(disk.place, "put", lambda record, *rest: (copied.append(record.name), put(record, *rest)))
     for i in (1, 2):
         memory.commit(make_manifest(i, [shared]))
         disk.persist(memory.read_manifest(i), memory)
@@ -111,7 +111,7 @@ def test_drop_removes_manifest_and_files(memory, disk):
     disk.persist(commit_window(memory, 1), memory)
     disk.drop(1)
     assert disk.windows() == []
-    assert disk._root.files() == {}
+    assert disk.place.entries("files") == {}
 
 
 def test_completion_is_noted(disk):

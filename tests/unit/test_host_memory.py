@@ -21,10 +21,11 @@ from moetion_lightning.errors import (
     JobBusyError,
     StoreError,
 )
+from moetion_lightning.storage.choice import choose_window
 from moetion_lightning.storage.format import FileRecord, SnapshotLayout, TensorSpec
-from moetion_lightning.storage.host_memory import HostMemoryTier, clean_stale, find_jobs
+from moetion_lightning.storage.host_memory import HostMemoryTier
 from moetion_lightning.storage.inspect import describe, format_report
-from moetion_lightning.storage.tier import choose_window
+from moetion_lightning.storage.jobs import clean_stale, find_jobs
 from tests.store_windows import SPECS, commit_window, make_manifest, write_snapshot
 
 NBYTES = SnapshotLayout(SPECS).nbytes
@@ -368,7 +369,7 @@ def test_inspect_shows_windows_and_finds_damage(tier):
         report = describe(path)
         assert [w.iteration for w in report.roots[0].windows] == [9, 7]
         assert report.is_whole
-        assert report.roots[0].alive
+        assert report.roots[0].info.alive
     assert "6..7" in format_report(report)
     assert "verified" in format_report(report)
     tier.local_path(manifest.files[0]).write_bytes(b"x" * NBYTES)

@@ -22,8 +22,9 @@ from moetion_lightning.events import EventBus, Notice, WindowPersisted
 from moetion_lightning.storage import owner as owner_module
 from moetion_lightning.storage.disk import DirectoryTier
 from moetion_lightning.storage.host_memory import HostMemoryTier
-from moetion_lightning.storage.local import LocalRoot
+from moetion_lightning.storage.local import LocalPlace
 from moetion_lightning.storage.owner import LEASE_SECONDS, Ownership
+from moetion_lightning.storage.place import anyone
 from tests.store_windows import commit_window
 
 
@@ -49,15 +50,16 @@ def process():
 
 
 def record(tier: DirectoryTier) -> dict:
-    return json.loads(tier._root.read_note("owner.json"))
+    return json.loads(tier.place.read("owner.json"))
 
 
 def put_record(tier: DirectoryTier, **changes) -> None:
     """Another owner's record; what is not given is as this process would write it."""
-    tier._root.create()
-    mine = dataclasses.asdict(Ownership(tier._root)._mine)
+    place = tier._owner.place
+    place.create()
+    mine = dataclasses.asdict(Ownership(place)._mine)
     values = {**mine, "created": time.time(), "renewed": time.time(), **changes}
-    tier._root.write_note("owner.json", json.dumps(values).encode())
+    place.write("owner.json", json.dumps(values).encode())
 
 
 def of(pid: int) -> dict:
@@ -65,7 +67,7 @@ def of(pid: int) -> dict:
 
 
 def windows_and_files(tier: DirectoryTier) -> tuple[list[int], dict[str, int]]:
-    return tier.windows(), tier._root.files()
+    return tier.windows(), tier.place.entries("files")
 
 
 def test_a_live_process_of_this_machine_is_named(url, process):
@@ -114,7 +116,7 @@ def test_an_owner_on_another_machine_lives_if_it_writes(url, lives):
         if lives and len(waited) == 5:
             put_record(tier, host="elsewhere", boot_id="other", nonce="n")
 
-    ownership = Ownership(tier._root, sleep=sleep)
+    ownership = Ownership(tier._owner.place, sleep=sleep)
     if lives:
         with pytest.raises(JobBusyError, match="on elsewhere"):
             ownership.claim()
@@ -127,7 +129,7 @@ def test_an_owner_on_another_machine_lives_if_it_writes(url, lives):
 def test_an_old_record_of_another_machine_needs_no_wait(url):
     tier = DirectoryTier(url, "job")
     put_record(tier, host="elsewhere", renewed=time.time() - 1000)
-    Ownership(tier._root, sleep=pytest.fail).claim()
+    Ownership(tier._owner.place, sleep=pytest.fail).claim()
 
 
 def test_a_frozen_process_is_replaced_when_it_has_not_written_for_a_while(url, process):
@@ -135,7 +137,7 @@ def test_a_frozen_process_is_replaced_when_it_has_not_written_for_a_while(url, p
     os.waitpid(process.pid, os.WUNTRACED)
     tier = DirectoryTier(url, "job")
     put_record(tier, **of(process.pid), renewed=time.time() - LEASE_SECONDS - 1)
-    Ownership(tier._root, sleep=pytest.fail).claim()
+    Ownership(tier._owner.place, sleep=pytest.fail).claim()
 
 
 def test_a_later_start_of_the_same_launch_takes_the_place_of_a_lost_rank_at_once(url):
@@ -147,8 +149,8 @@ def test_a_later_start_of_the_same_launch_takes_the_place_of_a_lost_rank_at_once
 
 def test_a_damaged_record_is_nobodys(url):
     tier = DirectoryTier(url, "job")
-    tier._root.create()
-    tier._root.write_note("owner.json", b"{")
+    tier._owner.place.create()
+    tier._owner.place.write("owner.json", b"{")
     tier.open()
     assert record(tier)["pid"] == os.getpid()
     tier.close()
@@ -202,7 +204,7 @@ def test_one_that_is_frozen_at_any_moment_neither_removes_nor_adds_anything(url,
             for iteration in (4, 5):
                 successor.persist(commit_window(source, iteration), source)
         windows.extend(successor.windows())
-        files.update(successor._root.files())
+        files.update(successor.place.entries("files"))
 
     def watched(method):
         def call(*args, **kwargs):
@@ -213,10 +215,8 @@ def test_one_that_is_frozen_at_any_moment_neither_removes_nor_adds_anything(url,
 
         return call
 
-    for name in [name for name in dir(tier._root) if not name.startswith("_")]:
-        method = getattr(tier._root, name)
-        if callable(method):
-            setattr(tier._root, name, watched(method))
+    for name in ("entries", "folders", "read", "verify", "may_change", "_incoming", "_remove", "_remove_empty"):
+        setattr(tier.place, name, watched(getattr(tier.place, name)))
     with contextlib.suppress(OwnerLostError, StoreError):  # or its files are gone: they were nobody's any more
         tier.persist(manifest, memory)
     if not windows:
@@ -224,7 +224,7 @@ def test_one_that_is_frozen_at_any_moment_neither_removes_nor_adds_anything(url,
         pytest.skip("the first process makes fewer calls")
     left = DirectoryTier(url, "job")
     assert {4, 5} <= set(left.windows())
-    assert set(left._root.files()) <= files
+    assert set(left.place.entries("files")) <= files
     for iteration in (4, 5):
         left.verify(left.read_manifest(iteration))
 
@@ -336,7 +336,7 @@ def test_a_base_that_everybody_may_write_to_is_refused_and_a_groups_is_not(tmp_p
     base.chmod(0o775)
     tier = DirectoryTier(base, "job").open()
     tier.close()
-    tier._root.path.chmod(0o770)
+    tier.place.path.chmod(0o770)
     with pytest.raises(StoreError, match="other users may write there.*chmod 700"):
         tier.open()
 
@@ -352,6 +352,6 @@ def test_a_jobs_directory_of_another_user_is_refused(tmp_path):
 
 def test_new_directories_are_made_durable_in_their_parents(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr("moetion_lightning.storage.local.sync_dir", synced.append)
-    LocalRoot(tmp_path / "a" / "b").create()
+    monkeypatch.setattr("moetion_lightning.storage.posix.sync_dir", synced.append)
+    LocalPlace(tmp_path / "a" / "b", anyone).create()
     assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced)
