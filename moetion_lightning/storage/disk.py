@@ -9,7 +9,6 @@ import os
 import stat
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 from moetion_lightning.errors import CorruptSnapshotError, StoreError
 from moetion_lightning.storage.folders import FILES, OWNER_NOTE, WINDOWS, manifest_name, rank_dir
@@ -52,7 +51,6 @@ class DirectoryTier(Tier):
         world_size: number of ranks of the job.
         keep: committed windows to keep, at least 1; the newest one that is finite is kept in any case.
         run: launch that this process belongs to and which start of it this is; see :class:`~.owner.Ownership`.
-        storage_options: for the fsspec file system's constructor.
 
     Raises:
         ConfigurationError: the job's name or the URL's protocol cannot be used.
@@ -67,17 +65,15 @@ class DirectoryTier(Tier):
         *,
         keep: int = 2,
         run: tuple[str, int] = ("", 0),
-        storage_options: dict[str, Any] | None = None,
     ) -> None:
         windows_to_keep((), keep)
         self.url, self.keep = os.fspath(url), keep
-        self._storage_options = storage_options
         directory = rank_dir(job, rank)
 
         def place(may_change: Callable[[], object]) -> Place:
             if is_local_url(self.url):
                 return LocalPlace(local_path_of(self.url) / directory, may_change)
-            return RemotePlace(f"{self.url.rstrip('/')}/{directory}", may_change, storage_options)
+            return RemotePlace(f"{self.url.rstrip('/')}/{directory}", may_change)
 
         super().__init__(place(self.check_owner), job, rank, world_size)
         self.name = "storage" if self.place.is_remote else "disk"
@@ -87,9 +83,7 @@ class DirectoryTier(Tier):
 
     def of_rank(self, rank: int) -> DirectoryTier:
         """The tier of another rank of the same job, to read from."""
-        return DirectoryTier(
-            self.url, self.job, rank, self.world_size, keep=self.keep, storage_options=self._storage_options
-        )
+        return DirectoryTier(self.url, self.job, rank, self.world_size, keep=self.keep)
 
     def open(self) -> DirectoryTier:
         """Become the owner of the directory, now, to learn before the first step that it is impossible.
@@ -131,20 +125,12 @@ class DirectoryTier(Tier):
                 self._owner.release()
         super().close()
 
-    def persist(
-        self,
-        manifest: Manifest,
-        source: Tier,
-        on_file: Callable[[str], None] | None = None,
-        on_stage: Callable[[str], None] | None = None,
-    ) -> None:
+    def persist(self, manifest: Manifest, source: Tier) -> None:
         """Copy a committed window here, then drop the windows beyond ``keep``.
 
         Args:
             manifest: a window of ``source``, which must keep it until this returns (``HostMemoryTier.pinned``).
             source: tier to read from.
-            on_file: called with the file's name after each file.
-            on_stage: as in :meth:`commit`.
 
         Raises:
             OwnerLostError: another process owns the directory now; nothing is committed or removed.
@@ -159,9 +145,7 @@ class DirectoryTier(Tier):
                 self._make_way(record, manifest, readable)
                 self._put(record, source.local_path(record), manifest)
             self._known.add(record)
-            if on_file is not None:
-                on_file(record.name)
-        self.commit(manifest, on_stage)
+        self.commit(manifest)
         self._retain()
 
     def verify(self, manifest: Manifest) -> None:

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import os
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -24,7 +21,7 @@ from moetion_lightning.storage.job_note import write_job_note
 from moetion_lightning.storage.jobs import default_base_dir, prepare_base_dir, who_holds_memory
 from moetion_lightning.storage.local import LocalPlace
 from moetion_lightning.storage.lock import JobLock
-from moetion_lightning.storage.manifest import FILE_NAME, FileRecord, Manifest, bytes_checksum
+from moetion_lightning.storage.manifest import FileRecord, Manifest
 from moetion_lightning.storage.mapping import hide_from_children
 from moetion_lightning.storage.retention import files_to_drop
 from moetion_lightning.storage.room import free_bytes_at, no_room
@@ -34,7 +31,6 @@ from moetion_lightning.units import bytes_text
 __all__ = ["HostBuffer", "HostMemoryTier"]
 
 _log = logging.getLogger(__name__)
-_LOOK_AGAIN_SECONDS = 30.0
 
 
 class HostMemoryTier(Tier):
@@ -47,7 +43,7 @@ class HostMemoryTier(Tier):
     What lies aside is given up when memory runs out.
 
     Args:
-        base_dir: None for ``/dev/shm/moetion-<uid>``, or the temporary directory where there is no /dev/shm.
+        base_dir: None for :func:`~.jobs.default_base_dir`.
         job: name of the job: letters, digits and ``._-``.
         rank: global rank.
         world_size: number of ranks of the job.
@@ -66,13 +62,11 @@ class HostMemoryTier(Tier):
         *,
         holder: int | None = None,
     ) -> None:
-        default, is_default_fallback = default_base_dir()
-        self.base_dir = default if base_dir is None else Path(base_dir)
-        self.is_fallback = base_dir is None and is_default_fallback
+        self.base_dir = default_base_dir() if base_dir is None else Path(base_dir)
         self.path = self.base_dir / (rank_dir(job, rank) if holder is None else replica_dir(job, rank, holder))
         self._lock = JobLock(self.path)
         super().__init__(LocalPlace(self.path, self._lock.check), job, rank, world_size)
-        self._pool = BufferPool()
+        self._pool = BufferPool(self.place.files_dir)
         # Files by the window that needs them: manifests are long, and read only when the tier is opened.
         self._named: dict[int, frozenset[str]] = {}
         self._named_aside: frozenset[str] = frozenset()
@@ -80,7 +74,6 @@ class HostMemoryTier(Tier):
         self._pinned: dict[int, frozenset[str]] = {}
         #: The last iteration of which a predecessor had begun to capture something; -1 if none.
         self.reached = -1
-        self._holders = (-math.inf, "")
         self._is_open = False
 
     def open(self, *, wait_seconds: float = 0.25) -> HostMemoryTier:
@@ -158,34 +151,23 @@ class HostMemoryTier(Tier):
     # --- capture -------------------------------------------------------------------------------------------------
 
     def acquire(self, uid: str, nbytes: int) -> HostBuffer:
-        """A buffer to capture into.
+        """A buffer to capture into; its content is arbitrary.
 
         Args:
             uid: base of the file's name; if a file has that name already, a number is appended (``buffer.name`` is
                 what counts).
             nbytes: exact size, at least 1.
 
-        Returns:
-            The buffer. Its content is arbitrary.
-
         Raises:
             HostMemoryError: there is no room.
             StoreError: the name cannot be a file's, or the tier is not open.
         """
-        if nbytes < 1:
-            raise StoreError(f"{self.path}: acquire({uid!r}, {nbytes}): a buffer has at least one byte.")
         with self._mutex:
             self._lock.check()
-            return self._acquire(self._free_path(uid), nbytes)
+            return self._acquire(self._pool.free_path(uid), nbytes)
 
     def acquire_copy(self, record: FileRecord) -> HostBuffer:
         """A buffer for the copy of a file that exists elsewhere, under the name that it has there.
-
-        Args:
-            record: the file.
-
-        Returns:
-            The buffer. Its content is arbitrary.
 
         Raises:
             HostMemoryError: there is no room.
@@ -221,21 +203,11 @@ class HostMemoryTier(Tier):
         """
         with self._mutex:
             self._lock.check()
-            if self._pool.get(buffer.name) is not buffer or buffer.state is not BufferState.CAPTURING:
-                raise StoreError(f"{buffer.path}: the buffer is {buffer.state.value}, it is not being captured into.")
-        if layout is not None:
-            if layout.nbytes != buffer.nbytes:
-                raise StoreError(
-                    f"{buffer.path}: the layout takes {layout.nbytes} bytes, the buffer has {buffer.nbytes}. "
-                    "Acquire a buffer of layout.nbytes."
-                )
-            layout.write_header(buffer.tensor)
+            self._pool.check_captured(buffer)
         # Outside the mutex: the digest takes as long as reading the memory, and pins must not wait for it.
-        with buffer.memory as memory:
-            record = FileRecord(buffer.name, buffer.nbytes, bytes_checksum(memory))
+        record = buffer.digest(layout)
         with self._mutex:
-            buffer.state = BufferState.SEALED
-            buffer.record = record
+            buffer.state, buffer.record = BufferState.SEALED, record
         return record
 
     def release(self, buffer: HostBuffer) -> None:
@@ -256,13 +228,7 @@ class HostMemoryTier(Tier):
     def commit(self, manifest: Manifest, on_stage: Callable[[str], None] | None = None) -> None:
         """Make a window a restore point; its files are sealed, or of windows that are committed already."""
         with self._mutex:
-            for record in manifest.files:
-                buffer = self._pool.get(record.name)
-                if buffer is not None and (buffer.record != record or buffer.state is not BufferState.SEALED):
-                    raise StoreError(
-                        f"{buffer.path}: cannot commit window {manifest.iteration}, the file is {buffer.state.value} "
-                        f"as {buffer.record}, the manifest has {record}. Seal all files before the commit."
-                    )
+            self._pool.check_sealed(manifest)
             replaced = self._named.get(manifest.iteration, frozenset())
 
             def staged(stage: str) -> None:
@@ -353,12 +319,8 @@ class HostMemoryTier(Tier):
             raise self._explained(no_room(_existing_parent(self.path), needed_bytes))
 
     def who_holds_memory(self) -> str:
-        """For messages about full memory; see :func:`~.jobs.who_holds_memory`. Looked up at most twice a minute."""
-        looked, text = self._holders
-        if time.monotonic() - looked > _LOOK_AGAIN_SECONDS:
-            text = who_holds_memory(self.base_dir, self.job)
-            self._holders = (time.monotonic(), text)
-        return text
+        """For messages about full memory; see :func:`~.jobs.who_holds_memory`."""
+        return who_holds_memory(self.base_dir, self.job)
 
     # --- inside (the mutex is held) ------------------------------------------------------------------------------
 
@@ -394,16 +356,6 @@ class HostMemoryTier(Tier):
                 self.path, bytes_text(before - self.used_bytes() + self._pool.free_bytes()),
             )  # fmt: skip
             return self._acquire(path, nbytes)
-
-    def _free_path(self, uid: str) -> Path:
-        for number in range(1, 1_000_000):
-            name = f"{uid}.safetensors" if number == 1 else f"{uid}-{number}.safetensors"
-            if not FILE_NAME.fullmatch(name):
-                raise StoreError(f"{self.path}: {uid!r} cannot name a file: use at most 100 letters, digits and ._-")
-            path = self.place.files_dir / name
-            if not os.path.lexists(path):
-                return path
-        raise StoreError(f"{self.path}: too many files are named after {uid!r}. Use another uid.")
 
     def _free_files(self, keep: Collection[str] = ()) -> None:
         """What lay aside is gone."""

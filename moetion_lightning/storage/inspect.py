@@ -31,15 +31,13 @@ class WindowReport:
         iteration: the window's name, its last iteration.
         manifest: its manifest, None when that is unreadable.
         age_seconds: since it was captured.
-        verified: True: every checksum is right; False: see ``problem``; None: checksums were not asked for.
-        problem: what is wrong, with the remedy.
+        problem: what is wrong, with the remedy; None when every checksum is right.
         aside: whether it is of an earlier course of training, and lies aside.
     """
 
     iteration: int
     manifest: Manifest | None = None
     age_seconds: float | None = None
-    verified: bool | None = None
     problem: str | None = None
     aside: bool = False
 
@@ -81,12 +79,11 @@ class StoreReport:
         return not any(r.problem or any(w.problem for w in r.windows) for r in self.roots)
 
 
-def describe(path: str | os.PathLike[str], *, verify: bool = True) -> StoreReport:
-    """Look at a base directory, a job's, a rank's, or one manifest.
+def describe(path: str | os.PathLike[str]) -> StoreReport:
+    """Look at a base directory, a job's, a rank's, or one manifest; read every file and compare its checksum.
 
     Args:
         path: local path or file:// URL.
-        verify: read every file and compare its checksum.
 
     Returns:
         The report; problems of single windows are in it, not raised.
@@ -109,7 +106,7 @@ def describe(path: str | os.PathLike[str], *, verify: bool = True) -> StoreRepor
             f"{text}: no windows are stored here. Give a base directory (such as /dev/shm/moetion-{os.getuid()}), a "
             "job's or a rank's directory, or a manifest."
         )
-    return StoreReport(path=text, roots=tuple(_describe_root(root, only=only, verify=verify) for root in roots))
+    return StoreReport(path=text, roots=tuple(_describe_root(root, only=only) for root in roots))
 
 
 def _find_roots(path: Path, depth: int) -> Iterator[Path]:
@@ -124,7 +121,7 @@ def _find_roots(path: Path, depth: int) -> Iterator[Path]:
         raise StoreError(f"{path}: cannot be listed: {error.strerror}. Run as the user who owns it.") from error
 
 
-def _describe_root(path: Path, *, only: int | None, verify: bool) -> RootReport:
+def _describe_root(path: Path, *, only: int | None) -> RootReport:
     place = LocalPlace(path)
     tier = Tier(place)
     try:
@@ -140,23 +137,21 @@ def _describe_root(path: Path, *, only: int | None, verify: bool) -> RootReport:
         path=path,
         info=info,
         uncommitted_nbytes=sum(size for name, size in sizes.items() if name not in named),
-        windows=tuple(_describe_window(tier, iteration, course, verify=verify) for course, iteration in listed),
+        windows=tuple(_describe_window(tier, iteration, course) for course, iteration in listed),
     )
 
 
-def _describe_window(tier: Tier, iteration: int, course: str, *, verify: bool) -> WindowReport:
+def _describe_window(tier: Tier, iteration: int, course: str) -> WindowReport:
     manifest = problem = None
     try:
         manifest = tier.read_manifest(iteration, course)
-        if verify:
-            tier.verify(manifest)
+        tier.verify(manifest)
     except MoEtionError as error:
         problem = _one_line(error)
     return WindowReport(
         iteration=iteration,
         manifest=manifest,
         age_seconds=None if manifest is None else max(0.0, time.time() - manifest.created_at),
-        verified=False if problem else True if verify else None,
         problem=problem,
         aside=bool(course),
     )
@@ -194,7 +189,7 @@ def _line(info: JobInfo, job: str) -> str:
 
 
 def _row(window: WindowReport) -> tuple[str, ...]:
-    verdict = {True: "verified", False: "FAILED", None: "not checked"}[window.verified]
+    verdict = "FAILED" if window.problem else "verified"
     m = window.manifest
     if m is None:
         return (str(window.iteration), "?", "?", "?", "?", "?", "?", verdict)

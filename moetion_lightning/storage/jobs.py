@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import posixpath
 import shlex
@@ -37,23 +38,20 @@ __all__ = [
     "find_jobs",
     "prepare_base_dir",
     "remove_if_ours",
-    "stale_jobs",
     "who_holds_memory",
 ]
 
 _SHARED_MEMORY = Path("/dev/shm")
+_LOOK_AGAIN_SECONDS = 30.0
 
 
-def default_base_dir() -> tuple[Path, bool]:
+def default_base_dir() -> Path:
     """``/dev/shm/moetion-<uid>``, or the same name in the temporary directory where there is no /dev/shm.
 
-    Returns:
-        The path, and whether it is the fallback (which may be on a disk: slower, but as safe).
+    That may be on a disk: slower, but as safe.
     """
-    name = f"moetion-{os.getuid()}"
-    if _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK | os.X_OK):
-        return _SHARED_MEMORY / name, False
-    return Path(tempfile.gettempdir()) / name, True
+    is_usable = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK | os.X_OK)
+    return (_SHARED_MEMORY if is_usable else Path(tempfile.gettempdir())) / f"moetion-{os.getuid()}"
 
 
 def prepare_base_dir(path: Path) -> None:
@@ -156,7 +154,7 @@ def find_jobs(base_dir: Path | None = None) -> list[JobInfo]:
     Raises:
         StoreError: the base directory is not safe (see :func:`prepare_base_dir`) or cannot be read.
     """
-    base = default_base_dir()[0] if base_dir is None else Path(base_dir)
+    base = default_base_dir() if base_dir is None else Path(base_dir)
     if not os.path.lexists(base):
         return []
     check_private_dir(base, os.getuid(), "another base")
@@ -173,20 +171,20 @@ def find_everywhere(memory_dir: Path | str | None = None, persist_dir: str | Non
     Returns:
         One entry a rank, the youngest first; on storage only those of rank 0.
     """
-    memory = default_base_dir()[0] if memory_dir is None else Path(memory_dir)
-    found: list[JobInfo] = []
-    with contextlib.suppress(MoEtionError):
-        for path in _rank_dirs(memory, "rank-*"):
-            with contextlib.suppress(MoEtionError):
-                found.append(_describe(path, "host memory"))
+    memory = default_base_dir() if memory_dir is None else Path(memory_dir)
+    found = [*_in_directory(memory, "host memory", "rank-*")]
     if persist_dir is not None and is_local_url(persist_dir):
-        with contextlib.suppress(MoEtionError):
-            for path in _rank_dirs(local_path_of(persist_dir), "rank-00000"):
-                with contextlib.suppress(MoEtionError):
-                    found.append(_describe(path, "disk"))
+        found += _in_directory(local_path_of(persist_dir), "disk", "rank-00000")
     elif persist_dir is not None:
         found += _on_storage(persist_dir)
     return sorted(found, key=lambda info: info.age_seconds)
+
+
+def _in_directory(base: Path, tier: str, pattern: str) -> Iterator[JobInfo]:
+    with contextlib.suppress(MoEtionError):
+        for path in _rank_dirs(base, pattern):
+            with contextlib.suppress(MoEtionError):
+                yield _describe(path, tier)
 
 
 def _on_storage(url: str) -> Iterator[JobInfo]:
@@ -214,52 +212,42 @@ def _describe(path: Path, tier: str) -> JobInfo:
 def who_holds_memory(base_dir: Path, own_job: str) -> str:
     """For messages about full memory: which other jobs hold how much there, and what frees it; "" if none does.
 
+    Looked up at most twice a minute.
+
     Args:
         base_dir: base directory of the host-memory tier.
         own_job: the job that wants room.
     """
+    return _who_holds_memory(base_dir, own_job, int(time.monotonic() / _LOOK_AGAIN_SECONDS))
+
+
+@functools.lru_cache(maxsize=8)
+def _who_holds_memory(base_dir: Path, own_job: str, _now: int) -> str:
     jobs: dict[str, list[JobInfo]] = {}
     with contextlib.suppress(StoreError):
         for info in find_jobs(base_dir):
             if info.name != own_job and info.nbytes:
                 jobs.setdefault(info.name, []).append(info)
-    dead, alive, names = [], [], []
+    texts: dict[bool, list[str]] = {True: [], False: []}
+    which = ""
     for name, infos in jobs.items():
         size = bytes_text(sum(info.nbytes for info in infos))
         pids = sorted({info.pid for info in infos if info.pid is not None})
         process = f"process {', '.join(map(str, pids))}" if pids else "process unknown"
-        age = age_text(min(info.age_seconds for info in infos))
         if any(info.alive for info in infos):
-            alive.append(f"{name} ({size}, {process})")
+            texts[True].append(f"{name} ({size}, {process})")
         else:
-            dead.append(f"{name} ({size}, {age} old, {process} is gone)")
-            names.append(name)
-    text = f" Live jobs hold memory there: {', '.join(alive)}." if alive else ""
-    if dead:
-        where = "" if base_dir == default_base_dir()[0] else f" --memory-dir {shlex.quote(str(base_dir))}"
-        which = "".join(f" --job {name}" for name in names)
+            age = age_text(min(info.age_seconds for info in infos))
+            texts[False].append(f"{name} ({size}, {age} old, {process} is gone)")
+            which += f" --job {name}"
+    text = f" Live jobs hold memory there: {', '.join(texts[True])}." if texts[True] else ""
+    if texts[False]:
+        where = "" if base_dir == default_base_dir() else f" --memory-dir {shlex.quote(str(base_dir))}"
         text += (
-            f" Dead jobs hold memory there: {', '.join(dead)}. If none of them is to be started again: "
+            f" Dead jobs hold memory there: {', '.join(texts[False])}. If none of them is to be started again: "
             f"`moetion clean{where} --older-than 0{which}`."
         )
     return text
-
-
-def stale_jobs(
-    base_dir: Path | None = None,
-    older_than_seconds: float = 0.0,
-    keep: Collection[str] = (),
-    only: Collection[str] | None = None,
-) -> list[JobInfo]:
-    """What :func:`clean_stale` would remove."""
-    return [
-        info
-        for info in find_jobs(base_dir)
-        if not info.alive
-        and info.name not in keep
-        and (only is None or info.name in only)
-        and info.age_seconds >= older_than_seconds
-    ]
 
 
 def clean_stale(
@@ -267,6 +255,8 @@ def clean_stale(
     older_than_seconds: float = 0.0,
     keep: Collection[str] = (),
     only: Collection[str] | None = None,
+    *,
+    dry_run: bool = False,
 ) -> list[JobInfo]:
     """Remove what dead jobs left in host memory.
 
@@ -275,15 +265,23 @@ def clean_stale(
         older_than_seconds: leave jobs whose last commit is younger: they may be restarted soon.
         keep: names of jobs to leave, whatever their age.
         only: names of the jobs to remove; None for all.
+        dry_run: remove nothing.
 
     Returns:
-        What was removed.
+        What was removed, or would be.
 
     Raises:
         StoreError: the base directory is not safe or cannot be changed.
     """
-    stale = stale_jobs(base_dir, older_than_seconds, keep, only)
-    return [info for info in stale if _remove(Path(info.location))]
+    return [
+        info
+        for info in find_jobs(base_dir)
+        if not info.alive
+        and info.name not in keep
+        and (only is None or info.name in only)
+        and info.age_seconds >= older_than_seconds
+        and (dry_run or _remove(Path(info.location)))
+    ]
 
 
 def remove_if_ours(path: Path) -> None:

@@ -141,8 +141,7 @@ class LocalPlace(Place):
         os.rename(self.path / source, self.path / target)
 
     def _rename_folder(self, source: str, target: str) -> bool:
-        self._remove_empty(target)
-        os.rename(self.path / source, self.path / target)
+        os.rename(self.path / source, self.path / target)  # takes the place of an empty folder, too
         make_private_dir(self.path / WINDOWS)
         sync_dir(self.path)
         return True

@@ -185,7 +185,8 @@ class Place(abc.ABC):
         for name in self.entries(folder):
             self.remove(f"{folder}/{name}")
         self.may_change()
-        self._remove_empty(folder)
+        with self._explained("remove", folder):
+            self._remove_empty(folder)
 
     def sync(self, folder: str) -> None:  # noqa: B027
         """Make the names in a folder durable."""

@@ -22,8 +22,8 @@ from moetion_lightning.storage.manifest import FileRecord
 __all__ = [
     "check_file",
     "check_private_dir",
+    "check_size",
     "explain_os_errors",
-    "hash_file",
     "make_private_dir",
     "read_regular",
     "remove_path",
@@ -123,38 +123,29 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
             return file.read(size)
 
 
-def hash_file(path: Path, nbytes: int, *, on_chunk: Callable[[memoryview], object] | None = None) -> str:
-    """Checksum of a whole file in the form of :class:`FileRecord`.
+def check_file(path: Path, record: FileRecord, *, on_chunk: Callable[[memoryview], object] | None = None) -> None:
+    """Compare a file's size and checksum.
 
     Args:
         path: a regular file.
-        nbytes: the size that it must have.
+        record: what it must be.
         on_chunk: also given each chunk, in order (to copy in the same pass).
 
     Raises:
-        CorruptSnapshotError: missing, not a regular file, another size.
+        CorruptSnapshotError: missing, not a regular file, or with another content.
     """
     digest = xxhash.xxh3_128()
-    chunk = memoryview(bytearray(min(_CHUNK_BYTES, max(nbytes, 1))))
+    chunk = memoryview(bytearray(min(_CHUNK_BYTES, max(record.nbytes, 1))))
     with _open_regular(path) as (fd, size):
-        done = 0
-        if size == nbytes:
-            while count := os.readv(fd, [chunk]):
-                digest.update(chunk[:count])
-                if on_chunk is not None:
-                    on_chunk(chunk[:count])
-                done += count
-        else:
-            done = size
-    if done != nbytes:
-        raise CorruptSnapshotError(f"{path}: {done} bytes, committed with {nbytes}. {_REMEDY}")
-    return f"xxh3:{digest.hexdigest()}"
-
-
-def check_file(path: Path, record: FileRecord, *, on_chunk: Callable[[memoryview], object] | None = None) -> None:
-    """Compare a file's size and checksum, giving its chunks on. Raises ``CorruptSnapshotError``."""
-    checksum = hash_file(path, record.nbytes, on_chunk=on_chunk)
-    if checksum != record.checksum:
+        done = 0 if size == record.nbytes else size
+        while size == record.nbytes and (count := os.readv(fd, [chunk])):
+            digest.update(chunk[:count])
+            if on_chunk is not None:
+                on_chunk(chunk[:count])
+            done += count
+    if done != record.nbytes:
+        raise CorruptSnapshotError(f"{path}: {done} bytes, committed with {record.nbytes}. {_REMEDY}")
+    if (checksum := f"xxh3:{digest.hexdigest()}") != record.checksum:
         raise CorruptSnapshotError(f"{path}: checksum {checksum}, committed with {record.checksum}. {_REMEDY}")
 
 

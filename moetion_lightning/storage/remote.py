@@ -82,7 +82,6 @@ class RemotePlace(Place):
     Args:
         url: ``<base>/<job>/rank-00000``.
         may_change: as there; the default allows no change.
-        storage_options: for the file system's constructor.
 
     Raises:
         ConfigurationError: the protocol is unknown or its package is not installed.
@@ -90,13 +89,10 @@ class RemotePlace(Place):
 
     is_remote = True
 
-    def __init__(
-        self, url: str, may_change: Callable[[], object] = nobody, storage_options: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, url: str, may_change: Callable[[], object] = nobody) -> None:
         super().__init__(url, may_change)
-        self._options = storage_options or {}
         try:
-            self._fs, self._path = fsspec.core.url_to_fs(url, **self._options)
+            self._fs, self._path = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise ConfigurationError(
                 f"{url}: {error}. Install the file system's package or correct the URL."
@@ -188,7 +184,7 @@ class RemotePlace(Place):
         if nbytes <= _CHUNK_BYTES:
             return _Object(self._fs, self._join(name))
         if self._uploads is None:  # of its own: while a transaction is open, all that an instance writes is part of it
-            self._uploads = fsspec.core.url_to_fs(self.location, **self._options, skip_instance_cache=True)[0]
+            self._uploads = fsspec.core.url_to_fs(self.location, skip_instance_cache=True)[0]
         return _Upload(self._uploads, self._join(name))
 
     def _make_folder(self, folder: str) -> None:

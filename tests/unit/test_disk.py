@@ -41,9 +41,7 @@ def test_nothing_there_is_no_window(disk):
 
 def test_persisted_window_reads_back_from_a_new_process_view(memory, disk, url):
     manifest = commit_window(memory, 7)
-    seen = []
-    disk.persist(manifest, memory, seen.append)
-    assert seen == [record.name for record in manifest.files]
+    disk.persist(manifest, memory)
     again = DirectoryTier(url, "job")
     choice = choose_window([again], job="job", fingerprint="model", rank=0, world_size=1)
     assert choice is not None

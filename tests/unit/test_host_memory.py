@@ -51,7 +51,6 @@ def test_default_base_is_shared_memory():
     if not Path("/dev/shm").is_dir():
         pytest.skip("this machine has no /dev/shm")
     assert tier.base_dir == Path(f"/dev/shm/moetion-{os.getuid()}")
-    assert not tier.is_fallback
 
 
 def test_committed_window_reads_back_after_reopening(tier):

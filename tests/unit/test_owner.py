@@ -182,51 +182,115 @@ def test_one_that_is_frozen_while_it_writes_does_not_commit(url, memory):
     tier = DirectoryTier(url, "job", keep=1)
     tier.persist(commit_window(memory, 1), memory)
     manifest = commit_window(memory, 2)
+    real = tier.place.put
+
+    def put(*args):
+        real(*args)
+        put_record(tier, host="elsewhere", nonce="n")
+
+    tier.place.put = put
     with pytest.raises(OwnerLostError):
-        tier.persist(manifest, memory, on_file=lambda name: put_record(tier, host="elsewhere", nonce="n"))
+        tier.persist(manifest, memory)
     assert tier.windows() == [1]
     tier.verify(tier.read_manifest(1))
 
 
-@pytest.mark.parametrize("moment", range(40))
-def test_one_that_is_frozen_at_any_moment_neither_removes_nor_adds_anything(url, memory, tmp_path, moment):
-    """Another process takes the place and persists windows before the n-th call of storage that the first one makes."""
-    tier = DirectoryTier(url, "job", keep=1)
-    for iteration in (1, 2):
-        tier.persist(commit_window(memory, iteration), memory)
-    manifest, calls, windows, files = commit_window(memory, 3), [], [], set()
+#: What a place is asked to do, and the question whether it may, right after which only a removal may follow.
+CALLS = ("entries", "folders", "read", "verify", "may_change", "_incoming", "_remove", "_remove_empty")
 
-    def take_over() -> None:
-        successor = DirectoryTier(url, "job", keep=3)
-        put_record(successor, host="elsewhere", nonce="n")
-        successor._owner = types.SimpleNamespace(claim=lambda: None, check=lambda: None, release=lambda: None)
-        with HostMemoryTier(tmp_path / "other", "job") as source:
-            for iteration in (4, 5):
-                successor.persist(commit_window(source, iteration), source)
-        windows.extend(successor.windows())
-        files.update(successor.place.entries("files"))
 
-    def watched(method):
+class Frozen:
+    """Storage of a process that is frozen before its n-th call; another one takes the place and persists windows."""
+
+    def __init__(self, url, memory, moment, other) -> None:
+        self.tier = DirectoryTier(url, "job", keep=1)
+        self.windows: list[int] = []
+        self.files: set[str] = set()
+        self._url, self._other, self._left = url, other, moment
+        for iteration in (1, 2):
+            self.tier.persist(commit_window(memory, iteration), memory)
+
+    def freeze(self) -> None:
+        for name in CALLS:
+            setattr(self.tier.place, name, self._watched(getattr(self.tier.place, name)))
+
+    def _watched(self, method):
         def call(*args, **kwargs):
-            calls.append(method)
-            if len(calls) == moment + 1:
-                take_over()
+            if self._left == 0 and not self.windows:
+                self._take_over()
+            self._left -= 1
             return method(*args, **kwargs)
 
         return call
 
-    for name in ("entries", "folders", "read", "verify", "may_change", "_incoming", "_remove", "_remove_empty"):
-        setattr(tier.place, name, watched(getattr(tier.place, name)))
+    def _take_over(self) -> None:
+        successor = DirectoryTier(self._url, "job", keep=3)
+        put_record(successor, host="elsewhere", nonce="n")
+        successor._owner = types.SimpleNamespace(claim=lambda: None, check=lambda: None, release=lambda: None)
+        with HostMemoryTier(self._other, "job") as source:
+            for iteration in (4, 5):
+                successor.persist(commit_window(source, iteration), source)
+        self.windows = successor.windows()
+        self.files = set(successor.place.entries("files"))
+
+    def check(self) -> None:
+        left = DirectoryTier(self._url, "job")
+        assert {4, 5} <= set(left.windows())
+        assert set(left.place.entries("files")) <= self.files
+        assert not left.is_trained()
+        assert not left.completed
+        for iteration in (4, 5):
+            left.verify(left.read_manifest(iteration))
+
+
+@pytest.mark.parametrize("moment", range(40))
+def test_one_that_is_frozen_while_it_persists_neither_removes_nor_adds_anything(url, memory, tmp_path, moment):
+    frozen = Frozen(url, memory, moment, tmp_path / "other")
+    manifest = commit_window(memory, 3)
+    frozen.freeze()
     with contextlib.suppress(OwnerLostError, StoreError):  # or its files are gone: they were nobody's any more
-        tier.persist(manifest, memory)
-    if not windows:
-        assert len(calls) <= moment
+        frozen.tier.persist(manifest, memory)
+    if not frozen.windows:
         pytest.skip("the first process makes fewer calls")
-    left = DirectoryTier(url, "job")
-    assert {4, 5} <= set(left.windows())
-    assert set(left.place.entries("files")) <= files
-    for iteration in (4, 5):
-        left.verify(left.read_manifest(iteration))
+    frozen.check()
+
+
+@pytest.mark.parametrize("act", ["drop", "set_aside", "take_back", "forget_aside", "mark_trained", "mark_completed"])
+def test_no_other_change_of_a_frozen_process_reaches_its_successor_either(url, memory, tmp_path, act):
+    for moment in range(100):
+        place = f"{url}/{moment}"
+        frozen = Frozen(place, memory, moment, tmp_path / f"other{moment}")
+        course = frozen.tier.set_aside() if act in ("take_back", "forget_aside") else ""
+        frozen.freeze()
+        arguments = {"drop": (2,), "take_back": (course,)}.get(act, ())
+        with contextlib.suppress(OwnerLostError, StoreError):
+            getattr(frozen.tier, act)(*arguments)
+        if not frozen.windows:
+            assert moment > 0
+            return
+        frozen.check()
+    pytest.fail("more calls than expected")
+
+
+def test_an_upload_of_many_parts_appears_after_the_owner_was_asked_or_never(memory, monkeypatch):
+    monkeypatch.setattr("moetion_lightning.storage.remote._CHUNK_BYTES", 10)
+    tier = DirectoryTier(f"memory://{uuid.uuid4()}", "job").open()
+    record = commit_window(memory, 1).files[0]
+    seen, ask = [], tier.place.may_change
+
+    def may_change():
+        seen.append(tier.place.entries("files"))
+        ask()
+
+    tier.place.may_change = may_change
+    tier.place.put(record, memory.local_path(record))
+    assert seen == [{}]
+    tier.place.verify(record)
+    tier.place.remove(f"files/{record.name}")
+    put_record(tier, host="elsewhere", nonce="n")
+    with pytest.raises(OwnerLostError):
+        tier.place.put(record, memory.local_path(record))
+    assert tier.place.entries("files") == {}
 
 
 def test_an_owner_that_has_ended_meanwhile_is_not_followed(url):
