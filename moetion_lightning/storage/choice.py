@@ -95,14 +95,15 @@ class _Candidates:
     problems: list[tuple[_Place, Problem]] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
 
+    def sorted_problems(self) -> list[tuple[_Place, Problem]]:
+        """The most wanted windows first."""
+        return sorted(self.problems, key=lambda item: item[0])
+
 
 def choose_window(
     tiers: Sequence[Tier],
     *,
     job: str,
-    rank: int | None = None,
-    world_size: int | None = None,
-    fingerprint: str | None = None,
     accept: Accept | None = None,
     iteration: int | None = None,
     on_refused: Callable[[Refusal], object] | None = None,
@@ -116,9 +117,6 @@ def choose_window(
     Args:
         tiers: fastest first; of two copies of one window the earlier tier's is taken.
         job: the window must belong to this job.
-        rank: and to this rank, unless None.
-        world_size: and be of a run with as many ranks, unless None.
-        fingerprint: and of this model, unless None.
         accept: and be wanted: returns why not.
         iteration: take the window that ends with this iteration, or else the one that contains it.
         on_refused: told of every window that is readable and not taken, also when none is.
@@ -130,7 +128,7 @@ def choose_window(
         ConfigurationError: there is no window of ``iteration``; the message lists those that there are.
         CorruptSnapshotError: there are windows, but none is whole; the message lists every problem. Not where others
             can be read and are not wanted: what is damaged may be of their kind.
-        ForeignWindowError: all of them belong to another job or model.
+        ForeignWindowError: all of them belong to another job or rank.
         VersionError: all of them were written by a newer version.
         StoreError: a tier could not be read and no other has a window: starting anew could lose the run.
     """
@@ -147,7 +145,7 @@ def choose_window(
             place: _Place = (int(aside != ""), -window, order)
             try:
                 manifest = tier.read_manifest(window, aside)
-                _check_belongs(manifest, job=job, rank=rank, world_size=world_size, fingerprint=fingerprint)
+                _check_usable(manifest, job)
             except MoEtionError as error:
                 candidates.problems.append((place, Problem(tier=tier.name, iteration=window, error=error)))
                 continue
@@ -169,19 +167,15 @@ def choose_window(
                 refuse(
                     other_tier, other_aside, other, "it holds a loss, a gradient norm or a weight that is not finite"
                 )
-        problems = tuple(problem for where, problem in sorted(candidates.problems, key=_place) if where < place)
+        problems = tuple(problem for where, problem in candidates.sorted_problems() if where < place)
         return RestoreChoice(
             tier=tier, manifest=manifest, problems=problems, refused=tuple(candidates.refused), aside=aside
         )
     # Damage among windows that lie aside, which nobody asked for, must not keep training from beginning.
-    serious = [problem for place, problem in sorted(candidates.problems, key=_place) if place[0] <= 0]
+    serious = [problem for place, problem in candidates.sorted_problems() if place[0] <= 0]
     if not serious or (candidates.refused and not candidates.found):
         return None
     raise _nothing_whole(job, serious)
-
-
-def _place(item: tuple[_Place, Problem]) -> _Place:
-    return item[0]
 
 
 def _listed(tier: Tier, order: int, candidates: _Candidates, *, completed: bool) -> Iterator[tuple[str, int]]:
@@ -215,25 +209,13 @@ def _of_iteration(candidates: _Candidates, iteration: int) -> list[tuple[_Place,
     )
 
 
-def _check_belongs(
-    manifest: Manifest, *, job: str, rank: int | None, world_size: int | None, fingerprint: str | None
-) -> None:
-    where = f"Window {manifest.iteration}"
+def _check_usable(manifest: Manifest, job: str) -> None:
     if manifest.job != job:
-        raise ForeignWindowError(f"{where} belongs to job {manifest.job!r}, not {job!r}.")
-    if rank is not None and manifest.rank != rank:
-        raise ForeignWindowError(f"{where} belongs to rank {manifest.rank}, not {rank}.")
-    if world_size is not None and manifest.world_size != world_size:
-        raise ForeignWindowError(
-            f"{where} is of a run with {manifest.world_size} ranks, this one has {world_size}. Start as many ranks."
-        )
-    if fingerprint is not None and manifest.fingerprint != fingerprint:
-        raise ForeignWindowError(
-            f"{where} is of another model or optimizer (fingerprint {manifest.fingerprint}, this model has "
-            f"{fingerprint}). Restore the model's configuration, or give the run another job_id."
-        )
+        raise ForeignWindowError(f"Window {manifest.iteration} belongs to job {manifest.job!r}, not {job!r}.")
     if not manifest.complete:
-        raise CorruptSnapshotError(f"{where} is marked incomplete: it is no restore point by itself.")
+        raise CorruptSnapshotError(
+            f"Window {manifest.iteration} is marked incomplete: it is no restore point by itself."
+        )
 
 
 def _nothing_whole(job: str, problems: Sequence[Problem]) -> MoEtionError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from moetion_lightning.errors import MoEtionError, StoreError
@@ -20,7 +20,7 @@ from moetion_lightning.units import age_text, bytes_text, span_text
 __all__ = ["RootReport", "StoreReport", "WindowReport", "describe", "format_report"]
 
 _MAX_DEPTH = 3  # base / job / rank
-_COLUMNS: tuple[str, ...] = ("window", "iterations", "policy", "slots", "operators", "size", "age", "checksums")
+_COLUMNS = ("window", "iterations", "policy", "slots", "operators", "size", "age", "checksums")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +30,13 @@ class WindowReport:
     Args:
         iteration: the window's name, its last iteration.
         manifest: its manifest, None when that is unreadable.
-        age_seconds: since it was captured.
-        problem: what is wrong, with the remedy; None when every checksum is right.
+        problem: what is wrong, with the remedy; "" when every checksum is right.
         aside: whether it is of an earlier course of training, and lies aside.
     """
 
     iteration: int
     manifest: Manifest | None = None
-    age_seconds: float | None = None
-    problem: str | None = None
+    problem: str = ""
     aside: bool = False
 
 
@@ -57,20 +55,14 @@ class RootReport:
     path: Path
     info: JobInfo | None = None
     uncommitted_nbytes: int = 0
-    windows: tuple[WindowReport, ...] = field(default_factory=tuple)
-    problem: str | None = None
+    windows: tuple[WindowReport, ...] = ()
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreReport:
-    """Everything found under a path.
+    """Everything found under a path: one entry a rank and one a replica."""
 
-    Args:
-        path: what was inspected.
-        roots: one entry a rank and one a replica.
-    """
-
-    path: str
     roots: tuple[RootReport, ...]
 
     @property
@@ -94,9 +86,8 @@ def describe(path: str | os.PathLike[str]) -> StoreReport:
     text = os.fspath(path)
     if not is_local_url(text):
         raise StoreError(f"{text}: only local directories can be inspected. Copy the job's directory to this machine.")
-    local = local_path_of(text)
+    start = local = local_path_of(text)
     only: int | None = None
-    start = local
     if (local.parent.name == WINDOWS or ASIDE_NAME.fullmatch(local.parent.name)) and local.suffix == ".json":
         only = int(local.stem) if local.stem.isdigit() else None
         start = local.parent.parent
@@ -106,7 +97,7 @@ def describe(path: str | os.PathLike[str]) -> StoreReport:
             f"{text}: no windows are stored here. Give a base directory (such as /dev/shm/moetion-{os.getuid()}), a "
             "job's or a rank's directory, or a manifest."
         )
-    return StoreReport(path=text, roots=tuple(_describe_root(root, only=only) for root in roots))
+    return StoreReport(roots=tuple(_describe_root(root, only) for root in roots))
 
 
 def _find_roots(path: Path, depth: int) -> Iterator[Path]:
@@ -121,7 +112,7 @@ def _find_roots(path: Path, depth: int) -> Iterator[Path]:
         raise StoreError(f"{path}: cannot be listed: {error.strerror}. Run as the user who owns it.") from error
 
 
-def _describe_root(path: Path, *, only: int | None) -> RootReport:
+def _describe_root(path: Path, only: int | None) -> RootReport:
     place = LocalPlace(path)
     tier = Tier(place)
     try:
@@ -142,19 +133,13 @@ def _describe_root(path: Path, *, only: int | None) -> RootReport:
 
 
 def _describe_window(tier: Tier, iteration: int, course: str) -> WindowReport:
-    manifest = problem = None
+    manifest, problem = None, ""
     try:
         manifest = tier.read_manifest(iteration, course)
         tier.verify(manifest)
     except MoEtionError as error:
         problem = _one_line(error)
-    return WindowReport(
-        iteration=iteration,
-        manifest=manifest,
-        age_seconds=None if manifest is None else max(0.0, time.time() - manifest.created_at),
-        problem=problem,
-        aside=bool(course),
-    )
+    return WindowReport(iteration=iteration, manifest=manifest, problem=problem, aside=bool(course))
 
 
 def format_report(report: StoreReport) -> str:
@@ -168,8 +153,8 @@ def format_report(report: StoreReport) -> str:
             lines.append(f"  {bytes_text(root.uncommitted_nbytes)} of them belong to no committed window")
         if root.problem:
             lines.append(f"  PROBLEM: {root.problem}")
-        rows = [_COLUMNS, *(_row(window) for window in root.windows)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        rows = [_COLUMNS, *map(_row, root.windows)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows if root.windows else ():
             lines.append("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
         lines += [f"  window {w.iteration} PROBLEM: {w.problem}" for w in root.windows if w.problem]
@@ -183,9 +168,8 @@ def format_report(report: StoreReport) -> str:
 def _line(info: JobInfo, job: str) -> str:
     owner = f"process {info.pid}" if info.pid is not None else "unknown process"
     state = f"in use by {owner}" if info.alive else f"last owner: {owner}, not running"
-    if info.completed:
-        state += ", completed"
-    return f"  job {job}, {info.rank_name}, {state}, {bytes_text(info.nbytes)} in files"
+    completed = ", completed" if info.completed else ""
+    return f"  job {job}, {info.rank_name}, {state}{completed}, {bytes_text(info.nbytes)} in files"
 
 
 def _row(window: WindowReport) -> tuple[str, ...]:
@@ -200,7 +184,7 @@ def _row(window: WindowReport) -> tuple[str, ...]:
         str(len(m.slots)),
         str(len(m.operators)),
         bytes_text(m.nbytes),
-        "?" if window.age_seconds is None else age_text(window.age_seconds),
+        age_text(max(0.0, time.time() - m.created_at)) if not window.problem else "?",
         verdict,
     )
 

@@ -43,7 +43,7 @@ def test_persisted_window_reads_back_from_a_new_process_view(memory, disk, url):
     manifest = commit_window(memory, 7)
     disk.persist(manifest, memory)
     again = DirectoryTier(url, "job")
-    choice = choose_window([again], job="job", fingerprint="model", rank=0, world_size=1)
+    choice = choose_window([again], job="job")
     assert choice is not None
     assert choice.manifest == manifest
     with safe_open(again.local_path(manifest.files[0]), "pt") as file:
