@@ -19,7 +19,7 @@ from moetion_lightning.storage.owner import Ownership
 from moetion_lightning.storage.place import Place, anyone
 from moetion_lightning.storage.posix import check_private_dir, explain_os_errors
 from moetion_lightning.storage.remote import RemotePlace
-from moetion_lightning.storage.retention import files_to_drop, windows_to_keep
+from moetion_lightning.storage.retention import windows_to_keep
 from moetion_lightning.storage.tier import Tier
 
 __all__ = ["DirectoryTier", "is_local_url", "local_path_of"]
@@ -138,11 +138,16 @@ class DirectoryTier(Tier):
             StoreError: writing fails (full, no permission); the windows committed before are untouched.
         """
         self.check_owner()
-        readable, _ = self.manifests()
         sizes = self.place.entries(FILES)
+        current, aside, _ = self.manifests()
+        taken = {record.name: record for other in (*current.values(), *aside) for record in other.files}
         for record in manifest.files:
+            if taken.get(record.name, record) != record:
+                raise StoreError(
+                    f"{self.location}: another window needs {record.name} with other content than window "
+                    f"{manifest.iteration}. Give files names that no earlier window has used."
+                )
             if not self._is_present(record, sizes):
-                self._make_way(record, manifest, readable)
                 self._put(record, source.local_path(record), manifest)
             self._known.add(record)
         self.commit(manifest)
@@ -188,29 +193,6 @@ class DirectoryTier(Tier):
             return False
         return True
 
-    def _make_way(self, record: FileRecord, manifest: Manifest, readable: dict[int, Manifest]) -> None:
-        """Before a file is replaced: a window that names it with other content stops being a restore point.
-
-        That can only be the window being written again, or a later one of a course that was given up.
-        """
-
-        def has_another(other: Manifest) -> bool:
-            return any(r.name == record.name and r != record for r in other.files)
-
-        def refuse(which: str) -> StoreError:
-            return StoreError(
-                f"{self.location}: {which} needs {record.name} with other content than window {manifest.iteration}. "
-                "Give files names that no earlier window has used."
-            )
-
-        if any(map(has_another, self.manifests_aside()[0])):
-            raise refuse("a window that lies aside")
-        for iteration in [iteration for iteration, other in readable.items() if has_another(other)]:
-            if iteration < manifest.iteration:
-                raise refuse(f"window {iteration}")
-            self.place.remove(f"{WINDOWS}/{manifest_name(iteration)}")
-            del readable[iteration]
-
     def _put(self, record: FileRecord, source: Path, manifest: Manifest) -> None:
         try:
             self.place.put(record, source)
@@ -228,7 +210,7 @@ class DirectoryTier(Tier):
 
     def _retain(self) -> None:
         iterations = self.windows()
-        readable, _ = self.manifests()
+        readable, _, _ = self.manifests()
         # Damaged windows do not count as kept; they go when they are older than all that are.
         kept = windows_to_keep(readable, self.keep, finite=[i for i, m in readable.items() if m.finite])
         for iteration in iterations:
@@ -238,10 +220,9 @@ class DirectoryTier(Tier):
 
     def _free_files(self, keep: Collection[str] = ()) -> None:
         existing = self.place.entries(FILES)  # before the manifests are read: a file that comes later is no garbage
-        readable, is_safe = self.manifests()
-        aside, is_aside_safe = self.manifests_aside()
-        if is_safe and is_aside_safe:
-            manifests = [*readable.values(), *aside]
-            for name in set(files_to_drop(manifests, existing)).difference(keep):
+        current, aside, is_safe = self.manifests()
+        if is_safe:
+            needed = {record for manifest in (*current.values(), *aside) for record in manifest.files}
+            for name in set(existing).difference(keep, (record.name for record in needed)):
                 self.place.remove(f"{FILES}/{name}")
-            self._known &= {record for manifest in manifests for record in manifest.files}
+            self._known &= needed

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from moetion_lightning.errors import HostMemoryError, StoreError
@@ -23,7 +22,7 @@ from moetion_lightning.storage.local import LocalPlace
 from moetion_lightning.storage.lock import JobLock
 from moetion_lightning.storage.manifest import FileRecord, Manifest
 from moetion_lightning.storage.mapping import hide_from_children
-from moetion_lightning.storage.retention import files_to_drop
+from moetion_lightning.storage.needed import NeededFiles
 from moetion_lightning.storage.room import free_bytes_at, no_room
 from moetion_lightning.storage.tier import Tier
 from moetion_lightning.units import bytes_text
@@ -67,11 +66,7 @@ class HostMemoryTier(Tier):
         self._lock = JobLock(self.path)
         super().__init__(LocalPlace(self.path, self._lock.check), job, rank, world_size)
         self._pool = BufferPool(self.place.files_dir)
-        # Files by the window that needs them: manifests are long, and read only when the tier is opened.
-        self._named: dict[int, frozenset[str]] = {}
-        self._named_aside: frozenset[str] = frozenset()
-        self._pins: Counter[int] = Counter()
-        self._pinned: dict[int, frozenset[str]] = {}
+        self._needed = NeededFiles()
         #: The last iteration of which a predecessor had begun to capture something; -1 if none.
         self.reached = -1
         self._is_open = False
@@ -99,8 +94,9 @@ class HostMemoryTier(Tier):
                 self.place.clean()
                 hide_from_children(self.place.files_dir)
                 write_job_note(self.place, job=self.job, rank=self.rank, world_size=self.world_size)
-                manifests, is_safe = self._read_names()
-                unnamed = files_to_drop(manifests, self.place.entries(FILES))
+                current, aside, is_safe = self.manifests()
+                self._needed.learn(current, aside)
+                unnamed = self._needed.unneeded(self.place.entries(FILES))
                 self.reached = max(map(_iteration_of, unnamed), default=-1)
                 for name in unnamed if is_safe else ():
                     self.place.remove(f"{FILES}/{name}")
@@ -122,7 +118,7 @@ class HostMemoryTier(Tier):
             if not self._is_open:
                 return
             self._is_open = False
-            for name in set(self._pool.forget_all()) - self._in_use():
+            for name in self._needed.unneeded(self._pool.forget_all()):
                 self.place.remove(f"{FILES}/{name}")
             self._lock.release()
 
@@ -133,15 +129,13 @@ class HostMemoryTier(Tier):
         """
         with self._mutex:
             self._lock.check()
-            if self._named_aside and not self._named:
+            if self._needed.aside and not self._needed.current:
                 for note in NOTES:
                     self.place.remove(f"{WINDOWS}/{note}")
             else:
                 self.place.remove_all()
                 self._pool.forget_all()
-                self._named_aside = frozenset()
-                for names in (self._named, self._pins, self._pinned):
-                    names.clear()
+                self._needed = NeededFiles()
             self.close()
 
     def mark_completed(self) -> None:
@@ -177,7 +171,7 @@ class HostMemoryTier(Tier):
             self._lock.check()
             path = self.place.files_dir / record.name
             old = self._pool.get(record.name)
-            if record.name in self._in_use() or (old is not None and old.state is not BufferState.FREE):
+            if not self._needed.unneeded({record.name}) or (old is not None and old.state is not BufferState.FREE):
                 raise StoreError(
                     f"{path}: the file is in use, a copy cannot take its name. Wait for the other copy to end, or drop "
                     "the window that needs the file."
@@ -213,7 +207,7 @@ class HostMemoryTier(Tier):
     def release(self, buffer: HostBuffer) -> None:
         """Give back a buffer whose capture was abandoned, sealed or not; committed and pinned ones stay."""
         with self._mutex:
-            if self._pool.get(buffer.name) is buffer and buffer.name not in self._in_use():
+            if self._pool.get(buffer.name) is buffer and self._needed.unneeded({buffer.name}):
                 self._pool.put_back(buffer)
 
     def discard(self, record: FileRecord) -> None:
@@ -229,11 +223,11 @@ class HostMemoryTier(Tier):
         """Make a window a restore point; its files are sealed, or of windows that are committed already."""
         with self._mutex:
             self._pool.check_sealed(manifest)
-            replaced = self._named.get(manifest.iteration, frozenset())
+            replaced = self._needed.current.get(manifest.iteration, frozenset())
 
             def staged(stage: str) -> None:
                 if stage == "committed":  # before the caller's function, which may raise: the files are in use now
-                    self._named[manifest.iteration] = frozenset(record.name for record in manifest.files)
+                    self._needed.commit(manifest)
                 if on_stage is not None:
                     on_stage(stage)
 
@@ -245,7 +239,7 @@ class HostMemoryTier(Tier):
         """Remove a window: its manifest first; files that no other window names and no pin holds are freed."""
         with self._mutex:
             self.place.remove(f"{WINDOWS}/{manifest_name(iteration)}")
-            self._settle(self._named.pop(iteration, frozenset()))
+            self._settle(self._needed.current.pop(iteration, frozenset()))
 
     def pin(self, iteration: int) -> Manifest:
         """Keep a committed window's files until :meth:`unpin`, also if the window is dropped meanwhile.
@@ -259,19 +253,13 @@ class HostMemoryTier(Tier):
         with self._mutex:
             self._lock.check()
             manifest = self.read_manifest(iteration)
-            self._pins[iteration] += 1
-            self._pinned[iteration] = self._pinned.get(iteration, frozenset()) | {r.name for r in manifest.files}
+            self._needed.pin(manifest)
             return manifest
 
     def unpin(self, iteration: int) -> None:
         """Undo one :meth:`pin`."""
         with self._mutex:
-            if self._pins[iteration] <= 0:
-                raise StoreError(f"{self.path}: window {iteration} is not pinned. Unpin once for each pin.")
-            self._pins[iteration] -= 1
-            if self._pins[iteration] == 0:
-                del self._pins[iteration]
-                self._settle(self._pinned.pop(iteration))
+            self._settle(self._needed.unpin(iteration))
 
     @contextlib.contextmanager
     def pinned(self, iteration: int) -> Iterator[Manifest]:
@@ -287,7 +275,7 @@ class HostMemoryTier(Tier):
     def free_bytes(self) -> int:
         """Bytes that can still be acquired: free room there, plus this tier's own free buffers."""
         with self._mutex:
-            return free_bytes_at(_existing_parent(self.path)) + self._pool.free_bytes()
+            return free_bytes_at(self.path) + self._pool.free_bytes()
 
     def used_bytes(self) -> int:
         """Bytes of all files of this job and rank, free buffers included."""
@@ -301,10 +289,8 @@ class HostMemoryTier(Tier):
     def aside_bytes(self) -> int:
         """Bytes that only windows aside need: they are given up when memory runs out."""
         with self._mutex:
-            if not self._named_aside:
-                return 0
-            only_aside = self._named_aside.difference(*self._named.values(), *self._pinned.values())
-            return sum(nbytes for name, nbytes in self.place.entries(FILES).items() if name in only_aside)
+            names = self._needed.only_aside()
+            return sum(n for name, n in self.place.entries(FILES).items() if name in names) if names else 0
 
     def check_capacity(self, needed_bytes: int) -> None:
         """Refuse before the first step what would fail in the middle of a window.
@@ -316,7 +302,7 @@ class HostMemoryTier(Tier):
             HostMemoryError: there is less room; the message has both numbers and the remedies.
         """
         if self.free_bytes() + self.aside_bytes() < needed_bytes:
-            raise self._explained(no_room(_existing_parent(self.path), needed_bytes))
+            raise self._explained(no_room(self.path, needed_bytes))
 
     def who_holds_memory(self) -> str:
         """For messages about full memory; see :func:`~.jobs.who_holds_memory`."""
@@ -324,19 +310,9 @@ class HostMemoryTier(Tier):
 
     # --- inside (the mutex is held) ------------------------------------------------------------------------------
 
-    def _in_use(self) -> set[str]:
-        return set(self._named_aside).union(*self._named.values(), *self._pinned.values())
-
-    def _read_names(self) -> tuple[list[Manifest], bool]:
-        """Learn which files committed windows need; see :meth:`manifests`."""
-        readable, is_safe = self.manifests()
-        aside, is_aside_safe = self.manifests_aside()
-        self._named = {i: frozenset(r.name for r in m.files) for i, m in readable.items()}
-        self._named_aside = frozenset(record.name for manifest in aside for record in manifest.files)
-        return [*readable.values(), *aside], is_safe and is_aside_safe
-
     def _moved(self) -> None:
-        self._read_names()
+        current, aside, _ = self.manifests()
+        self._needed.learn(current, aside)
 
     def _explained(self, error: HostMemoryError) -> HostMemoryError:
         return HostMemoryError(f"{error}{self.who_holds_memory()}")
@@ -345,7 +321,7 @@ class HostMemoryTier(Tier):
         try:
             return self._pool.acquire(path, nbytes)
         except HostMemoryError as error:
-            if not self._named_aside:
+            if not self._needed.aside:
                 raise self._explained(error) from error
             before = self.used_bytes()
             self.forget_aside()
@@ -359,23 +335,17 @@ class HostMemoryTier(Tier):
 
     def _free_files(self, keep: Collection[str] = ()) -> None:
         """What lay aside is gone."""
-        names, self._named_aside = self._named_aside, frozenset()
+        names, self._needed.aside = self._needed.aside, frozenset()
         self._settle(names)
 
-    def _settle(self, names: Iterable[str]) -> None:
+    def _settle(self, names: Collection[str]) -> None:
         """Free the files among ``names`` that nothing needs any more."""
-        for name in set(names) - self._in_use():
+        for name in self._needed.unneeded(names):
             buffer = self._pool.get(name)
             if buffer is None:
                 self.place.remove(f"{FILES}/{name}")
             else:
                 self._pool.put_back(buffer)
-
-
-def _existing_parent(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _iteration_of(file: str) -> int:

@@ -122,8 +122,8 @@ def _describe_root(path: Path, only: int | None) -> RootReport:
         sizes = place.entries(FILES)
     except MoEtionError as error:
         return RootReport(path=path, problem=_one_line(error))
-    manifests = [*tier.manifests()[0].values(), *tier.manifests_aside()[0]]
-    named = {record.name for manifest in manifests for record in manifest.files}
+    current, aside, _ = tier.manifests()
+    named = {record.name for manifest in (*current.values(), *aside) for record in manifest.files}
     return RootReport(
         path=path,
         info=info,

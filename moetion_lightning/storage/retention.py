@@ -1,12 +1,10 @@
-"""What may be dropped (pure)."""
+"""Which windows stay (pure)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from moetion_lightning.storage.manifest import Manifest
-
-__all__ = ["files_to_drop", "windows_to_keep"]
+__all__ = ["windows_to_keep"]
 
 
 def windows_to_keep(iterations: Iterable[int], keep: int, *, finite: Iterable[int] | None = None) -> list[int]:
@@ -31,17 +29,3 @@ def windows_to_keep(iterations: Iterable[int], keep: int, *, finite: Iterable[in
     if usable.isdisjoint(kept):
         kept += [iteration for iteration in newest_first if iteration in usable][:1]
     return kept
-
-
-def files_to_drop(kept_manifests: Iterable[Manifest], existing_files: Iterable[str]) -> list[str]:
-    """Files that no kept window names.
-
-    Args:
-        kept_manifests: manifests of all windows that stay.
-        existing_files: names of the files that are there.
-
-    Returns:
-        Names of garbage, sorted.
-    """
-    named = {record.name for manifest in kept_manifests for record in manifest.files}
-    return sorted(set(existing_files) - named)

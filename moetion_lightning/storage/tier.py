@@ -146,26 +146,31 @@ class Tier:
             self.place.remove(f"{WINDOWS}/{manifest_name(iteration)}")
             self._free_files()
 
-    def manifests(self, aside: str = "") -> tuple[dict[int, Manifest], bool]:
-        """Manifests that can be read, and whether it is safe to call all other files garbage.
+    def manifests(self) -> tuple[dict[int, Manifest], list[Manifest], bool]:
+        """All manifests that can be read.
 
-        It is not when a manifest could not be read for a reason that may pass (a newer version, no permission): its
-        window may be whole.
+        Returns:
+            Those of current windows, by iteration; those that lie aside; and whether it is safe to call all files that
+            they do not name garbage. It is not when a manifest could not be read for a reason that may pass (a newer
+            version, no permission): its window may be whole.
         """
-        readable, is_safe = {}, True
-        for iteration in self.windows(aside):
-            try:
-                readable[iteration] = self.read_manifest(iteration, aside)
-            except CorruptSnapshotError:
-                pass
-            except (VersionError, ForeignWindowError, StoreError):
-                is_safe = False
-        return readable, is_safe
-
-    def manifests_aside(self) -> tuple[list[Manifest], bool]:
-        """As :meth:`manifests`, of all courses that lie aside."""
-        found = [self.manifests(course) for course in self._folders_aside()]
-        return [m for readable, _ in found for m in readable.values()], all(is_safe for _, is_safe in found)
+        current: dict[int, Manifest] = {}
+        aside: list[Manifest] = []
+        is_safe = True
+        for course in ("", *self._folders_aside()):
+            for iteration in self.windows(course):
+                try:
+                    manifest = self.read_manifest(iteration, course)
+                except CorruptSnapshotError:
+                    continue
+                except (VersionError, ForeignWindowError, StoreError):
+                    is_safe = False
+                    continue
+                if course:
+                    aside.append(manifest)
+                else:
+                    current[iteration] = manifest
+        return current, aside, is_safe
 
     # --- courses of training ---------------------------------------------------------------------------------------
 

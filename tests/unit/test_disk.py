@@ -119,22 +119,27 @@ def test_completion_is_noted(disk):
     assert not disk.completed
 
 
-def test_a_restart_from_an_older_window_replaces_files_of_the_course_given_up(memory, disk, tmp_path):
-    for i in (1, 2):
+def test_a_restart_from_an_older_window_replaces_those_of_the_course_given_up(memory, disk, tmp_path):
+    for i in (1, 2, 3):
         disk.persist(commit_window(memory, i), memory)
     with HostMemoryTier(tmp_path / "other", "job") as fresh:
-        records = [
-            write_snapshot(fresh, f"{2:06d}-{k}", 99.0) for k in range(2)
-        ]  # the names of window 2, other content
+        records = [write_snapshot(fresh, f"again-{k}", 99.0) for k in range(2)]
         fresh.commit(make_manifest(2, records))
         disk.persist(fresh.read_manifest(2), fresh)
-        for i in (2, 1):
-            disk.verify(disk.read_manifest(i))
-        older = [write_snapshot(fresh, f"{1:06d}-{k}", 98.0) for k in range(2)]
-        fresh.commit(make_manifest(3, older))
-        with pytest.raises(StoreError, match="names that no earlier window"):
-            disk.persist(fresh.read_manifest(3), fresh)
-        disk.verify(disk.read_manifest(1))
+    assert disk.windows() == [2]
+    disk.verify(disk.read_manifest(2))
+    assert set(disk.place.entries("files")) == {record.name for record in records}
+
+
+def test_a_file_that_a_window_needs_is_not_replaced(memory, disk, tmp_path):
+    disk.persist(commit_window(memory, 2), memory)
+    with HostMemoryTier(tmp_path / "other", "job") as fresh:
+        records = [write_snapshot(fresh, f"{2:06d}-{k}", 99.0) for k in range(2)]  # the names of window 2
+        for iteration in (2, 3):
+            fresh.commit(make_manifest(iteration, records))
+            with pytest.raises(StoreError, match="names that no earlier window"):
+                disk.persist(fresh.read_manifest(iteration), fresh)
+    disk.verify(disk.read_manifest(2))
 
 
 def test_unknown_protocol_is_a_configuration_error():

@@ -351,6 +351,6 @@ def test_a_file_that_a_window_aside_needs_is_not_replaced_on_storage(memory, tmp
     with HostMemoryTier(tmp_path / "other", "job") as fresh:
         records = [write_snapshot(fresh, f"{8:06d}-{k}", 99.0) for k in range(2)]
         fresh.commit(make_manifest(3, records))
-        with pytest.raises(OSError, match="lies aside needs"):
+        with pytest.raises(OSError, match="another window needs"):
             disk.persist(fresh.read_manifest(3), fresh)
     assert readable(disk) == {8: "aside-000001"}
