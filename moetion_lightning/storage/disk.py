@@ -16,7 +16,7 @@ from moetion_lightning.storage.job_note import write_job_note
 from moetion_lightning.storage.local import LocalPlace
 from moetion_lightning.storage.manifest import FileRecord, Manifest
 from moetion_lightning.storage.owner import Ownership
-from moetion_lightning.storage.place import Place, anyone
+from moetion_lightning.storage.place import Place
 from moetion_lightning.storage.posix import check_private_dir, explain_os_errors
 from moetion_lightning.storage.remote import RemotePlace
 from moetion_lightning.storage.retention import windows_to_keep
@@ -68,16 +68,10 @@ class DirectoryTier(Tier):
     ) -> None:
         windows_to_keep((), keep)
         self.url, self.keep = os.fspath(url), keep
-        directory = rank_dir(job, rank)
-
-        def place(may_change: Callable[[], object]) -> Place:
-            if is_local_url(self.url):
-                return LocalPlace(local_path_of(self.url) / directory, may_change)
-            return RemotePlace(f"{self.url.rstrip('/')}/{directory}", may_change)
-
-        super().__init__(place(self.check_owner), job, rank, world_size)
+        self._directory = rank_dir(job, rank)
+        super().__init__(self._place_for(self.check_owner), job, rank, world_size)
         self.name = "storage" if self.place.is_remote else "disk"
-        self._owner = Ownership(place(anyone), run)
+        self._owner = Ownership(self._place_for, run)
         self._known: set[FileRecord] = set()  # written or read whole by this process
         self._is_open = False
 
@@ -159,6 +153,11 @@ class DirectoryTier(Tier):
         self._known.update(manifest.files)
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _place_for(self, may_change: Callable[[], object]) -> Place:
+        if is_local_url(self.url):
+            return LocalPlace(local_path_of(self.url) / self._directory, may_change)
+        return RemotePlace(f"{self.url.rstrip('/')}/{self._directory}", may_change)
 
     def _check_users(self) -> None:
         """Check that no other user could put windows in place of ours.

@@ -1,4 +1,4 @@
-"""Who may write to a rank's directory on storage: a record that its owner renews, and everyone reads before a commit.
+"""Who may write to a rank's directory on storage: a record that its owner renews, and reads before every change.
 
 Storage has no lock that the kernel gives up when a process dies, and a process that was frozen may come back after
 another one has taken its place. So the record names the process and carries a number that no other process has; an
@@ -82,15 +82,20 @@ class Ownership:
     """This process's right to write under one root.
 
     Args:
-        place: The rank's directory. It must let this write: nobody else asks whether it may write the record.
+        place_for: The rank's directory, given what to ask before each change: of the record, that nobody else's is
+            replaced but the one that was found to be no longer in use.
         run: Launch that this process belongs to and which start of it this is; ("", 0) for none.
         sleep: How to wait.
     """
 
     def __init__(
-        self, place: Place, run: tuple[str, int] = ("", 0), sleep: Callable[[float], object] = time.sleep
+        self,
+        place_for: Callable[[Callable[[], object]], Place],
+        run: tuple[str, int] = ("", 0),
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        self.place = place
+        self.place = place_for(self._ask)
+        self._replaces = ""  # number of the record that is taken over just now
         self._sleep = sleep
         self._mutex = threading.Lock()  # one thread renews, another one commits
         self._mine = _Record(
@@ -111,15 +116,17 @@ class Ownership:
             JobBusyError: A live process is; the message names it.
             StoreError: The record cannot be read or written.
         """
-        self.place.create()
         theirs = self._read()
         if theirs is not None and theirs.nonce != self._mine.nonce and not self._may_replace(theirs):
             raise JobBusyError(
                 f"{self.place.location}: {theirs} persists the windows of this job and rank here. Two runs in one "
                 "place would restore each other's state: stop it, or give this run another job_id= or persist_dir=."
             )
+        self._replaces = "" if theirs is None else theirs.nonce
         self._mine = dataclasses.replace(self._mine, created=time.time())
+        self.place.create()
         self._write(released=False)
+        self._replaces = ""
 
     def check(self) -> None:
         """Whether this process still is the owner.
@@ -127,19 +134,11 @@ class Ownership:
         Raises:
             OwnerLostError: Another one is, or was after it; the message names it.
         """
-        theirs = self._read()
-        if theirs is None:  # somebody cleared the directory
+        if self._ask() is None:  # somebody cleared the directory
             self._write(released=False)
-        elif theirs.nonce != self._mine.nonce:
-            what = "took this place over and has ended" if theirs.released else "has taken this place over"
-            raise OwnerLostError(
-                f"{self.place.location}: {theirs} {what}. This process (number {self._mine.pid} on {self._mine.host}) "
-                "was frozen or cut off for a while, or began at the same time; it writes nothing there any more."
-            )
 
     def renew(self) -> None:
         """Say that this process lives. Raises as :meth:`check`."""
-        self.check()
         self._write(released=False)
 
     def release(self) -> None:
@@ -149,6 +148,17 @@ class Ownership:
             self._write(released=True)
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _ask(self) -> _Record | None:
+        """The record, if it is this process's or there is none."""
+        theirs = self._read()
+        if theirs is not None and theirs.nonce not in (self._mine.nonce, self._replaces):
+            what = "took this place over and has ended" if theirs.released else "has taken this place over"
+            raise OwnerLostError(
+                f"{self.place.location}: {theirs} {what}. This process (number {self._mine.pid} on {self._mine.host}) "
+                "was frozen or cut off for a while, or began at the same time; it writes nothing there any more."
+            )
+        return theirs
 
     def _may_replace(self, theirs: _Record) -> bool:
         mine = self._mine

@@ -18,7 +18,7 @@ from moetion_lightning.storage.folders import FILES, MANIFEST_NAME, WINDOWS
 from moetion_lightning.storage.manifest import FileRecord
 from moetion_lightning.storage.posix import check_file
 
-__all__ = ["MAX_NOTE_BYTES", "Incoming", "Place", "anyone", "nobody"]
+__all__ = ["MAX_NOTE_BYTES", "Incoming", "Place", "nobody"]
 
 MAX_NOTE_BYTES = 1 << 20
 OnStage = Callable[[str], None]
@@ -27,10 +27,6 @@ OnStage = Callable[[str], None]
 def nobody() -> None:
     """The right of whoever only looks: none."""
     raise StoreError("a place that is only looked at was to be changed. Open the tier first.")
-
-
-def anyone() -> None:
-    """The right of whoever settles the ownership itself."""
 
 
 class Incoming(Protocol):

@@ -24,7 +24,7 @@ from moetion_lightning.storage.disk import DirectoryTier
 from moetion_lightning.storage.host_memory import HostMemoryTier
 from moetion_lightning.storage.local import LocalPlace
 from moetion_lightning.storage.owner import LEASE_SECONDS, Ownership
-from moetion_lightning.storage.place import anyone
+from moetion_lightning.storage.place import Place
 from tests.store_windows import commit_window
 
 
@@ -53,11 +53,20 @@ def record(tier: DirectoryTier) -> dict:
     return json.loads(tier.place.read("owner.json"))
 
 
+def anyone() -> None:
+    """May write."""
+
+
+def raw(tier: DirectoryTier) -> Place:
+    """The place, for whoever asks nobody."""
+    return tier._place_for(anyone)
+
+
 def put_record(tier: DirectoryTier, **changes) -> None:
     """Another owner's record; what is not given is as this process would write it."""
-    place = tier._owner.place
+    place = raw(tier)
     place.create()
-    mine = dataclasses.asdict(Ownership(place)._mine)
+    mine = dataclasses.asdict(Ownership(tier._place_for)._mine)
     values = {**mine, "created": time.time(), "renewed": time.time(), **changes}
     place.write("owner.json", json.dumps(values).encode())
 
@@ -116,7 +125,7 @@ def test_an_owner_on_another_machine_lives_if_it_writes(url, lives):
         if lives and len(waited) == 5:
             put_record(tier, host="elsewhere", boot_id="other", nonce="n")
 
-    ownership = Ownership(tier._owner.place, sleep=sleep)
+    ownership = Ownership(tier._place_for, sleep=sleep)
     if lives:
         with pytest.raises(JobBusyError, match="on elsewhere"):
             ownership.claim()
@@ -129,7 +138,7 @@ def test_an_owner_on_another_machine_lives_if_it_writes(url, lives):
 def test_an_old_record_of_another_machine_needs_no_wait(url):
     tier = DirectoryTier(url, "job")
     put_record(tier, host="elsewhere", renewed=time.time() - 1000)
-    Ownership(tier._owner.place, sleep=pytest.fail).claim()
+    Ownership(tier._place_for, sleep=pytest.fail).claim()
 
 
 def test_a_frozen_process_is_replaced_when_it_has_not_written_for_a_while(url, process):
@@ -137,7 +146,7 @@ def test_a_frozen_process_is_replaced_when_it_has_not_written_for_a_while(url, p
     os.waitpid(process.pid, os.WUNTRACED)
     tier = DirectoryTier(url, "job")
     put_record(tier, **of(process.pid), renewed=time.time() - LEASE_SECONDS - 1)
-    Ownership(tier._owner.place, sleep=pytest.fail).claim()
+    Ownership(tier._place_for, sleep=pytest.fail).claim()
 
 
 def test_a_later_start_of_the_same_launch_takes_the_place_of_a_lost_rank_at_once(url):
@@ -149,8 +158,8 @@ def test_a_later_start_of_the_same_launch_takes_the_place_of_a_lost_rank_at_once
 
 def test_a_damaged_record_is_nobodys(url):
     tier = DirectoryTier(url, "job")
-    tier._owner.place.create()
-    tier._owner.place.write("owner.json", b"{")
+    raw(tier).create()
+    raw(tier).write("owner.json", b"{")
     tier.open()
     assert record(tier)["pid"] == os.getpid()
     tier.close()
@@ -211,8 +220,9 @@ class Frozen:
             self.tier.persist(commit_window(memory, iteration), memory)
 
     def freeze(self) -> None:
-        for name in CALLS:
-            setattr(self.tier.place, name, self._watched(getattr(self.tier.place, name)))
+        for place in (self.tier.place, self.tier._owner.place):
+            for name in CALLS:
+                setattr(place, name, self._watched(getattr(place, name)))
 
     def _watched(self, method):
         def call(*args, **kwargs):
@@ -235,6 +245,7 @@ class Frozen:
 
     def check(self) -> None:
         left = DirectoryTier(self._url, "job")
+        assert record(left)["nonce"] == "n"
         assert {4, 5} <= set(left.windows())
         assert set(left.place.entries("files")) <= self.files
         assert not left.is_trained()
@@ -243,7 +254,7 @@ class Frozen:
             left.verify(left.read_manifest(iteration))
 
 
-@pytest.mark.parametrize("moment", range(40))
+@pytest.mark.parametrize("moment", range(60))
 def test_one_that_is_frozen_while_it_persists_neither_removes_nor_adds_anything(url, memory, tmp_path, moment):
     frozen = Frozen(url, memory, moment, tmp_path / "other")
     manifest = commit_window(memory, 3)
@@ -255,7 +266,9 @@ def test_one_that_is_frozen_while_it_persists_neither_removes_nor_adds_anything(
     frozen.check()
 
 
-@pytest.mark.parametrize("act", ["drop", "set_aside", "take_back", "forget_aside", "mark_trained", "mark_completed"])
+@pytest.mark.parametrize(
+    "act", ["drop", "set_aside", "take_back", "forget_aside", "mark_trained", "mark_completed", "renew", "close"]
+)
 def test_no_other_change_of_a_frozen_process_reaches_its_successor_either(url, memory, tmp_path, act):
     for moment in range(100):
         place = f"{url}/{moment}"
@@ -269,6 +282,8 @@ def test_no_other_change_of_a_frozen_process_reaches_its_successor_either(url, m
             assert moment > 0
             return
         frozen.check()
+        frozen.tier.close()
+        assert record(frozen.tier)["nonce"] == "n"
     pytest.fail("more calls than expected")
 
 
