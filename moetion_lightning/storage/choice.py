@@ -116,8 +116,8 @@ def choose_window(
 
     Args:
         tiers: fastest first; of two copies of one window the earlier tier's is taken.
-        job: the window must belong to this job.
-        accept: and be wanted: returns why not.
+        job: the job of all tiers, for messages.
+        accept: the window must be wanted: returns why not.
         iteration: take the window that ends with this iteration, or else the one that contains it.
         on_refused: told of every window that is readable and not taken, also when none is.
 
@@ -145,7 +145,10 @@ def choose_window(
             place: _Place = (int(aside != ""), -window, order)
             try:
                 manifest = tier.read_manifest(window, aside)
-                _check_usable(manifest, job)
+                if not manifest.complete:
+                    raise CorruptSnapshotError(
+                        f"Window {window} is marked incomplete: it is no restore point by itself."
+                    )
             except MoEtionError as error:
                 candidates.problems.append((place, Problem(tier=tier.name, iteration=window, error=error)))
                 continue
@@ -207,15 +210,6 @@ def _of_iteration(candidates: _Candidates, iteration: int) -> list[tuple[_Place,
         f"{', '.join(there) or 'none'}.{''.join(f' Passed over: {text}.' for text in passed)} Give the last iteration "
         "of one of them, or resume='auto'."
     )
-
-
-def _check_usable(manifest: Manifest, job: str) -> None:
-    if manifest.job != job:
-        raise ForeignWindowError(f"Window {manifest.iteration} belongs to job {manifest.job!r}, not {job!r}.")
-    if not manifest.complete:
-        raise CorruptSnapshotError(
-            f"Window {manifest.iteration} is marked incomplete: it is no restore point by itself."
-        )
 
 
 def _nothing_whole(job: str, problems: Sequence[Problem]) -> MoEtionError:

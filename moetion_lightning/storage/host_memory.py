@@ -77,9 +77,6 @@ class HostMemoryTier(Tier):
         Args:
             wait_seconds: how long to wait for a predecessor that is just being killed.
 
-        Returns:
-            The tier itself.
-
         Raises:
             JobBusyError: a live process owns it.
             StoreError: the base directory is unsafe or cannot be written.
@@ -242,10 +239,7 @@ class HostMemoryTier(Tier):
             self._settle(self._needed.current.pop(iteration, frozenset()))
 
     def pin(self, iteration: int) -> Manifest:
-        """Keep a committed window's files until :meth:`unpin`, also if the window is dropped meanwhile.
-
-        Returns:
-            The window's manifest.
+        """Keep a committed window's files until :meth:`unpin`, also if the window is dropped. Returns its manifest.
 
         Raises:
             CorruptSnapshotError: there is no such window, or it cannot be read.

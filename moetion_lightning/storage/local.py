@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,12 +27,16 @@ from moetion_lightning.storage.posix import (
 __all__ = ["LocalPlace"]
 
 
+_THIS_RUN = uuid.uuid4().hex[:12]  # processes of two machines may have the same number
+
+
 class _File:
     """A file under a temporary name of this thread's own: a process that lost its place may write at the same time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid():x}-{threading.get_ident():x}.tmp")
+        whose = f"{_THIS_RUN}-{os.getpid():x}-{threading.get_ident():x}"
+        self._temporary = path.with_name(f".{path.name}.{whose}.tmp")
         self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     def append(self, data: bytes | memoryview) -> None:

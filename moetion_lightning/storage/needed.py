@@ -48,7 +48,10 @@ class NeededFiles:
         if self._pins[iteration] <= 0:
             raise StoreError(f"window {iteration} is not pinned. Unpin once for each pin.")
         self._pins[iteration] -= 1
-        return frozenset() if self._pins[iteration] else self._pinned.pop(iteration)
+        if self._pins[iteration]:
+            return frozenset()
+        del self._pins[iteration]
+        return self._pinned.pop(iteration)
 
 
 def _names(manifest: Manifest) -> frozenset[str]:

@@ -116,7 +116,7 @@ def test_slow_peer_never_blocks_offers_and_holds_two_windows_at_most(holder, own
             owner.service.offer(commit(owner.tier, iteration))  # would hang here: nothing moves until the gate opens
             assert owner.service.busy
             peak_bytes = max(peak_bytes, owner.tier.used_bytes())
-            peak_pins = max(peak_pins, len(owner.tier._pinned))
+            peak_pins = max(peak_pins, len(owner.tier._needed._pinned))
         assert owner.service.acknowledged == {}
         proxy.gate.set()
         assert owner.service.flush(TIMEOUT)
@@ -125,7 +125,7 @@ def test_slow_peer_never_blocks_offers_and_holds_two_windows_at_most(holder, own
     assert [e.last_iteration for e in owner.of(WindowReplicated)] == [1, 7]
     assert_whole(holder.replica_of(OWNER), 7)
     assert not owner.service.busy
-    assert not owner.tier._pins
+    assert not owner.tier._needed._pins
 
 
 def test_closing_breaks_a_hanging_transfer_off_and_unpins(holder, owner):
@@ -135,7 +135,7 @@ def test_closing_breaks_a_hanging_transfer_off_and_unpins(holder, owner):
             owner.service.offer(commit(owner.tier, iteration))
             assert proxy.stopped.wait(TIMEOUT)
         owner.service.close(completed=False)
-        assert not owner.tier._pins
+        assert not owner.tier._needed._pins
         assert owner.of(ReplicationFailed) == []
 
 
@@ -383,7 +383,7 @@ def test_replicator_without_targets_pins_nothing(base):
     with open_tier(base, OWNER) as tier:
         replicator = Replicator(tier, KEY, EventBus(), timeout_seconds=TIMEOUT)
         replicator.offer(commit(tier, 1))
-        assert not tier._pins
+        assert not tier._needed._pins
         assert not replicator.busy
         assert replicator.flush(0.0)
         replicator.close()
