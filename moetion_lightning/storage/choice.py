@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from moetion_lightning.errors import (
@@ -87,17 +87,7 @@ class RestoreChoice:
 _Place: TypeAlias = tuple[int, int, int]
 
 
-@dataclass(kw_only=True)
-class _Candidates:
-    """Windows of all tiers, and what was passed over on the way; each with its place in the order of preference."""
-
-    found: list[tuple[_Place, Tier, str, Manifest]] = field(default_factory=list)
-    problems: list[tuple[_Place, Problem]] = field(default_factory=list)
-    refused: list[Refusal] = field(default_factory=list)
-
-    def sorted_problems(self) -> list[tuple[_Place, Problem]]:
-        """The most wanted windows first."""
-        return sorted(self.problems, key=lambda item: item[0])
+_Found: TypeAlias = tuple[_Place, Tier, str, Manifest]
 
 
 def choose_window(
@@ -132,70 +122,67 @@ def choose_window(
         VersionError: all of them were written by a newer version.
         StoreError: a tier could not be read and no other has a window: starting anew could lose the run.
     """
-    candidates = _Candidates()
+    found: list[_Found] = []
+    problems: list[tuple[_Place, Problem]] = []
+    refused: list[Refusal] = []
 
     def refuse(tier: Tier, aside: str, manifest: Manifest, reason: str) -> None:
-        refusal = Refusal(tier=tier.name, manifest=manifest, reason=reason, aside=aside)
-        candidates.refused.append(refusal)
+        refused.append(Refusal(tier=tier.name, manifest=manifest, reason=reason, aside=aside))
         if on_refused is not None:
-            on_refused(refusal)
+            on_refused(refused[-1])
+
+    def note(place: _Place, tier: Tier, window: int | None, error: MoEtionError) -> None:
+        problems.append((place, Problem(tier=tier.name, iteration=window, error=error)))
+        problems.sort(key=lambda item: item[0])
 
     for order, tier in enumerate(tiers):
-        for aside, window in _listed(tier, order, candidates, completed=iteration is not None):
+        try:
+            listed = _listed(tier, completed=iteration is not None)
+        except MoEtionError as error:
+            note((-1, order, 0), tier, None, error)
+            continue
+        for aside, window in listed:
             place: _Place = (int(aside != ""), -window, order)
             try:
                 manifest = tier.read_manifest(window, aside)
                 if not manifest.complete:
-                    raise CorruptSnapshotError(
-                        f"Window {window} is marked incomplete: it is no restore point by itself."
-                    )
+                    raise CorruptSnapshotError(f"Window {window} is marked incomplete: it is no restore point.")
             except MoEtionError as error:
-                candidates.problems.append((place, Problem(tier=tier.name, iteration=window, error=error)))
+                note(place, tier, window, error)
                 continue
-            reason = accept(manifest) if accept is not None else ""
-            if reason:
+            if reason := accept(manifest) if accept is not None else "":
                 refuse(tier, aside, manifest, reason)
             else:
-                candidates.found.append((place, tier, aside, manifest))
+                found.append((place, tier, aside, manifest))
     if iteration is not None:
-        candidates.found = _of_iteration(candidates, iteration)
-    for place, tier, aside, manifest in sorted(candidates.found, key=lambda item: (not item[3].finite, item[0])):
+        found = _of_iteration(found, iteration, [*refused, *(problem for _, problem in problems)])
+    for place, tier, aside, manifest in sorted(found, key=lambda item: (not item[3].finite, item[0])):
         try:
             tier.verify(manifest)
         except MoEtionError as error:
-            candidates.problems.append((place, Problem(tier=tier.name, iteration=manifest.iteration, error=error)))
+            note(place, tier, manifest.iteration, error)
             continue
-        for other_place, other_tier, other_aside, other in candidates.found:
+        for other_place, other_tier, other_aside, other in found:
             if manifest.finite and not other.finite and other_place < place:
-                refuse(
-                    other_tier, other_aside, other, "it holds a loss, a gradient norm or a weight that is not finite"
-                )
-        problems = tuple(problem for where, problem in candidates.sorted_problems() if where < place)
-        return RestoreChoice(
-            tier=tier, manifest=manifest, problems=problems, refused=tuple(candidates.refused), aside=aside
-        )
+                reason = "it holds a loss, a gradient norm or a weight that is not finite"
+                refuse(other_tier, other_aside, other, reason)
+        passed = tuple(problem for where, problem in problems if where < place)
+        return RestoreChoice(tier=tier, manifest=manifest, problems=passed, refused=tuple(refused), aside=aside)
     # Damage among windows that lie aside, which nobody asked for, must not keep training from beginning.
-    serious = [problem for place, problem in candidates.sorted_problems() if place[0] <= 0]
-    if not serious or (candidates.refused and not candidates.found):
+    serious = [problem for place, problem in problems if place[0] <= 0]
+    if not serious or (refused and not found):
         return None
     raise _nothing_whole(job, serious)
 
 
-def _listed(tier: Tier, order: int, candidates: _Candidates, *, completed: bool) -> Iterator[tuple[str, int]]:
+def _listed(tier: Tier, *, completed: bool) -> list[tuple[str, int]]:
     """Windows of a tier, current ones (of a completed course only if asked for) first: (course aside, iteration)."""
-    try:
-        listed = [("", iteration) for iteration in tier.windows()] if completed or not tier.completed else []
-        for course in tier.courses_aside():
-            listed += [(course, iteration) for iteration in tier.windows(course)]
-    except MoEtionError as error:
-        candidates.problems.append(((-1, order, 0), Problem(tier=tier.name, iteration=None, error=error)))
-        return
-    yield from listed
+    courses = [*([""] if completed or not tier.completed else []), *tier.courses_aside()]
+    return [(course, iteration) for course in courses for iteration in tier.windows(course)]
 
 
-def _of_iteration(candidates: _Candidates, iteration: int) -> list[tuple[_Place, Tier, str, Manifest]]:
+def _of_iteration(found: list[_Found], iteration: int, passed: Sequence[Problem | Refusal]) -> list[_Found]:
     """The windows that end with an iteration, or else those that contain it."""
-    found = candidates.found
     exact = [item for item in found if item[3].last_iteration == iteration]
     around = [item for item in found if item[3].first_iteration <= iteration <= item[3].last_iteration]
     if exact or around:
@@ -204,7 +191,6 @@ def _of_iteration(candidates: _Candidates, iteration: int) -> list[tuple[_Place,
         f"{span_text(m.first_iteration, m.last_iteration)} in {tier.name}{' (aside)' if aside else ''}"
         for _, tier, aside, m in sorted(found, key=lambda item: item[0])
     ]
-    passed = [str(refusal) for refusal in candidates.refused] + [str(problem) for _, problem in candidates.problems]
     raise ConfigurationError(
         f"resume={iteration}: no window ends with or contains iteration {iteration}. Windows of this job: "
         f"{', '.join(there) or 'none'}.{''.join(f' Passed over: {text}.' for text in passed)} Give the last iteration "

@@ -127,8 +127,7 @@ class HostMemoryTier(Tier):
         with self._mutex:
             self._lock.check()
             if self._needed.aside and not self._needed.current:
-                for note in NOTES:
-                    self.place.remove(f"{WINDOWS}/{note}")
+                self._forget(*NOTES)
             else:
                 self.place.remove_all()
                 self._pool.forget_all()

@@ -72,7 +72,7 @@ class Place(abc.ABC):
 
     @abc.abstractmethod
     def folders(self) -> list[str]:
-        """Names of the folders."""
+        """Names of the folders, and perhaps of files."""
 
     @abc.abstractmethod
     def read(self, name: str, max_bytes: int = MAX_NOTE_BYTES) -> bytes | None:
@@ -96,7 +96,8 @@ class Place(abc.ABC):
         """Make what must exist before the first write."""
         self.may_change()
         for folder in ("", FILES, WINDOWS):
-            self._make_folder(folder)
+            with self._explained("create the directory", folder):
+                self._make_folder(folder)
 
     def clean(self) -> None:
         """Remove half-written manifests and notes of earlier owners."""

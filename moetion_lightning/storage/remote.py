@@ -56,7 +56,8 @@ class _Upload:
         self._transaction = fs.transaction
         self._transaction.start()
         self._file = fs.open(path, "wb", block_size=_CHUNK_BYTES)
-        if not hasattr(self._file, "commit"):  # a file system without transactions: it appears as it is written
+        self._is_staged = hasattr(self._file, "commit")
+        if not self._is_staged:  # a file system without transactions: it appears as it is written
             self._transaction.files.clear()
 
     def append(self, data: bytes | memoryview) -> None:
@@ -70,6 +71,8 @@ class _Upload:
 
     def abandon(self) -> None:
         with contextlib.suppress(Exception):
+            if self._is_staged:
+                self._file.close()  # else the garbage collector does, after the end
             self._transaction.complete(commit=False)
 
 
@@ -109,7 +112,7 @@ class RemotePlace(Place):
         return {posixpath.basename(e["name"]): int(e.get("size") or 0) for e in self._list(folder, "file")}
 
     def folders(self) -> list[str]:
-        """Folders, or what the client calls so."""
+        """Folders, or what a client takes for them."""
         return [posixpath.basename(entry["name"].rstrip("/")) for entry in self._list("", "directory")]
 
     def read(self, name: str, max_bytes: int = MAX_NOTE_BYTES) -> bytes | None:

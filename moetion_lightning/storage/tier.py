@@ -192,8 +192,7 @@ class Tier:
         with self._mutex:
             existing = self.windows()
             if iterations is None and not existing:
-                for note in NOTES:
-                    self._forget(note)
+                self._forget(*NOTES)
             moved = existing if iterations is None else sorted(set(iterations).intersection(existing), reverse=True)
             if not moved:
                 return ""
@@ -243,9 +242,7 @@ class Tier:
 
     def mark_continued(self) -> None:
         """The course of the current windows goes on: it is neither at its end nor completed."""
-        for note in (TRAINED, COMPLETED):
-            if self._has(note):
-                self._forget(note)
+        self._forget(TRAINED, COMPLETED)
 
     def mark_resumed(self, iteration: int) -> None:
         """Note which iteration the user asked for when this course began."""
@@ -280,8 +277,10 @@ class Tier:
     def _mark(self, note: str, **content: Any) -> None:
         self.place.write(f"{WINDOWS}/{note}", json.dumps({**content, "at": time.time()}).encode())
 
-    def _forget(self, note: str) -> None:
-        self.place.remove(f"{WINDOWS}/{note}")
+    def _forget(self, *notes: str) -> None:
+        there = self.place.entries(WINDOWS)
+        for note in filter(there.__contains__, notes):
+            self.place.remove(f"{WINDOWS}/{note}")
 
     def _has(self, note: str, aside: str = "") -> bool:
         return note in self.place.entries(aside or WINDOWS)
