@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from moetion_lightning.errors import CorruptSnapshotError, StoreError
@@ -19,10 +19,9 @@ from moetion_lightning.storage.owner import Ownership
 from moetion_lightning.storage.place import Place
 from moetion_lightning.storage.posix import check_private_dir, explain_os_errors
 from moetion_lightning.storage.remote import RemotePlace
-from moetion_lightning.storage.retention import windows_to_keep
 from moetion_lightning.storage.tier import Tier
 
-__all__ = ["DirectoryTier", "is_local_url", "local_path_of"]
+__all__ = ["DirectoryTier", "is_local_url", "local_path_of", "windows_to_keep"]
 
 _log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -36,6 +35,30 @@ def is_local_url(url: str) -> bool:
 def local_path_of(url: str) -> Path:
     """Path of a local URL or of a plain path, with ``~`` expanded."""
     return Path(url.split("://", 1)[-1]).expanduser()
+
+
+def windows_to_keep(iterations: Iterable[int], keep: int, *, finite: Iterable[int] | None = None) -> list[int]:
+    """The newest windows, and the newest one whose values are finite.
+
+    Args:
+        iterations: iterations of committed windows, in any order.
+        keep: how many to keep, at least 1.
+        finite: those of them whose values are finite; None for all.
+
+    Returns:
+        Iterations to keep, newest first: ``keep``, or one more when none of these is finite.
+
+    Raises:
+        ValueError: ``keep`` is below 1: the newest committed window is never dropped.
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep}: at least the newest window must be kept.")
+    newest_first = sorted(set(iterations), reverse=True)
+    kept = newest_first[:keep]
+    usable = set(newest_first if finite is None else finite)
+    if usable.isdisjoint(kept):
+        kept += [iteration for iteration in newest_first if iteration in usable][:1]
+    return kept
 
 
 class DirectoryTier(Tier):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetion_lightning.storage.retention import windows_to_keep
+from moetion_lightning.storage.disk import windows_to_keep
 
 
 @given(st.lists(st.integers(0, 50)), st.integers(1, 5))
