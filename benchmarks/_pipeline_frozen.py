@@ -23,7 +23,7 @@ from moetion_lightning.core.policy import PolicyContext, Sizes, SlotPlan, Sparse
 from moetion_lightning.core.reconstruct import Reconstruction, SavedSlot
 from moetion_lightning.core.slot_contents import StoredTensors
 from moetion_lightning.core.state import LiveState
-from moetion_lightning.store.host_memory import HostBuffer
+from moetion_lightning.storage.host_memory import HostBuffer
 
 __all__ = ["run_frozen", "saving"]
 

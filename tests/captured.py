@@ -15,7 +15,7 @@ from moetion_lightning.capture.plan import CompiledSlot
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.slot_contents import StoredTensors
 from moetion_lightning.core.state import LiveState
-from moetion_lightning.store.host_memory import HostBuffer
+from moetion_lightning.storage.host_memory import HostBuffer
 
 __all__ = ["capture", "file_of"]
 

@@ -13,8 +13,8 @@ from moetion_lightning.distributed.replica_client import push_window
 from moetion_lightning.distributed.replicate import ReplicaService
 from moetion_lightning.distributed.wire import connect, job_key
 from moetion_lightning.events import EventBus
-from moetion_lightning.store.format import TensorSpec
-from moetion_lightning.store.host_memory import HostMemoryTier
+from moetion_lightning.storage.format import TensorSpec
+from moetion_lightning.storage.host_memory import HostMemoryTier
 from tests.store_windows import make_manifest, write_snapshot
 
 SECRET = "the secret of this job"

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout, TensorSpec
-from moetion_lightning.store.host_memory import HostMemoryTier
+from moetion_lightning.storage.format import FileRecord, Manifest, SnapshotLayout, TensorSpec
+from moetion_lightning.storage.host_memory import HostMemoryTier
 
 SPECS = (
     TensorSpec("layer.bias", torch.bfloat16, (7,)),

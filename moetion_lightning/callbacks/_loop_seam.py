@@ -21,7 +21,7 @@ from moetion_lightning.callbacks._logged_results import LoggedResults
 from moetion_lightning.callbacks._run_files import RunFiles
 from moetion_lightning.core.instance_patches import InstancePatches
 from moetion_lightning.errors import ForeignWindowError, UnsupportedStateError
-from moetion_lightning.store.tree import dump_tree
+from moetion_lightning.storage.tree import dump_tree
 
 __all__ = ["LoopSeam"]
 

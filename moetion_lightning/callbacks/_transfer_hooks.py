@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moetion_lightning.core.instance_patches import InstancePatches
 from moetion_lightning.engine import PlainAttributes
-from moetion_lightning.store.tree import FlatTree, load_tree
+from moetion_lightning.storage.tree import FlatTree, load_tree
 
 __all__ = ["TransferHooks"]
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moetion_lightning.config import launched_process
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.store.room import memory_limit_bytes
+from moetion_lightning.storage.room import memory_limit_bytes
 from moetion_lightning.strategies.pipeline_link import PipelineLink
 from moetion_lightning.strategies.pipeline_strategy import PipelineStrategy
 

@@ -20,9 +20,9 @@ from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.slot_contents import describe_kept, neighbours_joined
 from moetion_lightning.core.state import LiveState, state_of
 from moetion_lightning.errors import UnsupportedStateError
-from moetion_lightning.store.format import SnapshotLayout, TensorSpec
-from moetion_lightning.store.host_memory import HostBuffer
-from moetion_lightning.store.manifest import EncodedDict
+from moetion_lightning.storage.format import SnapshotLayout, TensorSpec
+from moetion_lightning.storage.host_memory import HostBuffer
+from moetion_lightning.storage.manifest import EncodedDict
 
 __all__ = ["CompiledSlot", "SlotSources"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moetion_lightning.config import default_memory_dir
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.store.jobs import JobInfo, clean_stale, default_base_dir, find_jobs, stale_jobs
+from moetion_lightning.storage.jobs import JobInfo, clean_stale, default_base_dir, find_jobs
 from moetion_lightning.units import age_text, bytes_text
 
 __all__ = ["clean", "inspect", "jobs", "parse_duration"]
@@ -32,7 +32,7 @@ def inspect(args: Sequence[str]) -> int:
     )
     parser.add_argument("path", help="a window, a job's folder, or a folder of jobs (memory or storage tier)")
     options = parser.parse_args(args)
-    from moetion_lightning.store.inspect import describe, format_report
+    from moetion_lightning.storage.inspect import describe, format_report
 
     report = describe(options.path)
     print(format_report(report))
@@ -84,10 +84,7 @@ def clean(args: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(args)
     base, age = _base(options.memory_dir), parse_duration(options.older_than)
-    if options.dry_run:
-        stale = stale_jobs(base, age, options.keep, options.job)
-    else:
-        stale = clean_stale(base, age, options.keep, options.job)
+    stale = clean_stale(base, age, options.keep, options.job, dry_run=options.dry_run)
     for info in stale:
         print(f"{'would remove' if options.dry_run else 'removed'}  {_line(info)}")
     print(
@@ -113,7 +110,7 @@ def _add_memory_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def _base(given: Path | None) -> Path:
-    return given or default_memory_dir() or default_base_dir()[0]
+    return given or default_memory_dir() or default_base_dir()
 
 
 def _line(info: JobInfo) -> str:
@@ -122,5 +119,5 @@ def _line(info: JobInfo) -> str:
     aside = f", {len(info.aside)} of an earlier course aside, newest {info.aside[0]}" if info.aside else ""
     return (
         f"{info.name}/{info.rank_name}: {state}, {newest}{aside}, {bytes_text(info.nbytes)}, "
-        f"{age_text(info.age_seconds)} old, {info.path}"
+        f"{age_text(info.age_seconds)} old, {info.location}"
     )

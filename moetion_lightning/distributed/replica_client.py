@@ -10,8 +10,8 @@ from moetion_lightning.distributed.replica_store import (
 )
 from moetion_lightning.distributed.wire import MAX_BLOB_BYTES, MAX_HEADER_BYTES, Connection, number
 from moetion_lightning.errors import CorruptSnapshotError, ReplicationError, StoreError, VersionError
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.manifest import Manifest
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.manifest import Manifest
 
 __all__ = ["fetch_window", "get_note", "list_peer", "push_window", "put_note"]
 

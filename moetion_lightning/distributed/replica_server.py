@@ -30,7 +30,7 @@ from moetion_lightning.distributed.wire import (
     own,
 )
 from moetion_lightning.errors import ConfigurationError, MoEtionError, ReplicationError
-from moetion_lightning.store.manifest import Manifest
+from moetion_lightning.storage.manifest import Manifest
 
 __all__ = ["ReplicaServer"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -18,11 +17,10 @@ from moetion_lightning.errors import (
     ReplicationError,
     StoreError,
 )
-from moetion_lightning.store.buffers import HostBuffer
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.local import hash_file, read_regular, write_atomically
-from moetion_lightning.store.manifest import FileRecord, Manifest
-from moetion_lightning.store.mapping import map_fd
+from moetion_lightning.storage.buffers import HostBuffer
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.manifest import FileRecord, Manifest
+from moetion_lightning.storage.mapping import map_fd
 
 __all__ = [
     "MAX_NOTE_BYTES",
@@ -165,7 +163,7 @@ def _held(
             continue
         try:
             for record in shared - known - held:
-                _verify(tier, record)
+                tier.place.verify(record)
         except CorruptSnapshotError as error:
             _log.warning("dropping window %d: %s", iteration, error)
             tier.drop(iteration)
@@ -173,12 +171,6 @@ def _held(
             return _held(tier, manifest, known, stack)
         held |= shared
     return held
-
-
-def _verify(tier: HostMemoryTier, record: FileRecord) -> None:
-    path = tier.local_path(record)
-    if hash_file(path, record.nbytes) != record.checksum:
-        raise CorruptSnapshotError(f"{path}: damaged; its checksum is not the one it was committed with.")
 
 
 class ReplicaStore:
@@ -265,17 +257,15 @@ class ReplicaStore:
         tier = self.own if owner == self.own.rank else self.tier_for(owner)
         if len(data) > MAX_NOTE_BYTES:
             raise StoreError(f"note {name!r} of rank {owner}: {len(data)} bytes, at most {MAX_NOTE_BYTES} are kept.")
-        path = tier.path / _note_file(name)
         with self._mutex:
-            write_atomically(path, data)
+            tier.place.write(_note_file(name), data)
 
     def get_note(self, owner: int, name: str) -> bytes | None:
         """A note that was put here, None when there is none."""
         file = _note_file(name)
         if owner != self.own.rank and owner not in self.owners():
             return None
-        path = self.tier_of(owner).path / file
-        return read_regular(path, max_bytes=MAX_NOTE_BYTES) if os.path.lexists(path) else None
+        return self.tier_of(owner).place.read(file, MAX_NOTE_BYTES)
 
     def forget(self) -> None:
         """Remove all replicas."""

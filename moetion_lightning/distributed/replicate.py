@@ -14,8 +14,8 @@ from moetion_lightning.distributed.replica_store import ReplicaStore, Windows
 from moetion_lightning.distributed.wire import Address, Connection, RefusedError, connect, job_key
 from moetion_lightning.errors import ConfigurationError, MoEtionError, ReplicationError
 from moetion_lightning.events import EventBus, ReplicationFailed, WindowReplicated
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.manifest import Manifest
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.manifest import Manifest
 
 __all__ = ["ReplicaService", "Replicator"]
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from moetion_lightning.errors import ConfigurationError, CorruptSnapshotError, ReplicationError
-from moetion_lightning.store.manifest import parse_json
+from moetion_lightning.storage.manifest import parse_json
 
 __all__ = [
     "HANDSHAKE_SECONDS",

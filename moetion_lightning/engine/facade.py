@@ -56,9 +56,9 @@ from moetion_lightning.events import (
     StepSkipped,
 )
 from moetion_lightning.moe.routing import Routing, TokenCounts
-from moetion_lightning.store.tier import Accept
-from moetion_lightning.store.tree import FlatTree, flatten_tree
-from moetion_lightning.store.tree_cache import TreeCache
+from moetion_lightning.storage.choice import Accept
+from moetion_lightning.storage.tree import FlatTree, flatten_tree
+from moetion_lightning.storage.tree_cache import TreeCache
 
 __all__ = ["Engine", "RunState"]
 

@@ -24,10 +24,11 @@ from moetion_lightning.engine.journal import Boundary
 from moetion_lightning.engine.peers import Peers
 from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.errors import ConfigurationError, ForeignWindowError, MoEtionError, RankLostError, StateLostError
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.format import Manifest
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.tier import Accept, Tier
+from moetion_lightning.storage.choice import Accept
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.format import Manifest
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.tier import Tier
 from moetion_lightning.units import span_text
 
 __all__ = ["Found", "GroupRestore", "LiveReport", "Part"]

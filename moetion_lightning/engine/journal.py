@@ -16,7 +16,7 @@ from typing import Any
 from moetion_lightning.distributed.rank_report import Window
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.errors import MoEtionError
-from moetion_lightning.store.tree import FlatTree, load_tree
+from moetion_lightning.storage.tree import FlatTree, load_tree
 
 __all__ = ["Boundary", "Journal", "LivePoint"]
 

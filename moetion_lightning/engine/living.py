@@ -8,7 +8,7 @@ from typing import Any
 from moetion_lightning.engine.group_restore import LiveReport
 from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.engine.tiers import Tiers
-from moetion_lightning.store.tree import FlatTree
+from moetion_lightning.storage.tree import FlatTree
 
 __all__ = ["Living"]
 

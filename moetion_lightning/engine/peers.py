@@ -12,8 +12,8 @@ from moetion_lightning.distributed.wire import new_secret
 from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.errors import RankLostError
 from moetion_lightning.events import EventBus
-from moetion_lightning.store.format import Manifest
-from moetion_lightning.store.host_memory import HostMemoryTier
+from moetion_lightning.storage.format import Manifest
+from moetion_lightning.storage.host_memory import HostMemoryTier
 
 __all__ = ["Peers"]
 

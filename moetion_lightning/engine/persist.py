@@ -10,10 +10,10 @@ from moetion_lightning.core.persist_selection import PersistedExperts
 from moetion_lightning.engine.reduced_window import reduce_window
 from moetion_lightning.errors import MoEtionError, OwnerLostError
 from moetion_lightning.events import EventBus, Notice, WindowPersisted
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.format import Manifest
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.owner import RENEW_SECONDS
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.format import Manifest
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.owner import RENEW_SECONDS
 
 __all__ = ["Persister"]
 

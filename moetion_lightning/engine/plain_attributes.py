@@ -19,7 +19,7 @@ from moetion_lightning.core.module_table import ModuleTable, module_table
 from moetion_lightning.core.packed_lists import PackedLists
 from moetion_lightning.engine.attribute_stamps import FIXED_TYPES, stamp
 from moetion_lightning.engine.users_classes import UsersClasses
-from moetion_lightning.store.tree import FlatTree, flatten_tree
+from moetion_lightning.storage.tree import FlatTree, flatten_tree
 
 __all__ = ["PlainAttributes"]
 

@@ -26,8 +26,8 @@ from moetion_lightning.engine.writer import StaticPart, WindowHeader
 from moetion_lightning.errors import OperatorError
 from moetion_lightning.events import EventBus, OperatorsFound, ScheduleMade
 from moetion_lightning.moe.routing import Routing
-from moetion_lightning.store.format import Manifest
-from moetion_lightning.store.tree import flatten_tree
+from moetion_lightning.storage.format import Manifest
+from moetion_lightning.storage.tree import flatten_tree
 
 __all__ = ["WindowPlanner"]
 

@@ -17,8 +17,8 @@ from moetion_lightning.core.operators import OperatorKind
 from moetion_lightning.core.persist_selection import PersistedExperts
 from moetion_lightning.core.slot_contents import StoredTensors
 from moetion_lightning.engine.restore import map_file
-from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout, TensorSpec, tensor_bytes
-from moetion_lightning.store.host_memory import HostMemoryTier
+from moetion_lightning.storage.format import FileRecord, Manifest, SnapshotLayout, TensorSpec, tensor_bytes
+from moetion_lightning.storage.host_memory import HostMemoryTier
 
 __all__ = ["ReducedWindow", "reduce_window"]
 

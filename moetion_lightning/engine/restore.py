@@ -21,11 +21,11 @@ from moetion_lightning.core.slot_contents import StoredTensors, TensorLoader, pa
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.static_state import static_weight, write_static
 from moetion_lightning.errors import ForeignWindowError, StoreError
-from moetion_lightning.store.format import Manifest, SnapshotLayout
-from moetion_lightning.store.manifest import EncodedDict
-from moetion_lightning.store.mapping import map_fd
-from moetion_lightning.store.tier import Tier
-from moetion_lightning.store.tree import load_tree
+from moetion_lightning.storage.format import Manifest, SnapshotLayout
+from moetion_lightning.storage.manifest import EncodedDict
+from moetion_lightning.storage.mapping import map_fd
+from moetion_lightning.storage.tier import Tier
+from moetion_lightning.storage.tree import load_tree
 
 __all__ = ["PARAMETER_REFERENCE", "RestorePoint", "map_file", "model_fingerprint", "parameter_table"]
 

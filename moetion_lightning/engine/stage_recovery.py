@@ -18,7 +18,7 @@ from moetion_lightning.engine.run_state import EngineState
 from moetion_lightning.engine.stage_link import StageLink, StageReplay
 from moetion_lightning.errors import RankLostError
 from moetion_lightning.events import EventBus, StageReplayFinished, StageReplayStarted
-from moetion_lightning.store.tier import Tier
+from moetion_lightning.storage.tier import Tier
 
 __all__ = ["StageReplayError", "Stages"]
 

@@ -22,12 +22,13 @@ from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.engine.termination import TerminationWatch
 from moetion_lightning.errors import HostMemoryError, JobBusyError, MoEtionError, OwnerLostError
 from moetion_lightning.events import EventBus, Notice, RestoreStarted
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.format import Manifest
-from moetion_lightning.store.host_memory import HostMemoryTier, clean_stale
-from moetion_lightning.store.jobs import remove_if_ours
-from moetion_lightning.store.room import reserve_bytes_at
-from moetion_lightning.store.tier import Accept, Refusal, Tier, choose_window
+from moetion_lightning.storage.choice import Accept, Refusal, choose_window
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.format import Manifest
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.jobs import clean_stale, remove_if_ours
+from moetion_lightning.storage.room import reserve_bytes_at
+from moetion_lightning.storage.tier import Tier
 from moetion_lightning.units import age_text, bytes_text, span_text
 
 __all__ = ["Tiers"]

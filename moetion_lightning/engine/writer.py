@@ -32,10 +32,10 @@ from moetion_lightning.events import (
     SlotSealed,
     WindowCommitted,
 )
-from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout
-from moetion_lightning.store.host_memory import HostBuffer, HostMemoryTier
-from moetion_lightning.store.manifest import EncodedList
-from moetion_lightning.store.tree import FlatTree
+from moetion_lightning.storage.format import FileRecord, Manifest, SnapshotLayout
+from moetion_lightning.storage.host_memory import HostBuffer, HostMemoryTier
+from moetion_lightning.storage.manifest import EncodedList
+from moetion_lightning.storage.tree import FlatTree
 
 __all__ = ["BASELESS", "TORN", "OpenWindow", "StaticPart", "WindowHeader", "WindowWriter"]
 

@@ -38,11 +38,11 @@ from moetion_lightning.session.lineage import (
 )
 from moetion_lightning.session.neighbours import say_what_lies_there
 from moetion_lightning.session.process_end import at_good_end
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.format import Manifest
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.jobs import is_locked
-from moetion_lightning.store.neighbours import Neighbour, find_neighbours
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.format import Manifest
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.jobs import JobInfo, find_everywhere
+from moetion_lightning.storage.lock import is_locked
 from moetion_lightning.units import age_text
 
 __all__ = ["Fit", "base_job"]
@@ -173,7 +173,7 @@ class Fit:
         found: dict[str, Course] = {}
         opened: dict[str, float] = {}
         for neighbour in self._neighbours():
-            opened[neighbour.job] = max(neighbour.opened_at, opened.get(neighbour.job, 0.0))
+            opened[neighbour.name] = max(neighbour.opened_at, opened.get(neighbour.name, 0.0))
         jobs = self._jobs()
         for job in jobs:
             others = {_place(self._base, other): at for other, at in opened.items() if other in jobs and other != job}
@@ -186,11 +186,11 @@ class Fit:
     def _jobs(self) -> list[str]:
         """Names of this job and of its further fits, of which something is stored."""
         pattern = re.compile(re.escape(self._base) + r"(-fit\d+)?")
-        names = {neighbour.job for neighbour in self._neighbours()}
+        names = {neighbour.name for neighbour in self._neighbours()}
         return sorted(name for name in names if pattern.fullmatch(name))
 
-    def _neighbours(self) -> list[Neighbour]:
-        return find_neighbours(self._memory_dir, self._config.persist_dir)
+    def _neighbours(self) -> list[JobInfo]:
+        return find_everywhere(self._memory_dir, self._config.persist_dir)
 
     @property
     def _memory_dir(self) -> Path | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moetion_lightning.store.manifest import Manifest
+from moetion_lightning.storage.manifest import Manifest
 from tests.runs.drill import Drill, read_logs
 from tests.runs.ranks import Ended
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moetion_lightning.store.manifest import Manifest
+from moetion_lightning.storage.manifest import Manifest
 from tests.runs.drill import Drill, differences, read_events, replica_differences
 
 pytestmark = pytest.mark.slow

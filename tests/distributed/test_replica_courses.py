@@ -55,7 +55,7 @@ def test_transfer_is_broken_off_and_not_begun_again(holder: Rank, owner: Rank, b
         owner.service.set_peers({HOLDER: holder.address})
         owner.service.flush(TIMEOUT)
     assert owner.of(WindowReplicated) == []
-    assert not owner.tier._pins
+    assert not owner.tier._needed._pins
     assert owner.service.acknowledged == {}
 
 

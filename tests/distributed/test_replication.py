@@ -17,8 +17,9 @@ from moetion_lightning.distributed.replicate import ReplicaService, Replicator
 from moetion_lightning.distributed.wire import connect
 from moetion_lightning.errors import ConfigurationError, ReplicationError
 from moetion_lightning.events import EventBus, ReplicationFailed, WindowReplicated
-from moetion_lightning.store.format import TensorSpec
-from moetion_lightning.store.host_memory import HostMemoryTier, find_jobs
+from moetion_lightning.storage.format import TensorSpec
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.jobs import find_jobs
 from tests.replica_ranks import (
     HOLDER,
     KEY,
@@ -115,7 +116,7 @@ def test_slow_peer_never_blocks_offers_and_holds_two_windows_at_most(holder, own
             owner.service.offer(commit(owner.tier, iteration))  # would hang here: nothing moves until the gate opens
             assert owner.service.busy
             peak_bytes = max(peak_bytes, owner.tier.used_bytes())
-            peak_pins = max(peak_pins, len(owner.tier._pinned))
+            peak_pins = max(peak_pins, len(owner.tier._needed._pinned))
         assert owner.service.acknowledged == {}
         proxy.gate.set()
         assert owner.service.flush(TIMEOUT)
@@ -124,7 +125,7 @@ def test_slow_peer_never_blocks_offers_and_holds_two_windows_at_most(holder, own
     assert [e.last_iteration for e in owner.of(WindowReplicated)] == [1, 7]
     assert_whole(holder.replica_of(OWNER), 7)
     assert not owner.service.busy
-    assert not owner.tier._pins
+    assert not owner.tier._needed._pins
 
 
 def test_closing_breaks_a_hanging_transfer_off_and_unpins(holder, owner):
@@ -134,7 +135,7 @@ def test_closing_breaks_a_hanging_transfer_off_and_unpins(holder, owner):
             owner.service.offer(commit(owner.tier, iteration))
             assert proxy.stopped.wait(TIMEOUT)
         owner.service.close(completed=False)
-        assert not owner.tier._pins
+        assert not owner.tier._needed._pins
         assert owner.of(ReplicationFailed) == []
 
 
@@ -382,7 +383,7 @@ def test_replicator_without_targets_pins_nothing(base):
     with open_tier(base, OWNER) as tier:
         replicator = Replicator(tier, KEY, EventBus(), timeout_seconds=TIMEOUT)
         replicator.offer(commit(tier, 1))
-        assert not tier._pins
+        assert not tier._needed._pins
         assert not replicator.busy
         assert replicator.flush(0.0)
         replicator.close()

@@ -23,11 +23,11 @@ from moetion_lightning.errors import (
     StoreError,
     VersionError,
 )
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.format import Manifest, SnapshotLayout
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.manifest import bytes_checksum
-from moetion_lightning.store.tier import choose_window
+from moetion_lightning.storage.choice import choose_window
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.format import Manifest, SnapshotLayout
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.manifest import bytes_checksum
 from tests.store_windows import SPECS, commit_window, make_manifest, write_snapshot
 
 FORK = multiprocessing.get_context("fork")
@@ -43,8 +43,8 @@ def tier(tmp_path):
         yield tier
 
 
-def chosen(*tiers, **expected):
-    return choose_window(tiers, job="job", **expected)
+def chosen(*tiers):
+    return choose_window(tiers, job="job")
 
 
 def assert_falls_back(tier, damaged: Path) -> None:
@@ -189,13 +189,6 @@ def test_a_window_of_the_past_is_refused_by_its_version(tier):
     path.write_bytes(forge(tier.read_manifest(9), {"version": 2}))
     with pytest.raises(VersionError, match="that began it"):
         tier.read_manifest(9)
-
-
-def test_a_window_of_another_model_is_foreign(tier):
-    with pytest.raises(ForeignWindowError, match="another model"):
-        chosen(tier, fingerprint="other model")
-    with pytest.raises(ForeignWindowError, match="2 ranks|has 2"):
-        chosen(tier, world_size=2)
 
 
 def test_a_window_of_another_job_is_foreign(tier):
@@ -392,8 +385,19 @@ def test_killed_writer_leaves_a_whole_window_readable(tmp_path, when, newest, fi
 def persist_until(tier, url: Path, when: str) -> None:
     disk = DirectoryTier(url, "job")
     disk.persist(tier.read_manifest(5), tier)
-    kill_at = lambda what: die() if what.startswith(when) else None  # noqa: E731
-    disk.persist(tier.read_manifest(9), tier, kill_at, kill_at)
+    put, write = disk.place.put, disk.place.write
+
+    def kill_at(what: str) -> None:
+        if what.startswith(when):
+            die()
+
+    def put_and_die(record, source) -> None:
+        put(record, source)
+        kill_at(record.name)
+
+    disk.place.put = put_and_die
+    disk.place.write = lambda name, data, on_stage=None: write(name, data, kill_at)
+    disk.persist(tier.read_manifest(9), tier)
 
 
 @pytest.mark.parametrize(("when", "newest"), [("000009-0", 5), ("000009-1", 5), ("temporary", 5), ("committed", 9)])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moetion_lightning.store.format import Manifest
+from moetion_lightning.storage.format import Manifest
 from moetion_lightning.testing.compare import read_state
 from tests.runs.drill import Drill, differences, read_events, read_logs
 from tests.runs.ranks import suffix

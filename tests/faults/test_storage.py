@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.host_memory import HostMemoryTier
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.host_memory import HostMemoryTier
 from tests.faults.test_identity import Story
 from tests.runs.drill import Drill
 from tests.runs.ranks import environments

@@ -44,7 +44,8 @@ from moetion_lightning.errors import (
 )
 from moetion_lightning.events import CaptureStarted, Event, WindowCommitted
 from moetion_lightning.session import fits
-from moetion_lightning.store.host_memory import HostMemoryTier, find_jobs
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.jobs import find_jobs
 from tests.runs.data import Samples
 from tests.runs.models import Automatic
 from tests.runs.scenario import DEFAULTS

@@ -20,7 +20,7 @@ from moetion_lightning import SparseExpertCheckpoint
 from moetion_lightning.config import OTHER_LIGHTNING
 from moetion_lightning.entry_points import pytorch_lightning_callbacks
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.store.host_memory import find_jobs
+from moetion_lightning.storage.jobs import find_jobs
 from tests.runs.data import Samples
 from tests.runs.models import Automatic, Manual
 from tests.runs.scenario import DEFAULTS

@@ -128,7 +128,7 @@ def second_writer(script: Script) -> None:
 def frozen(script: Script) -> None:
     """A process is frozen, another one takes its place and ends; then the first one comes back."""
     from moetion_lightning.engine import persist
-    from moetion_lightning.store import owner
+    from moetion_lightning.storage import owner
 
     persist.RENEW_SECONDS, owner.LEASE_SECONDS = 0.05, 0.5  # type: ignore[misc]
     pl.seed_everything(1, verbose=False)
@@ -191,7 +191,7 @@ def held_memory(directory: str) -> int:
 
 def just_fits(script: Script) -> None:
     """A job whose two windows just fit into memory; garbage is never collected."""
-    from moetion_lightning.store import buffers, host_memory
+    from moetion_lightning.storage import buffers, host_memory
 
     directory, capacity = script.spec["memory_dir"], script.spec["capacity"]
     for room in (buffers, host_memory):

@@ -17,7 +17,7 @@ PACKAGE = Path(moetion_lightning.__file__).resolve().parent
 ROOT = PACKAGE.parent
 
 BELOW_ADAPTERS = (
-    "errors", "units", "config", "events", "core", "moe", "store", "capture", "distributed", "pipeline", "data",
+    "errors", "units", "config", "events", "core", "moe", "storage", "capture", "distributed", "pipeline", "data",
     "engine", "session",
 )  # fmt: skip
 # The rooms that each room may import, apart from itself and the root's `__version__`.

@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 
 from moetion_lightning.errors import ConfigurationError, CorruptSnapshotError, StoreError
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.tier import choose_window
+from moetion_lightning.storage.choice import choose_window
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.host_memory import HostMemoryTier
 from tests.store_windows import commit_window, make_manifest, write_snapshot
 
 
@@ -41,11 +41,9 @@ def test_nothing_there_is_no_window(disk):
 
 def test_persisted_window_reads_back_from_a_new_process_view(memory, disk, url):
     manifest = commit_window(memory, 7)
-    seen = []
-    disk.persist(manifest, memory, seen.append)
-    assert seen == [record.name for record in manifest.files]
+    disk.persist(manifest, memory)
     again = DirectoryTier(url, "job")
-    choice = choose_window([again], job="job", fingerprint="model", rank=0, world_size=1)
+    choice = choose_window([again], job="job")
     assert choice is not None
     assert choice.manifest == manifest
     with safe_open(again.local_path(manifest.files[0]), "pt") as file:
@@ -62,14 +60,14 @@ def test_old_windows_go_and_shared_files_stay(memory, disk):
     assert disk.windows() == [4, 3]
     for i in (4, 3):
         disk.verify(disk.read_manifest(i))
-    assert set(disk._root.files()) == {"shared.safetensors", "own3.safetensors", "own4.safetensors"}
+    assert set(disk.place.entries("files")) == {"shared.safetensors", "own3.safetensors", "own4.safetensors"}
 
 
 def test_files_that_are_there_already_are_not_copied_again(memory, disk, monkeypatch):
     shared = write_snapshot(memory, "shared", 0.0)
     copied = []
-    put = disk._root.put_file
-    monkeypatch.setattr(disk._root, "put_file", lambda record, *rest: (copied.append(record.name), put(record, *rest)))
+    put = disk.place.put
+    monkeypatch.setattr(disk.place, "put", lambda record, *rest: (copied.append(record.name), put(record, *rest)))
     for i in (1, 2):
         memory.commit(make_manifest(i, [shared]))
         disk.persist(memory.read_manifest(i), memory)
@@ -111,7 +109,7 @@ def test_drop_removes_manifest_and_files(memory, disk):
     disk.persist(commit_window(memory, 1), memory)
     disk.drop(1)
     assert disk.windows() == []
-    assert disk._root.files() == {}
+    assert disk.place.entries("files") == {}
 
 
 def test_completion_is_noted(disk):
@@ -121,22 +119,27 @@ def test_completion_is_noted(disk):
     assert not disk.completed
 
 
-def test_a_restart_from_an_older_window_replaces_files_of_the_course_given_up(memory, disk, tmp_path):
-    for i in (1, 2):
+def test_a_restart_from_an_older_window_replaces_those_of_the_course_given_up(memory, disk, tmp_path):
+    for i in (1, 2, 3):
         disk.persist(commit_window(memory, i), memory)
     with HostMemoryTier(tmp_path / "other", "job") as fresh:
-        records = [
-            write_snapshot(fresh, f"{2:06d}-{k}", 99.0) for k in range(2)
-        ]  # the names of window 2, other content
+        records = [write_snapshot(fresh, f"again-{k}", 99.0) for k in range(2)]
         fresh.commit(make_manifest(2, records))
         disk.persist(fresh.read_manifest(2), fresh)
-        for i in (2, 1):
-            disk.verify(disk.read_manifest(i))
-        older = [write_snapshot(fresh, f"{1:06d}-{k}", 98.0) for k in range(2)]
-        fresh.commit(make_manifest(3, older))
-        with pytest.raises(StoreError, match="names that no earlier window"):
-            disk.persist(fresh.read_manifest(3), fresh)
-        disk.verify(disk.read_manifest(1))
+    assert disk.windows() == [2]
+    disk.verify(disk.read_manifest(2))
+    assert set(disk.place.entries("files")) == {record.name for record in records}
+
+
+def test_a_file_that_a_window_needs_is_not_replaced(memory, disk, tmp_path):
+    disk.persist(commit_window(memory, 2), memory)
+    with HostMemoryTier(tmp_path / "other", "job") as fresh:
+        records = [write_snapshot(fresh, f"{2:06d}-{k}", 99.0) for k in range(2)]  # the names of window 2
+        for iteration in (2, 3):
+            fresh.commit(make_manifest(iteration, records))
+            with pytest.raises(StoreError, match="names that no earlier window"):
+                disk.persist(fresh.read_manifest(iteration), fresh)
+    disk.verify(disk.read_manifest(2))
 
 
 def test_unknown_protocol_is_a_configuration_error():

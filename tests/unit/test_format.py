@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from moetion_lightning.errors import CorruptSnapshotError, UnsupportedStateError, VersionError
-from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout, TensorSpec
+from moetion_lightning.storage.format import FileRecord, Manifest, SnapshotLayout, TensorSpec
 from tests.store_windows import make_manifest
 
 DTYPES = [

@@ -21,10 +21,11 @@ from moetion_lightning.errors import (
     JobBusyError,
     StoreError,
 )
-from moetion_lightning.store.format import FileRecord, SnapshotLayout, TensorSpec
-from moetion_lightning.store.host_memory import HostMemoryTier, clean_stale, find_jobs
-from moetion_lightning.store.inspect import describe, format_report
-from moetion_lightning.store.tier import choose_window
+from moetion_lightning.storage.choice import choose_window
+from moetion_lightning.storage.format import FileRecord, SnapshotLayout, TensorSpec
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.inspect import describe, format_report
+from moetion_lightning.storage.jobs import clean_stale, find_jobs
 from tests.store_windows import SPECS, commit_window, make_manifest, write_snapshot
 
 NBYTES = SnapshotLayout(SPECS).nbytes
@@ -50,7 +51,6 @@ def test_default_base_is_shared_memory():
     if not Path("/dev/shm").is_dir():
         pytest.skip("this machine has no /dev/shm")
     assert tier.base_dir == Path(f"/dev/shm/moetion-{os.getuid()}")
-    assert not tier.is_fallback
 
 
 def test_committed_window_reads_back_after_reopening(tier):
@@ -368,7 +368,7 @@ def test_inspect_shows_windows_and_finds_damage(tier):
         report = describe(path)
         assert [w.iteration for w in report.roots[0].windows] == [9, 7]
         assert report.is_whole
-        assert report.roots[0].alive
+        assert report.roots[0].info.alive
     assert "6..7" in format_report(report)
     assert "verified" in format_report(report)
     tier.local_path(manifest.files[0]).write_bytes(b"x" * NBYTES)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moetion_lightning.engine.journal import Boundary, Journal
-from moetion_lightning.store.tree import flatten_tree
+from moetion_lightning.storage.tree import flatten_tree
 
 
 class Files:

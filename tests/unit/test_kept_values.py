@@ -17,7 +17,7 @@ from moetion_lightning.core.kept_values import ClassFinder, LiveValues, MissingC
 from moetion_lightning.core.packed_lists import PackedLists
 from moetion_lightning.engine.plain_attributes import PlainAttributes
 from moetion_lightning.engine.users_classes import _names_stored
-from moetion_lightning.store.tree import dump_tree, load_tree
+from moetion_lightning.storage.tree import dump_tree, load_tree
 
 
 class Colour(enum.Enum):

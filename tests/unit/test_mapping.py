@@ -12,7 +12,7 @@ import torch
 
 from moetion_lightning.engine.restore import RestorePoint, map_file
 from moetion_lightning.errors import StoreError
-from moetion_lightning.store.host_memory import HostMemoryTier
+from moetion_lightning.storage.host_memory import HostMemoryTier
 from tests.store_windows import commit_window
 
 

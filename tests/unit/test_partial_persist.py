@@ -19,10 +19,10 @@ from moetion_lightning.engine.reduced_window import reduce_window
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.errors import ConfigurationError, CorruptSnapshotError, StoreError
 from moetion_lightning.events import Event, EventBus
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.format import FileRecord, Manifest, SnapshotLayout, TensorSpec
-from moetion_lightning.store.host_memory import HostMemoryTier
-from moetion_lightning.store.tier import choose_window
+from moetion_lightning.storage.choice import choose_window
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.format import FileRecord, Manifest, SnapshotLayout, TensorSpec
+from moetion_lightning.storage.host_memory import HostMemoryTier
 
 EXPERTS, ELEMENTS = 8, 4096
 EXPERT_BYTES = 2 * 4 * ELEMENTS
@@ -248,7 +248,7 @@ def test_retention_keeps_files_while_an_expert_in_them_is_the_newest_and_no_long
     manifests = [job.disk.read_manifest(i) for i in job.disk.windows()]
     for manifest in manifests:
         job.disk.verify(manifest)
-    files = job.disk._root.files()
+    files = job.disk.place.entries("files")
     assert set(files) == {record.name for manifest in manifests for record in manifest.files}
     assert sum(files.values()) < 2 * (2 + EXPERTS) * EXPERT_BYTES  # stale files are gone
     assert job.newest is not None
@@ -297,7 +297,7 @@ def test_after_a_failure_all_experts_are_written_again(
         raise StoreError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(job.disk._root, "put_file", fail)
+        patched.setattr(job.disk.place, "put", fail)
         assert persist(job.checkpoint()).kind == "Notice"
     assert job.disk.windows() == [1]
     assert job.on_disk() == dict.fromkeys(range(EXPERTS), 1)

@@ -17,8 +17,8 @@ from moetion_lightning.engine.writer import WindowWriter
 from moetion_lightning.errors import ConfigurationError, HostMemoryError, UnsupportedStateError
 from moetion_lightning.events import Event, EventBus
 from moetion_lightning.integrations.loop import SparseCheckpointing
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.host_memory import HostMemoryTier
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.host_memory import HostMemoryTier
 
 STEPS = 30
 

@@ -20,9 +20,10 @@ from moetion_lightning.errors import (
     ReplicationError,
     StoreError,
 )
-from moetion_lightning.store import host_memory
-from moetion_lightning.store.host_memory import HostMemoryTier, clean_stale, find_jobs
-from moetion_lightning.store.inspect import describe
+from moetion_lightning.storage import host_memory
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.inspect import describe
+from moetion_lightning.storage.jobs import clean_stale, find_jobs
 from tests.store_windows import commit_window, make_manifest, write_snapshot
 
 OWNER, HOLDER = 3, 0
@@ -276,7 +277,7 @@ def test_replicas_are_found_described_and_cleaned_as_other_state_is(store, sourc
     assert clean_stale(own.base_dir) == []
     report = describe(own.base_dir)
     assert report.is_whole
-    assert [(r.rank_name, [w.iteration for w in r.windows]) for r in report.roots][1] == ("replica-00003-at-00000", [5])
+    assert [(r.path.name, [w.iteration for w in r.windows]) for r in report.roots][1] == ("replica-00003-at-00000", [5])
     store.close(completed=False)
     assert [info.rank_name for info in clean_stale(own.base_dir)] == ["replica-00003-at-00000"]
     assert [info.rank_name for info in find_jobs(own.base_dir)] == ["rank-00000"]

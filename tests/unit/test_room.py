@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from moetion_lightning.errors import HostMemoryError
-from moetion_lightning.store import mapping, room
-from moetion_lightning.store.host_memory import HostMemoryTier
+from moetion_lightning.storage import mapping, room
+from moetion_lightning.storage.host_memory import HostMemoryTier
 
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 

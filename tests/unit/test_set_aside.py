@@ -10,14 +10,14 @@ import uuid
 import pytest
 
 from moetion_lightning.errors import ConfigurationError, CorruptSnapshotError, HostMemoryError
-from moetion_lightning.store import buffers
-from moetion_lightning.store.disk import DirectoryTier
-from moetion_lightning.store.host_memory import HostMemoryTier, clean_stale, find_jobs
-from moetion_lightning.store.inspect import describe, format_report
-from moetion_lightning.store.local import LocalRoot
-from moetion_lightning.store.neighbours import find_neighbours
-from moetion_lightning.store.remote import RemoteRoot
-from moetion_lightning.store.tier import choose_window
+from moetion_lightning.storage import buffers
+from moetion_lightning.storage.choice import choose_window
+from moetion_lightning.storage.disk import DirectoryTier
+from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.inspect import describe, format_report
+from moetion_lightning.storage.jobs import clean_stale, find_everywhere, find_jobs
+from moetion_lightning.storage.local import LocalPlace
+from moetion_lightning.storage.posix import explain_os_errors
 from tests.store_windows import commit_window, make_manifest, write_snapshot
 
 
@@ -83,7 +83,7 @@ def test_forgetting_removes_only_what_lies_aside(tier, memory):
     tier.forget_aside()
     tier = again(tier)
     assert readable(tier) == {2: ""}
-    assert set(tier._root.files()) == {record.name for record in manifest.files}
+    assert set(tier.place.entries("files")) == {record.name for record in manifest.files}
 
 
 def test_notes_of_a_course_go_aside_and_come_back_with_it(tier):
@@ -139,13 +139,13 @@ def test_a_kill_between_any_two_steps_leaves_every_window_readable(tier, monkeyp
         return run
 
     with monkeypatch.context() as patch:
-        if isinstance(tier._root, RemoteRoot):
+        if tier.place.is_remote:
             for name in ("cp_file", "rm_file", "makedirs", "rmdir"):
-                patch.setattr(tier._root._fs, name, stop_at_zero(getattr(tier._root._fs, name)))
+                patch.setattr(tier.place._fs, name, stop_at_zero(getattr(tier.place._fs, name)))
         else:
             patch.setattr(os, "rename", stop_at_zero(os.rename))
-            patch.setattr("pathlib.Path.mkdir", stop_at_zero(type(tier._root.path).mkdir))
-            patch.setattr("pathlib.Path.rmdir", stop_at_zero(type(tier._root.path).rmdir))
+            patch.setattr("pathlib.Path.mkdir", stop_at_zero(type(tier.place.path).mkdir))
+            patch.setattr("pathlib.Path.rmdir", stop_at_zero(type(tier.place.path).rmdir))
         try:
             if change == "set_aside":
                 tier.set_aside()
@@ -167,7 +167,7 @@ def test_memory_that_is_full_takes_what_lies_aside_and_says_so(memory, monkeypat
     monkeypatch.setattr(buffers, "free_bytes_at", lambda path: capacity - memory.used_bytes())
     assert memory.aside_bytes() == memory.used_bytes() > 0
     memory.check_capacity(memory.used_bytes())
-    size = next(iter(memory._root.files().values()))
+    size = next(iter(memory.place.entries("files").values()))
     memory.acquire("new", 3 * size)
     assert memory.courses_aside() == []
     assert "windows that lay aside" in caplog.text
@@ -185,16 +185,16 @@ def test_storage_that_is_full_takes_what_lies_aside_but_not_the_window_being_wri
     disk = DirectoryTier(tmp_path / "disk", "job")
     disk.persist(commit_window(memory, 8), memory)
     disk.set_aside()
-    manifest, real, calls = commit_window(memory, 2), LocalRoot.put_file, []
+    manifest, real, calls = commit_window(memory, 2), LocalPlace.put, []
 
-    def put_file(root, record, source, before_naming):
+    def put(place, record, source):
         calls.append(record.name)
         if len(calls) == 2:
-            with buffers.explain_os_errors("write", source):
+            with explain_os_errors("write", source):
                 raise OSError(28, "No space left on device")
-        real(root, record, source, before_naming)
+        real(place, record, source)
 
-    monkeypatch.setattr(LocalRoot, "put_file", put_file)
+    monkeypatch.setattr(LocalPlace, "put", put)
     disk.persist(manifest, memory)
     assert readable(disk) == {2: ""}
 
@@ -223,9 +223,9 @@ def test_jobs_neighbours_and_inspect_show_what_lies_aside_and_cleaning_takes_it(
     commit_window(memory, 2, extra={"lineage": {"lr": 0.1}})
     (info,) = find_jobs(memory.base_dir)
     assert (info.windows, info.aside) == ((2,), (8,))
-    (neighbour,) = find_neighbours(memory.base_dir)
-    assert (neighbour.job, neighbour.windows, neighbour.aside, neighbour.alive) == ("job", (2,), (8,), True)
-    assert neighbour.lineage == {"lr": 0.1}
+    (neighbour,) = find_everywhere(memory.base_dir)
+    assert (neighbour.name, neighbour.windows, neighbour.aside, neighbour.alive) == ("job", (2,), (8,), True)
+    assert neighbour.newest.extra["lineage"] == {"lr": 0.1}
     assert neighbour.script == os.path.abspath(__file__)
     assert neighbour.argv
     assert neighbour.cwd == os.getcwd()
@@ -244,11 +244,11 @@ def test_neighbours_are_found_on_storage_of_both_kinds(memory, tmp_path):
         disk = DirectoryTier(url, "job")
         disk.persist(manifest, memory)
         disk.mark_trained()
-        found = [n for n in find_neighbours(tmp_path / "none", url)]
-        assert [(n.job, n.rank_name, n.windows, n.trained, n.lineage) for n in found] == [
+        found = [n for n in find_everywhere(tmp_path / "none", url)]
+        assert [(n.name, n.rank_name, n.windows, n.trained, n.newest.extra["lineage"]) for n in found] == [
             ("job", "rank-00000", (8,), True, {"lr": 0.5})
         ]
-    assert find_neighbours(tmp_path / "none", "memory://nothing-there") == []
+    assert find_everywhere(tmp_path / "none", "memory://nothing-there") == []
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -351,6 +351,6 @@ def test_a_file_that_a_window_aside_needs_is_not_replaced_on_storage(memory, tmp
     with HostMemoryTier(tmp_path / "other", "job") as fresh:
         records = [write_snapshot(fresh, f"{8:06d}-{k}", 99.0) for k in range(2)]
         fresh.commit(make_manifest(3, records))
-        with pytest.raises(OSError, match="lies aside needs"):
+        with pytest.raises(OSError, match="another window needs"):
             disk.persist(fresh.read_manifest(3), fresh)
     assert readable(disk) == {8: "aside-000001"}

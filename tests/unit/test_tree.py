@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from moetion_lightning.core.kept_values import Unchanging
 from moetion_lightning.errors import CorruptSnapshotError, UnsupportedStateError, VersionError
-from moetion_lightning.store.tree import dump_tree, flatten_tree, load_tree
-from moetion_lightning.store.tree_cache import TreeCache
+from moetion_lightning.storage.tree import dump_tree, flatten_tree, load_tree
+from moetion_lightning.storage.tree_cache import TreeCache
 
 TENSOR_DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.uint16,

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from moetion_lightning.errors import HostMemoryError, StoreError
-from moetion_lightning.store.local import explain_os_errors
-from moetion_lightning.store.manifest import FileRecord
-from moetion_lightning.store.mapping import map_fd
-from moetion_lightning.store.room import free_bytes_at, no_room
+from moetion_lightning.storage.format import SnapshotLayout
+from moetion_lightning.storage.manifest import FILE_NAME, FileRecord, Manifest, bytes_checksum
+from moetion_lightning.storage.mapping import map_fd
+from moetion_lightning.storage.posix import explain_os_errors
+from moetion_lightning.storage.room import free_bytes_at, no_room
 
 __all__ = ["BufferPool", "BufferState", "HostBuffer"]
 
@@ -99,6 +100,22 @@ class HostBuffer:
         """A device driver has registered the memory: ``unpin`` is called before it goes away."""
         self._unpin = unpin
 
+    def digest(self, layout: SnapshotLayout | None) -> FileRecord:
+        """Write the header (None: it is written already) and compute the checksum.
+
+        Raises:
+            StoreError: the layout is of another size.
+        """
+        if layout is not None:
+            if layout.nbytes != self.nbytes:
+                raise StoreError(
+                    f"{self.path}: the layout takes {layout.nbytes} bytes, the buffer has {self.nbytes}. Acquire a "
+                    "buffer of layout.nbytes."
+                )
+            layout.write_header(self.tensor)
+        with self.memory as memory:
+            return FileRecord(self.name, self.nbytes, bytes_checksum(memory))
+
     def rename(self, path: Path) -> None:
         """Give the file another name, to be captured into again."""
         with explain_os_errors("rename", path):
@@ -170,21 +187,55 @@ class HostBuffer:
 
 
 class BufferPool:
-    """All buffers of a tier, by file name. Not thread-safe: its owner serialises calls."""
+    """All buffers of a tier, by file name. Not thread-safe: its owner serialises calls.
 
-    def __init__(self) -> None:
+    Args:
+        directory: where their files are.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self._buffers: dict[str, HostBuffer] = {}
 
     def get(self, name: str) -> HostBuffer | None:
         """The buffer of a file, None when the file is not of this process."""
         return self._buffers.get(name)
 
+    def check_captured(self, buffer: HostBuffer) -> None:
+        """Check that a buffer is being captured into. Raises ``StoreError``."""
+        if self.get(buffer.name) is not buffer or buffer.state is not BufferState.CAPTURING:
+            raise StoreError(f"{buffer.path}: the buffer is {buffer.state.value}, it is not being captured into.")
+
+    def check_sealed(self, manifest: Manifest) -> None:
+        """Check that a window's files are sealed, or none of this process's. Raises ``StoreError``."""
+        for record in manifest.files:
+            buffer = self.get(record.name)
+            if buffer is not None and (buffer.record != record or buffer.state is not BufferState.SEALED):
+                raise StoreError(
+                    f"{buffer.path}: cannot commit window {manifest.iteration}, the file is {buffer.state.value} "
+                    f"as {buffer.record}, the manifest has {record}. Seal all files before the commit."
+                )
+
+    def free_path(self, uid: str) -> Path:
+        """A path that no file has. Raises ``StoreError`` when the name cannot be a file's."""
+        for number in range(1, 1_000_000):
+            name = f"{uid}.safetensors" if number == 1 else f"{uid}-{number}.safetensors"
+            if not FILE_NAME.fullmatch(name):
+                raise StoreError(f"{uid!r} cannot name a file: use at most 100 letters, digits and ._-")
+            path = self._directory / name
+            if not os.path.lexists(path):
+                return path
+        raise StoreError(f"{self._directory}: too many files are named after {uid!r}. Use another uid.")
+
     def acquire(self, path: Path, nbytes: int) -> HostBuffer:
         """A free buffer of that size under a new name, one resized, or a new one.
 
         Raises:
             HostMemoryError: there is no room, even with every free buffer given up.
+            StoreError: a buffer has at least one byte.
         """
+        if nbytes < 1:
+            raise StoreError(f"{path}: {nbytes} bytes were asked for; a buffer has at least one.")
         buffer = self._recycle(path, nbytes) or self._create(path, nbytes)
         buffer.state = BufferState.CAPTURING
         buffer.record = None

@@ -1,4 +1,4 @@
-"""Who may write to a rank's directory on storage: a record that its owner renews, and everyone reads before a commit.
+"""Who may write to a rank's directory on storage: a record that its owner renews, and reads before every change.
 
 Storage has no lock that the kernel gives up when a process dies, and a process that was frozen may come back after
 another one has taken its place. So the record names the process and carries a number that no other process has; an
@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetion_lightning.errors import CorruptSnapshotError, JobBusyError, OwnerLostError
-from moetion_lightning.store.manifest import parse_json
-from moetion_lightning.store.windows import Root
+from moetion_lightning.storage.folders import OWNER_NOTE
+from moetion_lightning.storage.manifest import parse_json
+from moetion_lightning.storage.place import Place
 from moetion_lightning.units import age_text
 
-__all__ = ["OWNER_NOTE", "RENEW_SECONDS", "Ownership", "boot_id"]
+__all__ = ["RENEW_SECONDS", "Ownership", "boot_id"]
 
 _log = logging.getLogger(__name__)
 
-OWNER_NOTE = "owner.json"
 RENEW_SECONDS = 8.0
 """How often a living owner writes the record again."""
 LEASE_SECONDS = 20.0
@@ -82,15 +82,20 @@ class Ownership:
     """This process's right to write under one root.
 
     Args:
-        root: The rank's directory.
+        place_for: The rank's directory, given what to ask before each change: of the record, that nobody else's is
+            replaced but the one that was found to be no longer in use.
         run: Launch that this process belongs to and which start of it this is; ("", 0) for none.
         sleep: How to wait.
     """
 
     def __init__(
-        self, root: Root, run: tuple[str, int] = ("", 0), sleep: Callable[[float], object] = time.sleep
+        self,
+        place_for: Callable[[Callable[[], object]], Place],
+        run: tuple[str, int] = ("", 0),
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        self._root = root
+        self.place = place_for(self._ask)
+        self._replaces = ""  # number of the record that is taken over just now
         self._sleep = sleep
         self._mutex = threading.Lock()  # one thread renews, another one commits
         self._mine = _Record(
@@ -114,11 +119,14 @@ class Ownership:
         theirs = self._read()
         if theirs is not None and theirs.nonce != self._mine.nonce and not self._may_replace(theirs):
             raise JobBusyError(
-                f"{self._root.location}: {theirs} persists the windows of this job and rank here. Two runs in one "
+                f"{self.place.location}: {theirs} persists the windows of this job and rank here. Two runs in one "
                 "place would restore each other's state: stop it, or give this run another job_id= or persist_dir=."
             )
+        self._replaces = "" if theirs is None else theirs.nonce
         self._mine = dataclasses.replace(self._mine, created=time.time())
+        self.place.create()
         self._write(released=False)
+        self._replaces = ""
 
     def check(self) -> None:
         """Whether this process still is the owner.
@@ -126,19 +134,11 @@ class Ownership:
         Raises:
             OwnerLostError: Another one is, or was after it; the message names it.
         """
-        theirs = self._read()
-        if theirs is None:  # somebody cleared the directory
+        if self._ask() is None:  # somebody cleared the directory
             self._write(released=False)
-        elif theirs.nonce != self._mine.nonce:
-            what = "took this place over and has ended" if theirs.released else "has taken this place over"
-            raise OwnerLostError(
-                f"{self._root.location}: {theirs} {what}. This process (number {self._mine.pid} on {self._mine.host}) "
-                "was frozen or cut off for a while, or began at the same time; it writes nothing there any more."
-            )
 
     def renew(self) -> None:
         """Say that this process lives. Raises as :meth:`check`."""
-        self.check()
         self._write(released=False)
 
     def release(self) -> None:
@@ -148,6 +148,17 @@ class Ownership:
             self._write(released=True)
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _ask(self) -> _Record | None:
+        """The record, if it is this process's or there is none."""
+        theirs = self._read()
+        if theirs is not None and theirs.nonce not in (self._mine.nonce, self._replaces):
+            what = "took this place over and has ended" if theirs.released else "has taken this place over"
+            raise OwnerLostError(
+                f"{self.place.location}: {theirs} {what}. This process (number {self._mine.pid} on {self._mine.host}) "
+                "was frozen or cut off for a while, or began at the same time; it writes nothing there any more."
+            )
+        return theirs
 
     def _may_replace(self, theirs: _Record) -> bool:
         mine = self._mine
@@ -169,7 +180,7 @@ class Ownership:
             return True
         _log.info(
             "%s: %s wrote here. Looking for up to %.0f s whether it still lives",
-            self._root.location, theirs, LEASE_SECONDS,
+            self.place.location, theirs, LEASE_SECONDS,
         )  # fmt: skip
         for _ in range(int(LEASE_SECONDS / _LOOK_SECONDS)):
             self._sleep(_LOOK_SECONDS)
@@ -182,17 +193,17 @@ class Ownership:
 
     def _read(self) -> _Record | None:
         try:
-            data = self._root.read_note(OWNER_NOTE)
+            data = self.place.read(OWNER_NOTE)
             if data is None:
                 return None
-            return _Record(**parse_json(data, path=f"{self._root.location}/{OWNER_NOTE}"))
+            return _Record(**parse_json(data, path=self.place.where(OWNER_NOTE)))
         except (CorruptSnapshotError, TypeError):
             return None  # damaged: nobody's
 
     def _write(self, *, released: bool) -> None:
         with self._mutex:
             self._mine = dataclasses.replace(self._mine, renewed=time.time(), released=released)
-            self._root.write_note(OWNER_NOTE, json.dumps(dataclasses.asdict(self._mine)).encode())
+            self.place.write(OWNER_NOTE, json.dumps(dataclasses.asdict(self._mine)).encode())
 
 
 def boot_id() -> str:

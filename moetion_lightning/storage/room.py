@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moetion_lightning.errors import HostMemoryError
-from moetion_lightning.store.local import explain_os_errors
+from moetion_lightning.storage.posix import explain_os_errors
 from moetion_lightning.units import bytes_text
 
 __all__ = ["available_memory_bytes", "free_bytes_at", "memory_limit_bytes", "no_room", "reserve_bytes_at"]
@@ -23,6 +23,7 @@ _UNLIMITED = 1 << 62
 
 def no_room(directory: Path, needed_bytes: int) -> HostMemoryError:
     """The error for a host-memory tier that is too small, with numbers and remedies."""
+    directory = _existing(directory)
     free, reserve = free_bytes_at(directory), reserve_bytes_at(directory)
     left = f" (and {bytes_text(reserve)} for workers of data loaders)" if reserve else ""
     return HostMemoryError(
@@ -35,8 +36,9 @@ def no_room(directory: Path, needed_bytes: int) -> HostMemoryError:
 def free_bytes_at(directory: Path) -> int:
     """Bytes that can still be stored in a directory: of its file system and, if that is memory, of the machine.
 
-    In /dev/shm, :func:`reserve_bytes_at` are left to others.
+    The directory need not exist yet. In /dev/shm, :func:`reserve_bytes_at` are left to others.
     """
+    directory = _existing(directory)
     with explain_os_errors("inspect", directory):
         status = os.statvfs(directory)
         free = status.f_bavail * status.f_frsize - reserve_bytes_at(directory)
@@ -56,6 +58,12 @@ def reserve_bytes_at(directory: Path) -> int:
             status = os.statvfs(directory)
             return min(status.f_blocks * status.f_frsize // _RESERVED_PART, _LARGEST_RESERVE)
     return 0
+
+
+def _existing(directory: Path) -> Path:
+    while not directory.exists():
+        directory = directory.parent
+    return directory
 
 
 @functools.lru_cache(maxsize=64)

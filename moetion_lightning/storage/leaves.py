@@ -16,7 +16,7 @@ import torch
 
 from moetion_lightning.core.kept_values import Unchanging
 from moetion_lightning.errors import UnsupportedStateError
-from moetion_lightning.store.format import is_storable, tensor_bytes
+from moetion_lightning.storage.format import is_storable, tensor_bytes
 
 __all__ = [
     "CONTAINER_TAGS",
@@ -159,35 +159,19 @@ def encode_leaf(value: Any, store: TensorCollector) -> Any:
         if len(value) <= _INLINE_BYTES:
             return {tag: base64.b64encode(value).decode()}
         return {f"{tag}t": store.add(torch.frombuffer(bytearray(value), dtype=torch.uint8))}
-    if kind is complex:
-        return {"c": [encode_scalar(value.real), encode_scalar(value.imag)]}
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    if kind is torch.Size:
-        return {"size": list(value)}
     if kind is np.ndarray or isinstance(value, np.generic):
         return _encode_numpy(value, store)
     if isinstance(value, PurePath):
         is_windows = isinstance(value, PureWindowsPath)
         name = "path" if isinstance(value, Path) else "windows" if is_windows else "posix"
         return {"p": [name, encode_scalar(str(value))]}
-    return _encode_time(value)
-
-
-def _encode_time(value: Any) -> Any:
-    kind = type(value)
-    if kind is datetime.timedelta:
-        return {"td": [value.days, value.seconds, value.microseconds]}
-    if kind is datetime.datetime:
-        if value.tzinfo is not None and type(value.tzinfo) is not datetime.timezone:
-            raise UnsupportedStateError(
-                f"a datetime with the time zone {value.tzinfo!r} is not supported. Convert it to UTC in state_dict()."
-            )
-        return {"dt": [value.isoformat(), value.fold]}
-    if kind is datetime.date:
-        return {"date": value.isoformat()}
+    if kind is datetime.datetime and value.tzinfo is not None and type(value.tzinfo) is not datetime.timezone:
+        raise UnsupportedStateError(
+            f"a datetime with the time zone {value.tzinfo!r} is not supported. Convert it to UTC in state_dict()."
+        )
+    if kind in _ENCODERS:
+        tag, encode = _ENCODERS[kind]
+        return {tag: encode(value)}
     return NotImplemented
 
 
@@ -223,6 +207,15 @@ def _decode_scalar(value: Any) -> Any:
     return _DECODERS[tag](body)
 
 
+_ENCODERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    complex: ("c", lambda value: [encode_scalar(value.real), encode_scalar(value.imag)]),
+    torch.dtype: ("dtype", lambda value: str(value).removeprefix("torch.")),
+    torch.device: ("device", str),
+    torch.Size: ("size", list),
+    datetime.timedelta: ("td", lambda value: [value.days, value.seconds, value.microseconds]),
+    datetime.datetime: ("dt", lambda value: [value.isoformat(), value.fold]),
+    datetime.date: ("date", datetime.date.isoformat),
+}
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "i": lambda body: int(body, 16),
     "f": lambda body: struct.unpack(">d", bytes.fromhex(body))[0],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from moetion_lightning.errors import CorruptSnapshotError, UnsupportedStateError, VersionError
-from moetion_lightning.store.manifest import FileRecord, Manifest, parse_json
+from moetion_lightning.storage.manifest import FileRecord, Manifest, parse_json
 
 __all__ = ["FileRecord", "Manifest", "SnapshotLayout", "TensorSpec", "is_storable", "tensor_bytes"]
 

@@ -19,18 +19,17 @@ import torch
 from moetion_lightning.core.kept_values import Kept, LiveValues, Unchanging, describe
 from moetion_lightning.core.packed_lists import pack
 from moetion_lightning.errors import CorruptSnapshotError, UnsupportedStateError, VersionError
-from moetion_lightning.store import leaves
-from moetion_lightning.store.format import SnapshotLayout, TensorSpec, tensor_bytes
-from moetion_lightning.store.local import read_regular
-from moetion_lightning.store.manifest import parse_json
-from moetion_lightning.store.tree_cache import PACK_ITEMS, Plain, TreeCache
+from moetion_lightning.storage import leaves
+from moetion_lightning.storage.format import SnapshotLayout, TensorSpec, tensor_bytes
+from moetion_lightning.storage.manifest import parse_json
+from moetion_lightning.storage.posix import read_regular
+from moetion_lightning.storage.tree_cache import PACK_ITEMS, Plain, TreeCache
+from moetion_lightning.storage.tree_loader import Resolve, TreeLoader
 
-__all__ = ["FlatTree", "Leaf", "Resolve", "dump_tree", "flatten_tree", "load_tree"]
+__all__ = ["FlatTree", "Leaf", "dump_tree", "flatten_tree", "load_tree"]
 
 Leaf = Callable[[object], Any]
 """Gives JSON to store in place of a value, or ``NotImplemented`` to store the value itself."""
-Resolve = Callable[[Any], object]
-"""Gives back the value for what a :data:`Leaf` stored."""
 
 _MAX_DEPTH = 100  # deeper JSON would meet Python's recursion limit on the way back
 _MAX_FILE_BYTES = 1 << 40
@@ -160,7 +159,7 @@ def load_tree(data: bytes | Path | str, *, resolve: Resolve | None = None) -> An
     if type(version) is int and version > _VERSION:
         raise VersionError(f"{where}: tree version {version}, up to {_VERSION} is read. Upgrade moetion_lightning.")
     try:
-        return _Loader(views, resolve).decode(structure["root"])
+        return TreeLoader(views, resolve).decode(structure["root"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
         if isinstance(error, (UnsupportedStateError, CorruptSnapshotError)):
             raise
@@ -344,98 +343,6 @@ class _Flattener:
             [self.encode(key, (*path, f"key {key!r}"), depth + 1), self.encode(item, (*path, str(key)), depth + 1)]
             for key, item in pairs
         ]
-
-
-class _Loader:
-    def __init__(self, views: dict[str, torch.Tensor], resolve: Resolve | None) -> None:
-        self._views = views
-        self._resolve = resolve
-        self._numbered: list[Any] = []
-        self._tensors: dict[str, torch.Tensor] = {}
-
-    def decode(self, node: Any) -> Any:
-        if isinstance(node, list):
-            return self._extend(self._known([]), node)
-        if not isinstance(node, dict):
-            return node
-        ((tag, body),) = node.items()
-        if tag == "d":
-            made = self._known({})
-            for key, item in body.items():
-                made[key] = self.decode(item)
-            return made
-        if tag == "plain":
-            return self._known(body)
-        if tag == "apart":
-            return self._known(_Loader(self._views, None).decode(body))
-        if tag in leaves.MAPPINGS:
-            made = self._known(leaves.MAPPINGS[tag]())
-            for key_node, item in body:
-                key = self.decode(key_node)  # containers are numbered in this order
-                made[key] = self.decode(item)
-            return made
-        if tag == "set":
-            made = self._known(set())
-            made.update([self.decode(item) for item in body])
-            return made
-        if tag in leaves.SEQUENCES:
-            return leaves.SEQUENCES[tag](self.decode(item) for item in body)
-        if tag == "deque":
-            return self._extend(self._known(leaves.deque(maxlen=body[0])), body[1])
-        if tag == "same":
-            return self._numbered[body]
-        if tag == "live":
-            return {o: {n: self.decode(v) for n, v in values.items()} for o, values in body.items()}
-        if tag == "kept":
-            return self._kept(*body)
-        if tag == "floats":
-            return self._known(self._tensor(body["t"]).tolist())
-        if tag == "tensors":
-            return self._known([tensor.clone() for tensor in self._tensor(body["t"]).unbind()])
-        if tag == "x":
-            if self._resolve is None:
-                raise UnsupportedStateError(f"The tree refers to {str(body)[:200]}; give load_tree a resolve function.")
-            return self._resolve(body)
-        return leaves.decode_leaf(tag, body, self._tensor)
-
-    def _known(self, made: Any) -> Any:
-        self._numbered.append(made)
-        return made
-
-    def _extend(self, made: Any, nodes: list[Any]) -> Any:
-        for node in nodes:
-            made.append(self.decode(node))
-        return made
-
-    def _kept(self, kind: str, name: str, items: Any, attributes: Any) -> Kept:
-        if kind == "reference":
-            return Kept(kind, name, items)
-        if kind in ("enum", "flag", "tensor"):
-            return Kept(kind, name, self.decode(items))
-        made = Kept(kind, name)
-        if kind != "namedtuple":
-            self._known(made)
-        if kind == "dict":
-            made.items = [(self.decode(key), self.decode(item)) for key, item in items]
-        elif items is not None:
-            made.items = [self.decode(item) for item in items]
-        if attributes is not None:
-            made.attributes = {n: self.decode(item) for n, item in attributes.items()}
-        return made
-
-    def _tensor(self, body: Any) -> torch.Tensor:
-        key = json.dumps(body)
-        if key not in self._tensors:
-            self._tensors[key] = leaves.decode_tensor(body, self._stored)
-        return self._tensors[key]
-
-    def _stored(self, index: int) -> torch.Tensor:
-        # Clones: the views share one allocation with the file, which must not stay alive for one small tensor.
-        key = f"stored {index}"
-        if key not in self._tensors:
-            source = self._views[f"t{index}"]
-            self._tensors[key] = tensor_bytes(source).clone().view(source.dtype).view(source.shape)
-        return self._tensors[key]
 
 
 def _show(path: tuple[str, ...]) -> str:

@@ -94,9 +94,7 @@ class EncodedList(list[Any]):
 
     def __init__(self, values: Iterable[Any]) -> None:
         super().__init__(values)
-        plain = list(self)
-        _check_json(plain, "list")
-        self.text = _dumps(plain)
+        self.text = _checked(list(self))
 
 
 class EncodedDict(dict[str, Any]):
@@ -104,9 +102,12 @@ class EncodedDict(dict[str, Any]):
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)
-        plain = dict(self)
-        _check_json(plain, "dict")
-        self.text = _dumps(plain)
+        self.text = _checked(dict(self))
+
+
+def _checked(plain: object) -> str:
+    _check_json(plain, "encoded value")
+    return _dumps(plain)
 
 
 def _dumps(value: object) -> str:
