@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moetion_lightning.core.device_random import device_states, set_device_states
 from moetion_lightning.core.generators import (
     Generators,
     generator_state,
@@ -38,8 +39,9 @@ class Rng:
             "numpy": np.random.get_state(legacy=False),
             "torch": torch.get_rng_state(),
         }
-        if torch.cuda.is_initialized():
-            self.parts["cuda"] = torch.cuda.get_rng_state_all()
+        kind, states = device_states()
+        if states:
+            self.parts["devices"] = {"kind": kind, "states": states}
 
     def packed(self, generators: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Plain values and tensors, as of :func:`get_rng`.
@@ -76,8 +78,8 @@ def set_rng(state: Mapping[str, Any], generators: Generators | Mapping[str, obje
     random.setstate(unpacked_python(state["python"]))
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(list(state["cuda"])[: torch.cuda.device_count()])
+    devices = state.get("devices") or {"kind": "cuda", "states": state.get("cuda", ())}  # of an older release
+    set_device_states(devices["kind"], devices["states"])
     named = state.get("generators", {})
     if isinstance(generators, Generators):
         return generators.take(named)
