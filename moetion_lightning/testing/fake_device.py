@@ -61,6 +61,8 @@ class FakeDeviceFence(DeviceFence):
         self._jobs = -1
         #: Buffers that are registered with the driver now.
         self.pinned = 0
+        #: Set when a job's copies are queued.
+        self.queued = threading.Event()
         threading.Thread(target=self._run, name="fake-device", daemon=True).start()
 
     def _run(self) -> None:
@@ -117,6 +119,7 @@ class FakeDeviceFence(DeviceFence):
             self._done.set()
 
         self._work.put(done)
+        self.queued.set()
 
     def hold_training(self) -> None:
         if self._orders_training:
