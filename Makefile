@@ -6,7 +6,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs clean setup
+.PHONY: help demo test check bench gpu docs clean setup
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -43,9 +43,12 @@ check: $(DEV_STAMP)  ## Lint, type check, fast tests (a few minutes)
 
 bench: $(BENCH_STAMP)  ## Measure overhead, recovery, replicas, failover; tables go to benchmarks/results/
 	@set -e; found=0; for script in benchmarks/*.py; do \
-	  [ -e "$$script" ] || continue; case "$$script" in */_*) continue;; esac; \
+	  [ -e "$$script" ] || continue; case "$$script" in */_*|*/gpu.py) continue;; esac; \
 	  found=1; echo "== $$script"; $(PY) "$$script" $(ARGS); done; \
 	[ "$$found" = 1 ] || { echo "no benchmark scripts in benchmarks/"; exit 1; }
+
+gpu: $(BENCH_STAMP)  ## On a machine with a GPU: run tests/gpu, measure, write benchmarks/results/gpu.md
+	@$(PY) benchmarks/gpu.py $(ARGS)
 
 docs: $(DOCS_STAMP)  ## Build the documentation into site/ (no network); every warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

@@ -5,16 +5,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from moetion_lightning.capture.fence import DeviceFence
-from moetion_lightning.core.digests import sample_positions
 
 __all__ = ["CudaFence"]
 
+_log = logging.getLogger(__name__)
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of the process
 
 
@@ -35,6 +36,7 @@ class CudaFence(DeviceFence):
         self._first: dict[torch.device, torch.cuda.Event] = {}
         self._done: dict[torch.device, torch.cuda.Event] = {}
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._said_refused = False
 
     def orders(self, device: torch.device) -> bool:
         return device in self._streams
@@ -46,10 +48,18 @@ class CudaFence(DeviceFence):
     def pin(self, memory: Tensor) -> Callable[[], None] | None:
         runtime = torch.cuda.cudart()
         pointer = memory.data_ptr()
-        if int(runtime.cudaHostRegister(pointer, memory.numel(), _PORTABLE)) != 0:
-            # The error stays with the driver until somebody asks, which would be training's next kernel.
+        error = int(runtime.cudaHostRegister(pointer, memory.numel() * memory.element_size(), _PORTABLE))
+        if error:
+            # It stays with this thread until a kernel is launched, which would be the next cast.
             with contextlib.suppress(RuntimeError):
                 torch.zeros(1, device=next(iter(self._streams)))
+            if not self._said_refused:
+                self._said_refused = True
+                _log.warning(
+                    "the CUDA driver refuses to pin host memory (cudaHostRegister: error %d): captures stay exact, but "
+                    "are several times slower. A limit on locked memory (ulimit -l) is the usual cause.",
+                    error,
+                )
             return None
 
         def unpin() -> None:
@@ -69,21 +79,31 @@ class CudaFence(DeviceFence):
     @torch.no_grad()
     def copy(self, device: torch.device, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         with torch.cuda.stream(self._streams[device]):
-            cast = [s if s.dtype == t.dtype else s.to(t.dtype) for t, s in zip(targets, sources)]
-            torch._foreach_copy_(list(targets), cast, non_blocking=True)
+            alike: tuple[list[Tensor], list[Tensor]] = ([], [])
+            for target, source in zip(targets, sources):
+                if source.dtype != target.dtype:  # one after the other: each cast takes the memory of the one before
+                    target.copy_(source.to(target.dtype), non_blocking=True)
+                else:
+                    alike[0].append(target)
+                    alike[1].append(source)
+            if alike[0]:
+                torch._foreach_copy_(*alike, non_blocking=True)
 
-    def sample(self, source: Tensor, count: int) -> Tensor:
-        stream = self._streams.get(source.device)
+    @torch.no_grad()
+    def fetch(self, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        stream = self._streams.get(device)
         if stream is None:
-            return super().sample(source, count)
+            return super().fetch(device, make)
         with torch.cuda.stream(stream):
-            found = source.index_select(0, sample_positions(source.numel(), source.device, count))
+            found = make()
             target = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
             return target.copy_(found, non_blocking=True)
 
     def mark_done(self) -> None:
         for device, stream in self._streams.items():
-            self._done[device] = stream.record_event(torch.cuda.Event(enable_timing=True))
+            # Blocking: whoever waits for it on the host sleeps, and leaves the core to the training thread.
+            event = torch.cuda.Event(enable_timing=True, blocking=True)
+            self._done[device] = stream.record_event(event)
 
     def hold_training(self) -> None:
         for device, event in self._done.items():

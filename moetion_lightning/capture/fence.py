@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moetion_lightning.core.digests import sample_positions
-
 __all__ = ["DeviceFence"]
 
 
@@ -52,9 +50,17 @@ class DeviceFence:
         """Capture thread: queue copies from one device, converting dtypes."""
         raise NotImplementedError(f"{type(self).__name__} has no copies from {device}")
 
-    def sample(self, source: Tensor, count: int) -> Tensor:
-        """Capture thread: some elements of a flat tensor; they have arrived with the job's other copies."""
-        return source.index_select(0, sample_positions(source.numel(), source.device, count))
+    def fetch(self, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """Capture thread: something small, computed on a device behind the copies that are queued already.
+
+        Args:
+            device: Which one.
+            make: Gives a new tensor there. What it reads must live until the job's copies have arrived.
+
+        Returns:
+            It, or host memory into which it has arrived with the job's other copies.
+        """
+        return make()
 
     def mark_done(self) -> None:
         """Capture thread: all copies of the job are queued."""

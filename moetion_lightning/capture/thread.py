@@ -13,24 +13,24 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from moetion_lightning.capture.copies import move
 from moetion_lightning.capture.fence import DeviceFence
 
 __all__ = ["CaptureThread", "measure_bandwidth"]
 
+_MEASURE_BYTES = 16 << 20
 _log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def measure_bandwidth(target: Tensor, device: torch.device) -> float:
-    """Copy bandwidth from ``device`` into ``target``, measured here and now, in bytes per second.
+def measure_bandwidth(device: torch.device) -> float:
+    """Copy bandwidth from ``device`` into host memory, pinned as captures have it, here and now, in bytes per second.
 
     Args:
-        target: uint8 host tensor to write to (its content is lost), a few megabytes at least.
         device: Where the training state lives.
     """
+    target = torch.empty(_MEASURE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     source = torch.ones(target.numel(), dtype=torch.uint8, device=device)
     best = float("inf")
     for _ in range(3):

@@ -134,7 +134,7 @@ def _explain_module(
         module,
         policy=_policy({}, window, mtbf),
         iteration_seconds=iteration_seconds,
-        bytes_per_second=measure_bandwidth(torch.empty(16 << 20, dtype=torch.uint8), torch.device("cpu")),
+        bytes_per_second=measure_bandwidth(torch.device("cpu")),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moetion_lightning.capture.thread import measure_bandwidth
@@ -17,9 +16,6 @@ from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.moe.routing.counter import TokenCounter
 
 __all__ = ["OperatorObserver"]
-
-
-_MEASURE_BYTES = 16 << 20
 
 
 class OperatorObserver(Callback):
@@ -95,7 +91,7 @@ class OperatorObserver(Callback):
             tokens={(la.name, e): row[e] for la, row in zip(layers, self._counts) for e in range(la.num_experts)},
             compute_dtype=self._dtypes.result(),
             iteration_seconds=min((b - a for a, b in zip(self._ended, self._ended[1:])), default=0.0),
-            bytes_per_second=measure_bandwidth(torch.empty(_MEASURE_BYTES, dtype=torch.uint8), pl_module.device),
+            bytes_per_second=measure_bandwidth(pl_module.device),
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -19,6 +19,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from moetion_lightning.core.device_random import device_states
 from moetion_lightning.core.local import local
 
 __all__ = ["Digest", "HostCopy", "bytes_of", "digest_of", "rng_digests", "sample_positions"]
@@ -35,7 +36,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 # Golden-ratio steps: evenly spread, and never in step with the rows of a tensor, whose ends are often padding.
 _SPREAD = torch.sort(torch.arange(_SAMPLED, dtype=torch.float64) * 0.6180339887498949 % 1).values
 _spread: dict[torch.device, Tensor] = {torch.device("cpu"): _SPREAD}
-_positions: dict[tuple[int, int, torch.device], Tensor] = {}
+_positions: dict[tuple[int, int, torch.device, int], Tensor] = {}
 
 
 def sample_positions(numel: int, device: torch.device, count: int = _SAMPLED) -> Tensor:
@@ -46,7 +47,9 @@ def sample_positions(numel: int, device: torch.device, count: int = _SAMPLED) ->
         device: Where the positions are needed.
         count: How many; at most 512.
     """
-    key = (numel, count, device)
+    # Each stream has its own: what was made on another one may not be there yet, or be freed too early.
+    stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+    key = (numel, count, device, stream)
     found = _positions.get(key)
     if found is None:
         if len(_positions) >= _MAX_KNOWN:
@@ -232,9 +235,9 @@ def rng_digests() -> dict[str, str]:
         "numpy": xxhash.xxh3_64_hexdigest(_numpy_state()),
         "torch": xxhash.xxh3_64_hexdigest(torch.get_rng_state().numpy().data),
     }
-    if torch.cuda.is_initialized():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            found[f"cuda:{index}"] = xxhash.xxh3_64_hexdigest(state.numpy().data)
+    kind, states = device_states()
+    for index, state in enumerate(states):
+        found[f"{kind}:{index}"] = xxhash.xxh3_64_hexdigest(state.numpy().data)
     return found
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetion_lightning.core.device_random import accelerator_kind
 from moetion_lightning.core.reachable import Reached, attributes_of, reach
 
 __all__ = [
@@ -29,7 +30,6 @@ _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random
 #: Of the time that passes, looking again may take one part in this many.
 _SELDOM = 1000
 _MISSING = object()
-_CUDA_STATE_BYTES = 16
 _TRIES = 8
 _NEVER = frozenset({"_is_full_backward_hook"})  # of every module
 
@@ -249,7 +249,8 @@ def set_generator(generator: object, state: Any) -> bool:
 
 def _new_generator(state: Any) -> object:
     if isinstance(state, Tensor):
-        return torch.Generator("cuda" if state.numel() <= _CUDA_STATE_BYTES else "cpu")
+        is_cpu = state.numel() == torch.default_generator.get_state().numel()
+        return torch.Generator("cpu" if is_cpu else accelerator_kind() or "cpu")
     if not isinstance(state, Mapping):
         return random.Random()
     if "has_gauss" in state:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moetion_lightning.core.device_random import device_states, set_device_states
 from moetion_lightning.core.generators import (
     Generators,
     generator_state,
@@ -77,8 +78,9 @@ class Rng:
             "numpy": _numpy.state(),
             "torch": torch.get_rng_state(),
         }
-        if torch.cuda.is_initialized():
-            self.parts["cuda"] = torch.cuda.get_rng_state_all()
+        kind, states = device_states()
+        if states:
+            self.parts["devices"] = {"kind": kind, "states": states}
         self._packed: Unchanging | None = None
 
     def packed(self, generators: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -102,20 +104,19 @@ class Rng:
             python = None
         if python is None:
             python = Unchanging(state=packed_python(self.parts["python"]))
-        state = Unchanging(self.parts, python=python)
-        state.update((name, _arrays(state[name])) for name in ("torch", "cuda") if name in state)
-        return state
+        packed = Unchanging(self.parts, python=python, torch=self.parts["torch"].numpy())
+        if "devices" in packed:
+            packed["devices"] = {**packed["devices"], "states": [s.numpy() for s in packed["devices"]["states"]]}
+        return packed
 
     def _equals(self, other: Rng) -> bool:
         a, b = self.parts, other.parts
         if a["numpy"] is not b["numpy"] or a["python"] != b["python"] or not torch.equal(a["torch"], b["torch"]):
             return False
-        first, second = a.get("cuda", []), b.get("cuda", [])
-        return len(first) == len(second) and all(map(torch.equal, first, second))
-
-
-def _arrays(states: Any) -> Any:
-    return [state.numpy() for state in states] if isinstance(states, list) else states.numpy()
+        first, second = (parts.get("devices", {"kind": "", "states": []}) for parts in (a, b))
+        if first["kind"] != second["kind"] or len(first["states"]) != len(second["states"]):
+            return False
+        return all(map(torch.equal, first["states"], second["states"]))
 
 
 def get_rng(generators: Mapping[str, object] | None = None) -> dict[str, Any]:
@@ -143,8 +144,9 @@ def set_rng(state: Mapping[str, Any], generators: Generators | Mapping[str, obje
     random.setstate(unpacked_python(state["python"]["state"]))
     np.random.set_state(state["numpy"])
     torch.set_rng_state(torch.from_numpy(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([torch.from_numpy(s) for s in state["cuda"]][: torch.cuda.device_count()])
+    devices = state.get("devices")
+    if devices:
+        set_device_states(devices["kind"], [torch.from_numpy(array) for array in devices["states"]])
     named = state.get("generators", {})
     if isinstance(generators, Generators):
         return generators.take(named)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moetion_lightning.capture.fence import DeviceFence
 from moetion_lightning.capture.thread import measure_bandwidth
 from moetion_lightning.core.layouts import MoELayer
 from moetion_lightning.core.operators import Operator
@@ -20,7 +21,7 @@ from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.ranks import Agreed, RankLayout, Ranks
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
 from moetion_lightning.engine.shares import Shares
-from moetion_lightning.engine.static_state import read_static, static_bytes, static_digest
+from moetion_lightning.engine.static_state import StaticLook, read_static, static_bytes
 from moetion_lightning.engine.tiers import Tiers
 from moetion_lightning.engine.writer import StaticPart, WindowHeader
 from moetion_lightning.errors import OperatorError
@@ -30,8 +31,6 @@ from moetion_lightning.storage.format import Manifest
 from moetion_lightning.storage.tree import flatten_tree
 
 __all__ = ["WindowPlanner"]
-
-_MEASURE_BYTES = 16 << 20
 
 
 class WindowPlanner:
@@ -103,7 +102,7 @@ class WindowPlanner:
             describe_kept(self._live, name, self._live.weight(name))
         self._static_bytes = static_bytes(read_static(self._live, self.operators.static))
         self._run_state_bytes = run_state_bytes
-        self._bandwidth = measure_bandwidth(torch.empty(_MEASURE_BYTES, dtype=torch.uint8), device)
+        self._bandwidth = measure_bandwidth(device)
         slots = policy.window if isinstance(policy, SparsePolicy) and isinstance(policy.window, int) else 1
         full = compute = 0
         for name in self._live.trainable():
@@ -265,11 +264,11 @@ class WindowPlanner:
         """Digest of the parameters that do not train; what to copy, unless the window before holds them as they are."""
         live, names = self._live, self.operators.static
         tree = read_static(live, names)
-        digest = static_digest(tree)
+        digest = StaticLook(tree, DeviceFence()).digest()
         if digest == self._static_digest:
             return digest, None
         self._static_digest, self._static_bytes = digest, static_bytes(tree)
-        look = functools.partial(_digest_now, live, names)
+        look = functools.partial(_look_again, live, names)
         return digest, StaticPart(tree=flatten_tree(tree), digest=digest, look=look)
 
     def forget_static(self) -> None:
@@ -338,8 +337,8 @@ class WindowPlanner:
         self._tiers.check_capacity(window_bytes + self._run_state_bytes, self._static_bytes)
 
 
-def _digest_now(live: LiveState, names: Sequence[str]) -> str:
-    return static_digest(read_static(live, names))
+def _look_again(live: LiveState, names: Sequence[str], fence: DeviceFence) -> StaticLook:
+    return StaticLook(read_static(live, names), fence)
 
 
 def _saved(newest: Manifest | None, operators: Sequence[Operator]) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from moetion_lightning.capture.fence import DeviceFence
 from moetion_lightning.core.description import Describer
 from moetion_lightning.core.local import is_wrapper
 from moetion_lightning.core.operators import Piece
@@ -18,7 +20,7 @@ from moetion_lightning.core.slot_contents import read_kept, write_kept
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.errors import ForeignWindowError
 
-__all__ = ["read_static", "static_bytes", "static_digest", "static_weight", "weight_parts", "write_static"]
+__all__ = ["StaticLook", "read_static", "static_bytes", "static_weight", "weight_parts", "write_static"]
 
 _SAMPLE_ELEMENTS = 4096
 #: In the tree beside the parameters; no parameter has a name that begins with a dot.
@@ -40,21 +42,41 @@ def static_bytes(tree: Mapping[str, Any]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(tree))
 
 
-def static_digest(tree: Mapping[str, Any]) -> str:
-    """Digest of a sample of what :func:`read_static` gave.
+class StaticLook:
+    """A look at a sample of what :func:`read_static` gave.
 
     In-place updates through ``.data`` (moving-average teachers) leave no trace in version counters, so a few thousand
     elements of each tensor are looked at: an update of the whole tensor changes them.
+
+    Args:
+        tree: From :func:`read_static`.
+        fence: On its devices the look follows the copies that are queued already.
     """
-    described = {n: v["described"] for n, v in _weights(tree).items() if not isinstance(v, Tensor)}
-    digest = xxhash.xxh3_64(
-        json.dumps([list(_weights(tree)), described, tree[_OPTIMIZER]["scalars"]], sort_keys=True).encode()
-    )
-    for tensor in _tensors(tree):
-        flat = tensor.reshape(-1)
-        step = max(1, flat.numel() // _SAMPLE_ELEMENTS)
-        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+
+    def __init__(self, tree: Mapping[str, Any], fence: DeviceFence) -> None:
+        described = {n: v["described"] for n, v in _weights(tree).items() if not isinstance(v, Tensor)}
+        self._names = json.dumps([list(_weights(tree)), described, tree[_OPTIMIZER]["scalars"]], sort_keys=True)
+        self._sources: dict[torch.device, list[Tensor]] = {}  # kept until the samples have arrived
+        for tensor in _tensors(tree):
+            self._sources.setdefault(tensor.device, []).append(tensor)
+        self._samples = [
+            fence.fetch(device, functools.partial(_sample, tensors)) for device, tensors in self._sources.items()
+        ]
+
+    def digest(self) -> str:
+        """Equal as long as nothing has changed; when the samples have arrived."""
+        self._sources.clear()
+        digest = xxhash.xxh3_64(self._names.encode())
+        for sample in self._samples:
+            digest.update(sample.cpu().numpy().data)
+        return digest.hexdigest()
+
+
+@torch.no_grad()
+def _sample(tensors: Sequence[Tensor]) -> Tensor:
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    some = [values[:: max(1, values.numel() // _SAMPLE_ELEMENTS)] for values in flat]
+    return torch.cat([values.contiguous().view(torch.uint8) for values in some])
 
 
 def read_static(live: LiveState, names: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ state which an optimizer keeps where nobody captures it, within the window.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -14,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from moetion_lightning.capture.fence import DeviceFence
+from moetion_lightning.core.digests import sample_positions
 from moetion_lightning.core.local import local
 from moetion_lightning.core.operators import Operator, Piece
 from moetion_lightning.core.policy import SlotPlan
@@ -71,13 +73,19 @@ class OperatorSamples:
 
     def __init__(self, live: LiveState, operators: Iterable[Operator], iteration: int, fence: DeviceFence) -> None:
         self._samples: dict[str, list[tuple[str, Tensor]]] = {}
+        self._sources: list[Tensor] = []  # kept until the samples have arrived
         for op in operators:
             piece = piece_at(op, iteration)
             if piece.parameter in live.owners:
-                self._samples[op.name] = _sample(live, piece, fence)
+                parts = _parts(live, piece)
+                self._sources += parts.values()
+                self._samples[op.name] = [
+                    (entry, fence.fetch(part.device, functools.partial(_some, part))) for entry, part in parts.items()
+                ]
 
     def read(self) -> dict[str, str]:
         """Digests by operator."""
+        self._sources.clear()
         found = {}
         for name, samples in self._samples.items():
             digest = xxhash.xxh3_64()
@@ -89,7 +97,12 @@ class OperatorSamples:
 
 
 @torch.no_grad()
-def _sample(live: LiveState, piece: Piece, fence: DeviceFence) -> list[tuple[str, Tensor]]:
+def _some(flat: Tensor) -> Tensor:
+    return flat.index_select(0, sample_positions(flat.numel(), flat.device, _ELEMENTS))
+
+
+def _parts(live: LiveState, piece: Piece) -> dict[str, Tensor]:
+    """The weight and what optimizers keep of its rows, by name, flat; what has no memory of its own is left out."""
     weight = live.weight(piece.parameter)
     tensors = {"": weight}
     for index, state in live.states(piece.parameter):
@@ -100,9 +113,9 @@ def _sample(live: LiveState, piece: Piece, fence: DeviceFence) -> list[tuple[str
         for index, name, value in live.tables(piece.parameter)
         if isinstance(value, Tensor)
     }
-    found = []
+    found = {}
     for entry, tensor in tensors.items():
         part = piece.of(tensor) if tensor.shape == weight.shape else tensor
         if type(part) is Tensor and part.is_contiguous() and part.numel():
-            found.append((entry, fence.sample(part.view(-1), _ELEMENTS)))
+            found[entry] = part.detach().view(-1)
     return found

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moetion_lightning.capture.copies import copy_tensors
+from moetion_lightning.capture.fence import DeviceFence
 from moetion_lightning.capture.plan import CompiledSlot, SlotSources
 from moetion_lightning.capture.thread import CaptureThread
 from moetion_lightning.core.operators import Operator
@@ -21,6 +22,7 @@ from moetion_lightning.core.policy import SlotPlan, WindowPlan
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.finiteness import TENSORS, record_is_finite, weights_are_finite
 from moetion_lightning.engine.replay_record import BatchToCome
+from moetion_lightning.engine.static_state import StaticLook
 from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole, piece_at
 from moetion_lightning.events import (
     CaptureFinished,
@@ -71,12 +73,12 @@ class StaticPart:
     Args:
         tree: What to store.
         digest: Of what they were when the window began.
-        look: Gives the digest of what they are now.
+        look: Looks at what they are when the copies that are queued have run.
     """
 
     tree: FlatTree
     digest: str
-    look: Callable[[], str]
+    look: Callable[[DeviceFence], StaticLook]
 
 
 @dataclass
@@ -271,24 +273,23 @@ class WindowWriter:
                 buffer.pinned(unpin)
         return buffer
 
-    def copy_static(self, window: OpenWindow) -> tuple[HostBuffer, SnapshotLayout] | None:
+    def copy_static(self, window: OpenWindow) -> _StaticCopy | None:
         """Copy what does not train, if the window before does not hold it as it is."""
         if window.static is None:
             return None
-        tree = window.static.tree
+        tree, fence = window.static.tree, self._thread.fence
         layout = tree.layout
         buffer = self._tier.acquire(self.uid(window.first_iteration, "static"), layout.nbytes)
         try:
             targets = tree.write_structure(buffer.tensor, layout)
             named = tree.named_tensors()
-            copy_tensors([targets[name] for name in named], list(named.values()), self._thread.fence)
+            copy_tensors([targets[name] for name in named], list(named.values()), fence)
+            look = window.static.look(fence)
         except BaseException:
-            self._thread.fence.settle()
+            fence.settle()
             self._tier.release(buffer)
             raise
-        if window.static.look() != window.static.digest:
-            window.broken = TORN
-        return buffer, layout
+        return _StaticCopy(buffer, layout, look)
 
     def take_static_of_newest(self, window: OpenWindow) -> None:
         """The newest window has what does not train, unless the one between the two was given up meanwhile."""
@@ -442,6 +443,15 @@ class _OperatorTable:
         return known[1]
 
 
+@dataclass(frozen=True)
+class _StaticCopy:
+    """Copies of what does not train, and what it looked like behind them."""
+
+    buffer: HostBuffer
+    layout: SnapshotLayout
+    look: StaticLook
+
+
 class _SlotJob:
     """One slot on its way into a file."""
 
@@ -464,7 +474,7 @@ class _SlotJob:
         self._compiled: CompiledSlot | None = None
         self._checked = threading.Event()
         self._sources: SlotSources | None = None  # kept until the copies have arrived: they read from it
-        self._static: tuple[HostBuffer, SnapshotLayout] | None = None
+        self._static: _StaticCopy | None = None
         # Taken on the training thread, at the iteration's end: copies that began late see later changes, too.
         self._names = writer.names(slot, plan)
         self._versions = writer._live.versions(self._names, iteration)
@@ -523,7 +533,7 @@ class _SlotJob:
 
     def _let_go(self) -> None:
         """Give the buffers back, and what they were filled from."""
-        static = None if self._static is None else self._static[0]
+        static = None if self._static is None else self._static.buffer
         for buffer in (self._buffer, static):
             if buffer is not None:
                 self._writer._tier.release(buffer)
@@ -539,6 +549,9 @@ class _SlotJob:
 
     def finish(self) -> None:
         """Capture thread: seal the slot; commit the window if it was the last one."""
+        static = self._window.static
+        if self._static is not None and static is not None and self._static.look.digest() != static.digest:
+            self._window.broken = TORN
         if not self._window.broken:
             self._seal()
         self._let_go()
@@ -550,7 +563,7 @@ class _SlotJob:
         assert compiled is not None
         nbytes, num_slots = compiled.layout.nbytes, len(window.plan.slots)
         seconds = writer._thread.fence.copy_seconds()
-        writer._pace.copied(nbytes + (self._static[1].nbytes if self._static is not None else 0), seconds)
+        writer._pace.copied(nbytes + (self._static.layout.nbytes if self._static is not None else 0), seconds)
         writer._bus.emit(
             CaptureFinished(
                 iteration=self._iteration, slot=self._slot, num_slots=num_slots, nbytes=nbytes, seconds=seconds
@@ -574,7 +587,7 @@ class _SlotJob:
         if self._slot == 0:
             window.rest_record = writer.write_rest(window)
             if self._static is not None:
-                window.static_record = writer._tier.seal(*self._static)
+                window.static_record = writer._tier.seal(self._static.buffer, self._static.layout)
                 self._static = None
             else:
                 writer.take_static_of_newest(window)

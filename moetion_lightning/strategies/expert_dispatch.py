@@ -34,12 +34,13 @@ class _Random:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._module = None if device.type == "cpu" else torch.get_device_module(device)
+        self._own = None if self._module is None else self._module.get_rng_state(device)
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
+        if self._module is not None:
+            self._module.set_rng_state(self._own, self._device)
 
 
 @contextlib.contextmanager

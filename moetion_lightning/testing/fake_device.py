@@ -9,18 +9,22 @@ streams (the next update waits for the copies) happens by waiting.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from moetion_lightning.capture.fence import DeviceFence
-from moetion_lightning.core.digests import sample_positions
 
 __all__ = ["FakeDeviceFence"]
+
+
+def _pass(gate: threading.Event) -> None:
+    gate.wait()
 
 
 class FakeDeviceFence(DeviceFence):
@@ -31,6 +35,7 @@ class FakeDeviceFence(DeviceFence):
         orders_training: Whether training waits for the copies; False is the fault that tests must notice.
         pins: Whether the driver registers host memory.
         out_of_memory: Numbers of the jobs, counted from 0, in which the device has no memory for a cast.
+        gates: By the number of a job, what its copies wait for.
     """
 
     enabled = True
@@ -42,11 +47,13 @@ class FakeDeviceFence(DeviceFence):
         orders_training: bool = True,
         pins: bool = True,
         out_of_memory: Sequence[int] = (),
+        gates: Mapping[int, threading.Event] | None = None,
     ) -> None:
         self._delay = delay
         self._orders_training = orders_training
         self._pins = pins
         self._out_of_memory = frozenset(out_of_memory)
+        self._gates = dict(gates or {})
         self._work: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._done = threading.Event()
         self._done.set()
@@ -54,6 +61,8 @@ class FakeDeviceFence(DeviceFence):
         self._jobs = -1
         #: Buffers that are registered with the driver now.
         self.pinned = 0
+        #: Set when a job's copies are queued.
+        self.queued = threading.Event()
         threading.Thread(target=self._run, name="fake-device", daemon=True).start()
 
     def _run(self) -> None:
@@ -89,6 +98,8 @@ class FakeDeviceFence(DeviceFence):
     def begin(self) -> None:
         self._jobs += 1
         self._done.clear()
+        if self._jobs in self._gates:
+            self._work.put(functools.partial(_pass, self._gates[self._jobs]))
         self._work.put(super().begin)
 
     def copy(self, device: torch.device, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -97,10 +108,9 @@ class FakeDeviceFence(DeviceFence):
         for target, source in zip(targets, sources):
             self._queue(target, source.detach)
 
-    def sample(self, source: Tensor, count: int) -> Tensor:
-        positions = sample_positions(source.numel(), source.device, count)
-        target = torch.empty(positions.shape, dtype=source.dtype)
-        self._queue(target, lambda: source.index_select(0, positions))
+    def fetch(self, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        target = torch.empty_like(make())
+        self._queue(target, make)
         return target
 
     def mark_done(self) -> None:
@@ -109,6 +119,7 @@ class FakeDeviceFence(DeviceFence):
             self._done.set()
 
         self._work.put(done)
+        self.queued.set()
 
     def hold_training(self) -> None:
         if self._orders_training:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-import lightning.pytorch as pl
 import pytest
 import torch
 
-from moetion_lightning.callbacks import SparseExpertCheckpoint
 from moetion_lightning.capture.copies import copy_tensors
 from moetion_lightning.capture.cuda import CudaFence
 from moetion_lightning.capture.thread import CaptureThread
@@ -21,11 +16,14 @@ pytestmark = [
 ]
 
 
+DEVICE = torch.device("cuda", 0)
+SECOND = 2_000_000_000  # cycles of a GPU, about
+
+
 def test_copies_see_the_state_before_the_next_update() -> None:
-    device = torch.device("cuda")
-    fence = CudaFence([device])
+    fence = CudaFence([DEVICE])
     thread = CaptureThread(fence)
-    source = torch.zeros(1 << 24, device=device)
+    source = torch.zeros(1 << 24, device=DEVICE)
     target = torch.empty(1 << 24).pin_memory()
     try:
         for step in range(5):
@@ -40,9 +38,8 @@ def test_copies_see_the_state_before_the_next_update() -> None:
 
 
 def test_casts_on_the_device_round_as_on_the_host() -> None:
-    device = torch.device("cuda")
-    fence = CudaFence([device])
-    source = torch.randn(100_003, device=device)
+    fence = CudaFence([DEVICE])
+    source = torch.randn(100_003, device=DEVICE)
     target = torch.empty(100_003, dtype=torch.bfloat16)
     fence.mark_ready()
     fence.begin()
@@ -64,13 +61,12 @@ def test_digests_of_a_device_are_those_of_the_host_and_wait_for_nothing() -> Non
         assert digest.read() == wanted
 
 
-def test_samples_of_operators_arrive_with_the_copies() -> None:
-    device = torch.device("cuda")
-    fence = CudaFence([device])
-    source = torch.arange(100_000, device=device, dtype=torch.float32)
+def test_what_is_fetched_is_of_before_the_next_update() -> None:
+    fence = CudaFence([DEVICE])
+    source = torch.arange(100_000, device=DEVICE, dtype=torch.float32)
     fence.mark_ready()
     fence.begin()
-    found = fence.sample(source, 32)
+    found = fence.fetch(DEVICE, lambda: source.index_select(0, sample_positions(100_000, DEVICE, 32)))
     fence.mark_done()
     fence.hold_training()
     source.zero_()
@@ -78,27 +74,94 @@ def test_samples_of_operators_arrive_with_the_copies() -> None:
     assert torch.equal(found, sample_positions(100_000, torch.device("cpu"), 32).float())
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_interrupted_run_on_a_gpu_ends_bitwise_equal(tmp_path: Path, memory_dir: Path, precision: str) -> None:
-    from tests.lightning.test_callbacks import StopAt, loader, module
+def test_update_waits_for_copies_that_are_late_and_host_does_not() -> None:
+    """The side stream is busy for a second: the next update is queued at once, and runs behind the copies."""
+    fence = CudaFence([DEVICE])
+    source, target = torch.full((1 << 20,), 1.0, device=DEVICE), torch.empty(1 << 20).pin_memory()
+    fence.mark_ready()
+    fence.begin()
+    with torch.cuda.stream(fence._streams[DEVICE]):
+        torch.cuda._sleep(SECOND)
+    copy_tensors([target], [source], fence)
+    fence.mark_done()
+    fence.hold_training()
+    source.fill_(2.0)  # the next update
+    update = torch.cuda.current_stream().record_event()
+    assert not update.query(), "the update waits, the host does not"
+    update.synchronize()
+    assert fence._done[DEVICE].query()
+    assert bool((target == 1.0).all())
+    assert fence.stalled_seconds() > 0.1
+    assert fence.copy_seconds() > 0.1
 
-    def run(callbacks: list[Any]) -> tuple[Any, Any]:
-        net = module(block="fused")
-        trainer = pl.Trainer(
-            accelerator="gpu", devices=1, max_epochs=2, precision=precision, callbacks=callbacks, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0, default_root_dir=tmp_path,
-            deterministic=True, gradient_clip_val=1.0,
-        )  # fmt: skip
-        trainer.fit(net, loader())
-        return net.state_dict(), trainer.optimizers[0].state_dict()["state"]
 
-    def capture() -> SparseExpertCheckpoint:
-        return SparseExpertCheckpoint(window=3, memory_dir=str(memory_dir), job_id=f"gpu-{precision}")
+def test_training_computes_while_copies_run() -> None:
+    """Overlap: a matrix product that is queued behind the copies is done before they are."""
+    fence = CudaFence([DEVICE])
+    source, target = torch.ones(1 << 20, device=DEVICE), torch.empty(1 << 20).pin_memory()
+    matrix = torch.rand(1024, 1024, device=DEVICE)
+    (matrix @ matrix).sum().item()  # cuBLAS makes its workspace
+    fence.mark_ready()
+    fence.begin()
+    with torch.cuda.stream(fence._streams[DEVICE]):
+        torch.cuda._sleep(2 * SECOND)
+    copy_tensors([target], [source], fence)
+    fence.mark_done()
+    computed = torch.cuda.Event(enable_timing=True)
+    matrix @ matrix
+    computed.record()
+    computed.synchronize()
+    assert not fence._done[DEVICE].query()
+    fence.synchronize()
+    assert computed.elapsed_time(fence._done[DEVICE]) > 0
 
-    with pytest.raises(ZeroDivisionError):
-        run([capture(), StopAt(11, ZeroDivisionError())])
-    resumed, resumed_state = run([capture()])
-    whole, whole_state = run([])
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    for index, entries in whole_state.items():
-        assert all(torch.equal(value, resumed_state[index][key]) for key, value in entries.items())
+
+def test_large_copies_are_faster_into_pinned_memory_than_a_pageable_buffer_is_filled() -> None:
+    """Pinned memory is written by the device itself; the best of several copies each."""
+    fence = CudaFence([DEVICE])
+    source = torch.ones(64 << 20, dtype=torch.uint8, device=DEVICE)
+    pageable, pinned = torch.zeros(64 << 20, dtype=torch.uint8), torch.zeros(64 << 20, dtype=torch.uint8)
+    unpin = fence.pin(pinned)
+    assert unpin is not None
+    best = {}
+    for name, target in (("pageable", pageable), ("pinned", pinned)):
+        seconds = []
+        for _ in range(5):
+            fence.mark_ready()
+            fence.begin()
+            copy_tensors([target], [source], fence)
+            fence.mark_done()
+            fence.synchronize()
+            seconds.append(fence.copy_seconds())
+        best[name] = min(seconds)
+        assert bool((target == 1).all())
+    unpin()
+    assert best["pinned"] < best["pageable"]
+
+
+def test_refused_pinning_leaves_no_error_for_the_next_kernel() -> None:
+    fence = CudaFence([DEVICE])
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    unpin = fence.pin(memory)
+    assert unpin is not None
+    assert fence.pin(memory) is None, "it is registered already"
+    assert float(torch.ones(8, device=DEVICE).sum()) == 8.0
+    unpin()
+    again = fence.pin(memory)
+    assert again is not None
+    again()
+
+
+def test_copies_from_a_thread_leave_the_streams_of_training_alone() -> None:
+    thread = CaptureThread(CudaFence([DEVICE]))
+    side = torch.cuda.Stream()
+    source, target = torch.zeros(1 << 16, device=DEVICE), torch.empty(1 << 16)
+    with torch.cuda.stream(side):  # a user who trains on a stream of his own
+        torch.cuda._sleep(SECOND // 10)
+        source.fill_(3.0)
+        thread.submit(lambda: copy_tensors([target], [source], thread.fence), lambda: None, lambda error: None)
+        thread.wait_copied()
+        source.fill_(4.0)
+        assert torch.cuda.current_stream() == side
+    thread.close()
+    assert bool((target == 3.0).all())

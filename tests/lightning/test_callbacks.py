@@ -67,10 +67,10 @@ def trainer(tmp_path: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Traine
         "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
+        "accelerator": "cpu",
         **kwargs,
     }
     return pl.Trainer(
-        accelerator="cpu",
         devices=1,
         callbacks=list(callbacks),
         default_root_dir=tmp_path,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetion_lightning.testing.compare import compare_states
+from tests.runs.alone import Interpreters
 from tests.runs.ranks import TIMEOUT_SECONDS, Ended, elastic_environments, environments, suffix
 from tests.runs.references import References
 
@@ -116,7 +117,7 @@ class Drill:
         references: Runs that never fail.
     """
 
-    zygote: Zygote
+    zygote: Zygote | Interpreters
     base: Path
     memory_dir: Path
     references: References

@@ -19,7 +19,7 @@ from tests.runs.models import make_optimizer
 from tests.runs.scenario import DEFAULTS
 
 VOCABULARY, LENGTH = 32, 5
-EPOCH = 6  # steps
+EPOCH = 3  # steps
 
 COMMON: dict[str, Any] = {
     "model": "decoder",
@@ -33,6 +33,7 @@ COMMON: dict[str, Any] = {
     "dropout": 0.0,
     "plain": True,  # compare with one process that knows nothing of pipelines
     "ragged": False,
+    "evaluate": False,  # validate, keep the best, test and predict
 }
 
 
@@ -171,9 +172,10 @@ def fit(given: dict[str, Any], out: Path, world: int, checkpoints: Path | None =
         strategy = MoEtionStrategy(
             pipeline_parallel_size=world // dp, num_microbatches=size, process_group_backend="gloo", **options
         )
-    checkpoint = ModelCheckpoint(out.parent / out.name, monitor="val_loss", save_last=case.get("evaluate"))
+    saving = [ModelCheckpoint(out.parent / out.name, monitor="val_loss", save_last=True)] if case["evaluate"] else []
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy, max_steps=case["steps"], callbacks=[checkpoint],
+        accelerator="cpu", devices=world, strategy=strategy, max_steps=case["steps"], callbacks=saving,
+        enable_checkpointing=bool(saving),
         accumulate_grad_batches=case["accumulate"] * (size if plain else 1), gradient_clip_val=case["clip"],
         logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=1,
         use_distributed_sampler=False, log_every_n_steps=1, default_root_dir=out.parent, **precision(case),
@@ -189,11 +191,11 @@ def fit(given: dict[str, Any], out: Path, world: int, checkpoints: Path | None =
     trainer.save_checkpoint(out.with_suffix(".ckpt"))
     results: dict[str, Any] = {
         "metrics": metrics,
-        "best": Path(checkpoint.best_model_path).name,
+        "best": [Path(checkpoint.best_model_path).name for checkpoint in saving],
         "elements": sum(p.untyped_storage().nbytes() // p.element_size() for p in module.parameters()),
         "scale": getattr(getattr(trainer.precision_plugin, "scaler", None), "_scale", None),
     }
-    if case["model"] == "decoder" and case.get("evaluate"):
+    if case["evaluate"]:
         results["test"] = trainer.test(module, val, verbose=False)
         results["predictions"] = trainer.predict(module, val)
     torch.save(results, out.with_suffix(f".rank{rank}"))

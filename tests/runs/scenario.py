@@ -42,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "estimate_steps": False,
     "overflow_at": 0,
     "precision": "32-true",
+    "accelerator": "cpu",
     "accumulate": 1,
     "clip": 1.0,
     "clip_algorithm": "norm",
@@ -260,14 +261,17 @@ def _trainer(spec: dict[str, Any], out: Path, record: str) -> pl.Trainer:
     options: dict[str, Any] = {}
     if not manual and spec["clip"]:
         options = {"gradient_clip_val": spec["clip"], "gradient_clip_algorithm": spec["clip_algorithm"]}
+    if spec["accelerator"] != "cpu":
+        options["deterministic"] = "warn"
     if spec["precision"] == "16-mixed":  # by name, Lightning would take bfloat16 on the CPU
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
-        options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
+        device = {"gpu": "cuda"}.get(spec["accelerator"], "cpu")
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=4)
+        options["plugins"] = [MixedPrecision("16-mixed", device, scaler)]
     else:
         options["precision"] = spec["precision"]
     return pl.Trainer(
         max_epochs=spec["epochs"],
-        accelerator="cpu",
+        accelerator=spec["accelerator"],
         devices=spec["ranks"],
         num_nodes=1,
         strategy=_strategy(spec),

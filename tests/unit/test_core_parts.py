@@ -205,7 +205,7 @@ def test_nothing_is_copied_from_where_no_memory_is(source: torch.Tensor) -> None
 
 
 def test_bandwidth_is_measured() -> None:
-    assert measure_bandwidth(torch.empty(1 << 20, dtype=torch.uint8), torch.device("cpu")) > 1e6
+    assert measure_bandwidth(torch.device("cpu")) > 1e6
 
 
 # --- random generators -----------------------------------------------------------------------------------------------
