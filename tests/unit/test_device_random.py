@@ -112,12 +112,6 @@ def test_state_of_another_kind_of_device_is_passed_over(machine: Any) -> None:
     assert other.numbers == [1]
 
 
-def test_state_of_an_older_window_is_put_back(machine: Any) -> None:
-    module = machine("cuda", Module(1, 2))
-    set_rng({**get_rng(), "devices": None, "cuda": [torch.tensor([n], dtype=torch.uint8) for n in (8, 9)]})
-    assert module.numbers == [8, 9]
-
-
 def test_generator_of_a_device_that_is_not_there_is_made_on_none() -> None:
     """A window of a machine with a GPU, on one without: the state does not fit, and that is said, not raised."""
 
