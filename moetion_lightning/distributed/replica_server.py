@@ -17,11 +17,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from moetion_lightning.distributed.replica_store import MAX_NOTE_BYTES, MAX_RANKS, ReplicaStore, send_files
+from moetion_lightning.distributed.replica_store import MAX_RANKS, ReplicaStore, receive_manifest, send_window
 from moetion_lightning.distributed.wire import (
     HANDSHAKE_SECONDS,
-    MAX_BLOB_BYTES,
-    MAX_HEADER_BYTES,
     PROOF_BYTES,
     Address,
     Challenge,
@@ -30,7 +28,6 @@ from moetion_lightning.distributed.wire import (
     own,
 )
 from moetion_lightning.errors import ConfigurationError, MoEtionError, ReplicationError
-from moetion_lightning.store.manifest import Manifest
 
 __all__ = ["ReplicaServer"]
 
@@ -111,13 +108,7 @@ class ReplicaServer:
         self._working: dict[Connection, threading.Thread] = {}
         self._waiting: deque[Connection] = deque()
         self._returned: list[Connection] = []
-        self._operations: dict[str, Callable[[Connection, dict[str, Any]], None]] = {
-            "put": self._put,
-            "get": self._get,
-            "list": self._list,
-            "put_note": self._put_note,
-            "get_note": self._get_note,
-        }
+        self._requests: dict[str, Callable[[Connection, dict[str, Any]], None]] = {"put": self._put, "get": self._get}
 
     @property
     def address(self) -> Address:
@@ -294,12 +285,12 @@ class ReplicaServer:
         """Serve one request. Returns whether the connection can carry another one."""
         try:
             request = connection.receive()
-            operation = self._operations.get(str(request.get("op")))
-            if operation is None:
+            answer = self._requests.get(str(request.get("op")))
+            if answer is None:
                 raise ReplicationError(
                     f"unknown request {str(request.get('op'))[:40]!r}; install one version everywhere."
                 )
-            operation(connection, request)
+            answer(connection, request)
             return True
         except (MoEtionError, OSError) as error:
             if not self._closing:
@@ -320,34 +311,13 @@ class ReplicaServer:
                 f"a window of rank {owner} for rank {str(request.get('holder'))[:20]} came to rank {own_rank}. "
                 "The addresses of the ranks are outdated."
             )
-        size = number(request, "manifest_bytes", MAX_BLOB_BYTES + 1)
-        manifest = Manifest.from_bytes(connection.receive_blob(size), path=f"manifest from rank {owner}")
-        self._store.put(connection, owner, manifest)
+        self._store.put(connection, owner, receive_manifest(connection, request))
         connection.send({"ok": True})
 
     def _get(self, connection: Connection, request: dict[str, Any]) -> None:
         tier = self._store.tier_of(number(request, "owner", MAX_RANKS))
         with tier.pinned(number(request, "last", 10**12)) as manifest:
-            data = manifest.to_bytes()
-            connection.send({"ok": True, "manifest_bytes": len(data)})
-            connection.send_blob(data)
-            answer = connection.receive_answer(MAX_HEADER_BYTES + 16 * len(manifest.files))
-            send_files(connection, tier, manifest, answer)
-
-    def _list(self, connection: Connection, request: dict[str, Any]) -> None:
-        own_windows, replicas = self._store.listing()
-        connection.send({"ok": True, "own": own_windows, "replicas": {str(k): v for k, v in replicas.items()}})
-
-    def _put_note(self, connection: Connection, request: dict[str, Any]) -> None:
-        data = connection.receive_blob(number(request, "nbytes", MAX_NOTE_BYTES + 1))
-        self._store.put_note(number(request, "owner", MAX_RANKS), str(request.get("name")), data)
-        connection.send({"ok": True})
-
-    def _get_note(self, connection: Connection, request: dict[str, Any]) -> None:
-        data = self._store.get_note(number(request, "owner", MAX_RANKS), str(request.get("name")))
-        connection.send({"ok": True, "nbytes": None if data is None else len(data)})
-        if data is not None:
-            connection.send_blob(data)
+            send_window(connection, tier, manifest, {"ok": True})
 
 
 def _listen(host: str, port: int) -> socket.socket:
