@@ -23,7 +23,7 @@ from moetion_lightning.pipeline.micro_batches import map_tensors, split_batch
 from moetion_lightning.pipeline.probe import make_plan, measure_layers
 from moetion_lightning.pipeline.runner import PipelineRunner
 from moetion_lightning.pipeline.schedules import ScheduleKind, usable_micro_batches
-from moetion_lightning.strategies.optimizer_order import OptimizerOrder, plain_optimizer
+from moetion_lightning.strategies.optimizer_order import plain_optimizer
 from moetion_lightning.strategies.pipeline_gradients import PipelineGradients
 from moetion_lightning.strategies.pipeline_state import PipelineState
 from moetion_lightning.strategies.step_logs import StepLogs
@@ -141,7 +141,6 @@ class Cut:
     Attributes:
         replaying: Whether this rank's stages are being replayed, without the others.
         template: The form of a batch, without its tensors.
-        orders: By ``id`` of an optimizer: its parameter groups in the whole module.
         shared_buffers: Buffers that replicas take from the first of them; None until they have agreed.
     """
 
@@ -183,7 +182,6 @@ class Cut:
         self.gradients = PipelineGradients(self.parameters, self.tied_places, groups)
         self.state = PipelineState(module, places, groups, device)
         self.runner = PipelineRunner(module, interceptor, plan, groups, device, kind, loss_of)
-        self.orders: dict[int, OptimizerOrder] = {}
         self.shared_buffers: list[str] | None = None
         _logger.info(
             "rank %d runs stages %s: %s",
@@ -194,9 +192,10 @@ class Cut:
 
     def prune(self, optimizers: Sequence[Optimizer]) -> None:
         """Take the parameters of other ranks out of the optimizers."""
-        self.orders = {id(plain_optimizer(o)): self.state.order_of(plain_optimizer(o)) for o in optimizers}
+        self.state.orders = {}
+        orders = [self.state.order_of(plain_optimizer(optimizer)) for optimizer in optimizers]
         names = {id(p): name for name, p in self.module.named_parameters()}
-        order = [n for o in self.orders.values() for group in o.groups for n in group]
+        order = [n for o in orders for group in o.groups for n in group]
         self.gradients.set_order([*order, *(n for n in names.values() if n not in set(order))])
 
     def split(self, batch: Any, num_micro_batches: int, kind: ScheduleKind, pipeline_parallel_size: int) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.layout import PipelineGroups, PipelineLayout
 from moetion_lightning.pipeline.schedules import schedule_kind
 from moetion_lightning.strategies.moetion_strategy import MoEtionStrategy
-from moetion_lightning.strategies.optimizer_order import plain_optimizer
+from moetion_lightning.strategies.optimizer_order import SpreadState, plain_optimizer
 from moetion_lightning.strategies.pipeline_cut import Cut, CutSettings, PendingCut
 from moetion_lightning.strategies.pipeline_link import PipelineLink
 from moetion_lightning.strategies.pipeline_refusals import (
@@ -147,7 +147,7 @@ class PipelineStrategy(MoEtionStrategy):
             self._prepare_to_cut(trainer, module)
         elif self.cut is not None:
             self.cut.interceptor.install()
-        if self.cut is None and not self.joins_running_job:
+        if self.cut is None:
             for tensor in [*module.parameters(), *module.buffers()]:
                 dist.broadcast(tensor.detach(), 0)
         if fitting:
@@ -433,54 +433,10 @@ class PipelineStrategy(MoEtionStrategy):
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The state dict of the whole module on rank 0, of its own part on any other rank.
-
-        Ranks:
-            All ranks of the job, together, unless :meth:`local_state` is open.
-        """
-        state: dict[str, Any] = DDPStrategy.lightning_module_state_dict(self)
-        return state if self.cut is None or self._local_state else self.cut.state.gather(state)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state for the whole module on rank 0, for its own part on any other rank.
-
-        Args:
-            optimizer: This strategy's optimizer.
-
-        Ranks:
-            All ranks of the job, together, unless :meth:`local_state` is open.
-        """
-        state: dict[str, Any] = DDPStrategy.optimizer_state(self, optimizer)
-        if self.cut is None or self._local_state:
-            return state
-        return self.cut.state.gather_optimizer(self.cut.orders[id(plain_optimizer(optimizer))], state)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load this rank's part of a checkpoint of the whole module.
-
-        Args:
-            checkpoint: An ordinary checkpoint.
-            strict: Whether names must match.
-        """
-        if self.cut is None:
-            DDPStrategy.load_model_state_dict(self, checkpoint, strict=strict)
-        else:
-            self.cut.state.load(checkpoint["state_dict"], strict=strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load this rank's part of the optimizer's state.
-
-        Args:
-            checkpoint: An ordinary checkpoint.
-        """
-        if self.cut is not None:
-            orders = self.cut.orders
-            states = [
-                orders[id(plain_optimizer(o))].cut(s) for o, s in zip(self.optimizers, checkpoint["optimizer_states"])
-            ]
-            checkpoint = {**checkpoint, "optimizer_states": states}
-        DDPStrategy.load_optimizer_state_dict(self, checkpoint)
+    @property
+    def spread_state(self) -> SpreadState | None:
+        """What gathers and cuts apart the state of the module; None while every rank has it whole."""
+        return None if self.cut is None else self.cut.state
 
     # --- end -------------------------------------------------------------------------------------------------------
 
