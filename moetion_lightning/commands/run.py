@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moetion_lightning.commands.arguments import add_program
 from moetion_lightning.config import AUTOMATIC_VARIABLE, automatic_setting, update_environment
 from moetion_lightning.errors import ConfigurationError, MoEtionError
 
@@ -110,7 +111,5 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a recipe, or a YAML file with trainer.callbacks or callbacks (default: MOETION, else default settings)",
     )
-    parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as for python -m")
-    parser.add_argument("script", metavar="SCRIPT", help="what to run")
-    parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="its arguments")
+    add_program(parser, "what to run")
     return parser

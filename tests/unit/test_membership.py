@@ -16,7 +16,8 @@ from torch.distributed import PrefixStore, TCPStore
 from moetion_lightning.cli import main
 from moetion_lightning.config import LaunchedProcess, launched_process
 from moetion_lightning.distributed.generations import announce_loss, newest_generation, read_records
-from moetion_lightning.distributed.launch import derive_job_id, parse_nodes
+from moetion_lightning.distributed.launch import derive_job_id
+from moetion_lightning.distributed.launch_settings import Launch
 from moetion_lightning.distributed.membership import Membership
 from moetion_lightning.distributed.nodes import NodeLease, Place, Roster, check_claim
 from moetion_lightning.distributed.processes import Program, describe_exit
@@ -250,7 +251,8 @@ def test_different_layouts_are_refused(server: TCPStore) -> None:
 
 @pytest.mark.parametrize(("text", "expected"), [("2", (2, 2)), ("2:3", (2, 3)), ("1:1", (1, 1))])
 def test_nodes(text: str, expected: tuple[int, int]) -> None:
-    assert parse_nodes(text) == expected
+    made = Launch(program=Program(argv=("json",), is_module=True), nnodes=text, rdzv_endpoint="h:1")
+    assert (made.min_nodes, made.max_nodes) == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [("h:1", ("h", 1)), ("[::1]:65535", ("::1", 65535))])
