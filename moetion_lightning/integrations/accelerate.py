@@ -124,7 +124,8 @@ class AcceleratedLoop(GuidedLoop):
         backward, save, load, end = (
             accelerator.backward, accelerator.save_state, accelerator.load_state, accelerator.end_training,
         )  # fmt: skip
-        since = self._run.captured_at
+        point = self._run.point
+        since = None if point is None else point.captured_at
 
         def backward_and_record(loss: Tensor, **kwargs: Any) -> None:
             self.record_loss(loss)

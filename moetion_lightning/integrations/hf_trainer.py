@@ -164,7 +164,7 @@ class _Session:
         if self.run.begun:
             self.run.boundary()
         else:
-            self.run.begin(self._loop, autocast=self._trainer.accelerator.mixed_precision != "no")
+            self.run.begin_loop(self._loop, autocast=self._trainer.accelerator.mixed_precision != "no")
         for digest in self._loop.drawn:
             self.run.record_batch(digest)
 

@@ -183,7 +183,7 @@ class GuidedLoop:
     @property
     def metrics(self) -> Mapping[str, float]:
         """Newest numbers for a progress bar or a logger."""
-        return dict(self._run.metrics)
+        return dict(self._run.reporter.metrics)
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -308,7 +308,7 @@ class GuidedLoop:
         self._follow(loaders)
         if not self._run.begun:
             self._position.others = OtherLoaders(self._where, self._find_others(loaders))
-            self._run.begin(self._position, autocast=self._autocast(), step=self._position.step)
+            self._run.begin_loop(self._position, autocast=self._autocast(), step=self._position.step)
         if self._in_epochs:
             yield from self._one_epoch()
             return
@@ -349,7 +349,7 @@ class GuidedLoop:
                 batches.append(batch)
             step, position.step = position.step, position.step + 1
             batch = tuple(batches) if len(batches) > 1 else batches[0]
-            self._run.record_batch(batch, position.loaders)
+            self._run.drew(batch, position.loaders)
             yield step, batch
             self._run.boundary()
 
