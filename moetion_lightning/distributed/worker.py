@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import TracebackType
 
-from moetion_lightning.distributed.heartbeat import LOST_EXIT, Heartbeat, end_with_launcher, report_done, report_error
+from moetion_lightning.distributed.heartbeat import (
+    DONE,
+    LOST_EXIT,
+    end_with_launcher,
+    report,
+    report_error,
+    start_heartbeat,
+)
 from moetion_lightning.errors import StateLostError
 
 __all__ = ["main", "run_program"]
@@ -55,14 +62,14 @@ def run_program(argv: Sequence[str], *, is_module: bool) -> None:
         sys.exit(LOST_EXIT if isinstance(error, StateLostError) else 1)
     except SystemExit as end:
         if end.code in (None, 0):
-            report_done()
+            report(DONE)
         raise
-    report_done()
+    report(DONE)
 
 
 def _prepare() -> None:
     import_module("moetion_lightning.distributed.groups").install()
-    Heartbeat().start()  # after the imports, which may hold the interpreter for long
+    start_heartbeat()  # after the imports, which may hold the interpreter for long
 
 
 def _own_frames(frames: TracebackType | None) -> TracebackType | None:

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from moetion_lightning.core.generators import find_generators, is_generator
 from moetion_lightning.core.optimizer_parts import is_optimizer
+from moetion_lightning.data.own_state import is_stateful
 from moetion_lightning.errors import ConfigurationError
 
-__all__ = ["Parts", "is_stateful", "unwrap_optimizer"]
+__all__ = ["Parts", "unwrap_optimizer"]
 
 _WRAPPERS = ("accelerate.", "lightning.", "lightning_fabric.")
 
@@ -134,11 +135,6 @@ class Parts:
     def shards(self) -> bool:
         """Whether parameters are distributed tensors."""
         return any(hasattr(parameter, "to_local") for parameter in self.module.parameters())
-
-
-def is_stateful(thing: object) -> bool:
-    """Whether it can save and load its state."""
-    return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

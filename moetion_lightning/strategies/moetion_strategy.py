@@ -230,9 +230,6 @@ class MoEtionStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Spread the experts, then set up as DDPStrategy does.
 
-        Args:
-            trainer: The trainer.
-
         Raises:
             ConfigurationError: The module cannot be trained like this; see :func:`plan_layers`.
         """
@@ -273,11 +270,7 @@ class MoEtionStrategy(DDPStrategy):
         )
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Let ``configure_optimizers`` see the parameters of the whole module, then keep this rank's.
-
-        Args:
-            trainer: The trainer.
-        """
+        """Let ``configure_optimizers`` see the parameters of the whole module, then keep this rank's."""
         shards, state = self._shards, self._state
         if shards is None or state is None:
             super().setup_optimizers(trainer)
@@ -313,11 +306,7 @@ class MoEtionStrategy(DDPStrategy):
             return super().training_step(*args, **kwargs)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the experts' gradients at once if the module steps its optimizers itself.
-
-        Args:
-            closure_loss: The loss.
-        """
+        """Average the experts' gradients at once if the module steps its optimizers itself."""
         super().post_backward(closure_loss)
         module = self.lightning_module
         if self._gradients is not None and module is not None and not module.automatic_optimization:
@@ -330,14 +319,7 @@ class MoEtionStrategy(DDPStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the last backward pass, average the experts' gradients, clip by the global norm, step.
-
-        Args:
-            optimizer: The optimizer.
-            closure: Runs the last forward and backward pass.
-            model: The module.
-            **kwargs: Further arguments of the step.
-        """
+        """Run the last backward pass, average the experts' gradients, clip by the global norm, step."""
         gradients, module = self._gradients, self.lightning_module
 
         def closure_and_average() -> Any:
@@ -372,9 +354,6 @@ class MoEtionStrategy(DDPStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state for the whole module on rank 0, for its own part on any other rank.
 
-        Args:
-            optimizer: One of this strategy's optimizers.
-
         Ranks:
             All ranks of the job, together.
         """
@@ -383,23 +362,14 @@ class MoEtionStrategy(DDPStrategy):
         return state if spread is None else spread.gather_optimizer(optimizer, state)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load this rank's part of a checkpoint of the whole module.
-
-        Args:
-            checkpoint: An ordinary checkpoint.
-            strict: Whether names must match.
-        """
+        """Load this rank's part of a checkpoint of the whole module."""
         if self.spread_state is None:
             super().load_model_state_dict(checkpoint, strict=strict)
         else:
             self.spread_state.load(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load this rank's part of the optimizers' states.
-
-        Args:
-            checkpoint: An ordinary checkpoint.
-        """
+        """Load this rank's part of the optimizers' states."""
         if self.spread_state is not None:
             states = self.spread_state.cut_optimizers(self.optimizers, checkpoint["optimizer_states"])
             checkpoint = {**checkpoint, "optimizer_states": states}
