@@ -53,9 +53,9 @@ def test_transfer_is_broken_off_and_not_begun_again(holder: Rank, owner: Rank, b
             assert proxy.stopped.wait(TIMEOUT)
         owner.replicator.forget()
         owner.replicator.set_targets({HOLDER: holder.address})
-        owner.flush()
+        with owner.replicator._changed:
+            assert owner.replicator._changed.wait_for(lambda: not owner.tier._pins, TIMEOUT)
     assert owner.of(WindowReplicated) == []
-    assert not owner.tier._pins
     assert owner.acknowledged == {}
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -228,7 +229,8 @@ def test_window_that_nobody_has_and_foreign_targets_are_refused(base, holder, ow
 
 
 def test_more_requests_than_threads_are_served_in_turn(holder, owner, monkeypatch):
-    monkeypatch.setattr(replica_server, "_MAX_THREADS", 1)
+    server = holder.service._server
+    monkeypatch.setattr(server, "_free", asyncio.Semaphore(1))
     commit(owner.tier, 1)
     with Proxy(holder.address, stop_after=1000) as proxy:
         first = threading.Thread(target=push, args=(proxy.address, owner.tier, 1))
@@ -237,10 +239,10 @@ def test_more_requests_than_threads_are_served_in_turn(holder, owner, monkeypatc
         second = connect(holder.address, KEY, timeout_seconds=TIMEOUT)
         second.send({"op": "get", "owner": HOLDER, "last": 9})
         deadline = time.monotonic() + TIMEOUT
-        while not holder.service._server._waiting and time.monotonic() < deadline:
+        while (len(server._tasks) < 2 or server._resting or server._handshakes) and time.monotonic() < deadline:
             threading.Event().wait(0.005)
-        assert len(holder.service._server._working) == 1
-        assert len(holder.service._server._waiting) == 1
+        assert len(server._working) == 1
+        assert len(server._tasks) == 2
         proxy.gate.set()
         with pytest.raises(RefusedError, match="missing"):
             second.receive_answer()
