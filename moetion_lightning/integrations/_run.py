@@ -79,7 +79,7 @@ class Run(TrainingSession):
         self.set_precision(autocast=autocast, averaging=averaging, sharded=parts.compiled or parts.shards())
         if parts.scales:
             self.needs_all_gradients()
-        schedulers = [thing for name, thing in parts.stateful.items() if name.startswith("scheduler")]
+        schedulers = parts.schedulers()
         self.learn({"settings": of_schedulers(schedulers)})
         sources = position.sources()
         if sources:  # a script's own loop shows only by its first step which loader trains

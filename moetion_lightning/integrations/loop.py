@@ -399,12 +399,7 @@ class SparseCheckpointing(GuidedLoop):
         **settings: Any,
     ) -> None:
         where = type(self).__name__
-        self._found = Parts.of(modules, where)
-        self._found.add_optimizers(optimizers, where)
-        self._found.add_all("scheduler", scheduler, where)
-        self._found.add_all("scaler", scaler, where)
-        scalers = scaler if isinstance(scaler, (list, tuple)) else [scaler]
-        self._found.scales = any(s is not None and s.is_enabled() for s in scalers)
+        self._found = Parts.of(modules, where, optimizers, scheduler, scaler)
         super().__init__(settings, where)
         self._open(Path.cwd(), self._found.module, beginning_of(self._found))
 
@@ -414,5 +409,4 @@ class SparseCheckpointing(GuidedLoop):
 
 def beginning_of(parts: Parts) -> Beginning:
     """What is known of how a loop begins, beside its weights, before it does."""
-    schedulers = [thing for name, thing in parts.stateful.items() if name.startswith("scheduler")]
-    return {"settings": {**of_optimizers(parts.optimizers), **of_schedulers(schedulers)}}
+    return {"settings": {**of_optimizers(parts.optimizers), **of_schedulers(parts.schedulers())}}

@@ -81,7 +81,7 @@ def make_page(reading: Reading, name: str) -> str:
         _section(body, "Bytes", _ABOUT_BYTES + (_ABOUT_DENSE if history.dense_bytes else ""), draw_bytes(history))
     if history.tokens:
         _section(body, "Expert load", _ABOUT_LOAD, draw_load(history))
-    _footer(body, reading, history)
+    _footer(body, reading)
     text = ElementTree.tostring(html, encoding="unicode", method="html")
     return f"<!DOCTYPE html>\n{text}\n"
 
@@ -208,7 +208,7 @@ def _section(body: ElementTree.Element, title: str, about: str, svg: ElementTree
     element(body, "div", class_="scroll").append(svg)
 
 
-def _footer(body: ElementTree.Element, reading: Reading, history: History) -> None:
+def _footer(body: ElementTree.Element, reading: Reading) -> None:
     footer = element(body, "footer")
     files = len(reading.files)
     skipped = "no line was skipped" if not reading.num_skipped else f"{reading.num_skipped} lines were skipped"

@@ -43,7 +43,6 @@ def process(server: TCPStore, rank: int = 1, generation: int = 0) -> LaunchedPro
     return LaunchedProcess(
         rank=rank,
         world_size=4,
-        local_rank=rank,
         store_host="127.0.0.1",
         store_port=server.port,
         run_id=RUN,
