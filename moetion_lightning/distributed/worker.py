@@ -23,7 +23,7 @@ from moetion_lightning.distributed.heartbeat import (
 )
 from moetion_lightning.errors import StateLostError
 
-__all__ = ["main", "run_program"]
+__all__ = ["execute", "main", "run_program"]
 
 _ERROR_LINES = 12
 
@@ -47,13 +47,8 @@ def run_program(argv: Sequence[str], *, is_module: bool) -> None:
         is_module: Whether the first one is a module.
     """
     _prepare()
-    sys.argv = list(argv)
-    sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.realpath(argv[0]))
     try:
-        if is_module:
-            runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(argv[0], run_name="__main__")
+        execute(argv, is_module=is_module)
     except Exception as error:
         error.__traceback__ = _own_frames(error.__traceback__)
         lines = "".join(traceback.format_exception(error)).splitlines()
@@ -65,6 +60,16 @@ def run_program(argv: Sequence[str], *, is_module: bool) -> None:
             report(DONE)
         raise
     report(DONE)
+
+
+def execute(argv: Sequence[str], *, is_module: bool) -> None:
+    """Run a script or module as python itself would; arguments as of :func:`run_program`."""
+    sys.argv = list(argv)
+    sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.realpath(argv[0]))
+    if is_module:
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 def _prepare() -> None:
