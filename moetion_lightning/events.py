@@ -313,10 +313,6 @@ class EventBus:
     def __init__(self, sinks: tuple[Sink, ...] = ()) -> None:
         self._sinks: list[Sink] = list(sinks)
 
-    def add(self, sink: Sink) -> None:
-        """Add a sink."""
-        self._sinks.append(sink)
-
     def emit(self, event: Event) -> None:
         """Deliver ``event`` to every sink, in the calling thread."""
         for sink in tuple(self._sinks):
