@@ -82,8 +82,10 @@ class ReplicaServer:
         """Break all connections off and end the threads."""
         self._closing = True
         if self._thread.ident is not None:
-            for connection, thread in list(self._working.items()):
+            working = dict(self._working)
+            for connection in working:
                 connection.abort()
+            for thread in working.values():
                 if thread.ident is not None:
                     thread.join(_JOIN_SECONDS)
             self._loop.call_soon_threadsafe(lambda: self._main.cancel())
@@ -126,7 +128,6 @@ class ReplicaServer:
         """One connection, from its first byte to its end."""
         task: Any = asyncio.current_task()
         try:
-            sock.setblocking(False)
             session_key = await asyncio.wait_for(self._shake_hands(sock), HANDSHAKE_SECONDS)
             self._handshakes.pop(task, None)
             timeout, name = self._timeout, f"the rank at {peer}"
