@@ -23,7 +23,6 @@ from moetion_lightning.distributed.torchrun import separate_restarts
 from moetion_lightning.errors import ConfigurationError, RankLostError
 from moetion_lightning.events import Sink
 from moetion_lightning.session import SessionSettings
-from moetion_lightning.session.settings import read_config
 
 __all__ = ["EngineCallback"]
 
@@ -66,7 +65,11 @@ class EngineCallback(EarlyCallback):
         log_metrics: bool = True,
         **settings: Any,
     ) -> None:
-        self.config = read_config(settings, type(self).__name__)
+        try:
+            self.config = EngineConfig(**settings)  # by this call LightningCLI knows the settings
+        except TypeError as error:  # no setting of this name
+            known = ", ".join(field.name for field in dataclasses.fields(EngineConfig))
+            raise ConfigurationError(f"{type(self).__name__}: {error}; the settings are {known}") from error
         self._specs = tuple(specs or ())
         self._sinks = tuple(sinks)
         self._events_path = events_path
