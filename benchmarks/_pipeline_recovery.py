@@ -14,7 +14,7 @@ from _pipeline import CPU, Stage
 from _pipeline_models import Device, EmulatedPipeline
 from torch import Tensor
 
-from moetion_lightning.distributed.live_copy import receive_state, send_state
+from moetion_lightning.distributed.messages import receive_state, send_state
 
 __all__ = ["Case", "run_case", "summarise"]
 

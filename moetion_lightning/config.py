@@ -131,7 +131,6 @@ class LaunchedProcess:
     Args:
         rank: Global rank.
         world_size: Ranks of the job.
-        local_rank: Rank on this node.
         store_host: Host of the stable store.
         store_port: Port of the stable store.
         run_id: Prefix of this run's keys in the store.
@@ -143,7 +142,6 @@ class LaunchedProcess:
 
     rank: int
     world_size: int
-    local_rank: int
     store_host: str
     store_port: int
     run_id: str
@@ -166,7 +164,6 @@ def launched_process() -> LaunchedProcess | None:
         return LaunchedProcess(
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
-            local_rank=int(os.environ["LOCAL_RANK"]),
             store_host=host.strip("[]"),
             store_port=int(port),
             run_id=os.environ["TORCHELASTIC_RUN_ID"],

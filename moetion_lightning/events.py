@@ -23,7 +23,6 @@ from moetion_lightning.errors import ConfigurationError
 
 __all__ = [
     "CaptureFinished",
-    "CaptureProgress",
     "CaptureShared",
     "CaptureStarted",
     "Event",
@@ -40,7 +39,6 @@ __all__ = [
     "ReplayMismatch",
     "ReplicationFailed",
     "RestoreApplied",
-    "RestoreProgress",
     "RestoreStarted",
     "ScheduleMade",
     "Sink",
@@ -128,16 +126,6 @@ class CaptureStarted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureProgress(Event):
-    """One tensor of a slot was copied. Emitted only when a sink asks for it."""
-
-    iteration: int
-    slot: int
-    index: int
-    total: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class CaptureFinished(Event):
     """All bytes of a slot are in host memory; the optimizer may step."""
 
@@ -221,14 +209,6 @@ class RestoreStarted(Event):
     last_iteration: int
     tier: str
     nbytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RestoreProgress(Event):
-    """One operator of the restore point was written back. Emitted only when a sink asks for it."""
-
-    index: int
-    total: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,20 +307,11 @@ class EventBus:
     """Delivers events to sinks.
 
     Args:
-        sinks: Callables that take one event. A sink with an attribute ``fine_grained = True`` also gets the events that
-            are too many for ordinary listeners (:class:`CaptureProgress`, :class:`RestoreProgress`).
+        sinks: Callables that take one event.
     """
 
     def __init__(self, sinks: tuple[Sink, ...] = ()) -> None:
-        self._sinks: list[Sink] = []
-        self.fine_grained = False
-        for sink in sinks:
-            self.add(sink)
-
-    def add(self, sink: Sink) -> None:
-        """Add a sink."""
-        self._sinks.append(sink)
-        self.fine_grained = self.fine_grained or bool(getattr(sink, "fine_grained", False))
+        self._sinks: list[Sink] = list(sinks)
 
     def emit(self, event: Event) -> None:
         """Deliver ``event`` to every sink, in the calling thread."""

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moetion_lightning.distributed.replica_client import push_window
-from moetion_lightning.distributed.replicate import ReplicaService
+from moetion_lightning.distributed.replicate import ReplicaService, Replicator, push_window
 from moetion_lightning.distributed.wire import connect, job_key
 from moetion_lightning.events import EventBus
 from moetion_lightning.storage.format import TensorSpec
@@ -36,6 +35,19 @@ def commit(tier: HostMemoryTier, iteration: int, *, keep: bool = False):
     return manifest
 
 
+def flush(replicator: Replicator, timeout: float) -> bool:
+    """Wait until all that was offered is sent; returns whether every target holds the newest window."""
+    with replicator._changed:
+        replicator._changed.wait_for(lambda: replicator._pending is None and replicator._in_flight is None, timeout)
+        return all(target.acknowledged == replicator._newest for target in replicator._targets.values())
+
+
+def listed(tier: HostMemoryTier) -> list[tuple[int, int]]:
+    """First and last iterations of its windows, newest first."""
+    manifests = [tier.read_manifest(iteration) for iteration in tier.windows()]
+    return [(manifest.first_iteration, manifest.last_iteration) for manifest in manifests]
+
+
 def open_tier(base: Path, rank: int, holder: int | None = None) -> HostMemoryTier:
     return HostMemoryTier(base, "job", rank, 4, holder=holder).open(wait_seconds=5.0)
 
@@ -49,10 +61,22 @@ class Rank:
         self.service = ReplicaService(
             self.tier, secret=secret, bus=EventBus((self.events.append,)), timeout_seconds=timeout
         )
+        self.replicator, self.store = self.service.replicator, self.service.store
         self.address = self.service.start()
 
+    def flush(self, timeout: float = TIMEOUT) -> bool:
+        return flush(self.replicator, timeout)
+
+    @property
+    def acknowledged(self) -> dict[int, int]:
+        targets = self.replicator._targets.values()
+        return {target.rank: target.acknowledged for target in targets if target.acknowledged is not None}
+
+    def replicas(self) -> dict[int, list[tuple[int, int]]]:
+        return {owner: listed(tier) for owner, tier in self.store.tiers().items()}
+
     def replica_of(self, owner: int) -> HostMemoryTier:
-        return self.service._store.tier_of(owner)
+        return self.store.tier_of(owner)
 
     def close(self, *, completed: bool = False) -> None:
         self.service.close(completed=completed)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from torch import Tensor
 
 from moetion_lightning.callbacks._before_setup import EarlyCallback
 from moetion_lightning.callbacks._fits import check_trainer, why_idle
@@ -29,6 +29,17 @@ __all__ = ["EngineCallback"]
 _log = logging.getLogger(__name__)
 
 _RESTORE_SETTINGS = ("resume", "on_mismatch", "on_changed_settings", "skip_frozen_gradients")
+
+
+def _handed_on(hook: str, *positions: int) -> Any:
+    """A hook of Lightning that the session has under the same name, with those of its arguments that it looks at."""
+
+    @functools.wraps(getattr(Callback, hook))
+    def call(self: EngineCallback, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if self._session is not None:
+            getattr(self._session, hook)(*(args[position] for position in positions))
+
+    return call
 
 
 class EngineCallback(EarlyCallback):
@@ -55,7 +66,7 @@ class EngineCallback(EarlyCallback):
         **settings: Any,
     ) -> None:
         try:
-            self.config = EngineConfig(**settings)
+            self.config = EngineConfig(**settings)  # by this call LightningCLI knows the settings
         except TypeError as error:  # no setting of this name
             known = ", ".join(field.name for field in dataclasses.fields(EngineConfig))
             raise ConfigurationError(f"{type(self).__name__}: {error}; the settings are {known}") from error
@@ -148,43 +159,18 @@ class EngineCallback(EarlyCallback):
             log_metrics=self._log_metrics and self.captures(),
         )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._session is not None:
-            self._session.on_fit_start()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._session is not None:
-            self._session.on_train_start()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._session is not None:
-            self._session.on_train_batch_start(batch)
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._session is not None:
-            self._session.before_backward(loss)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._session is not None:
-            self._session.on_train_batch_end(outputs)
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if self._session is not None:
-            self._session.before_optimizer_step()
+    on_fit_start = _handed_on("on_fit_start")
+    on_train_start = _handed_on("on_train_start")
+    on_train_batch_start = _handed_on("on_train_batch_start", 0)
+    on_before_backward = _handed_on("on_before_backward", 0)
+    on_train_batch_end = _handed_on("on_train_batch_end", 0)
+    on_before_optimizer_step = _handed_on("on_before_optimizer_step")
+    on_save_checkpoint = _handed_on("on_save_checkpoint", 0)
+    on_train_end = _handed_on("on_train_end")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session is not None and trainer.state.fn == TrainerFn.FITTING:
             self._session.hold()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._session is not None:
-            self._session.before_checkpoint_hooks(checkpoint)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._session is not None:
-            self._session.on_train_end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close(completed=False)

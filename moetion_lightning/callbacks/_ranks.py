@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moetion_lightning.config import launched_process
 from moetion_lightning.core.layouts import MoELayer
-from moetion_lightning.distributed.default_store import default_control
+from moetion_lightning.distributed.control import default_control
 from moetion_lightning.distributed.groups import Groups, current_groups
 from moetion_lightning.distributed.layout import holders, row_offset
 from moetion_lightning.distributed.meshes import can_outlive_groups, drop_groups, rebind

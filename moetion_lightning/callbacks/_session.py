@@ -115,7 +115,8 @@ class LightningSession:
         A checkpoint that this very run has written holds no random numbers: with a window that is hardly older,
         training ends as it would have without the failure.
         """
-        last, shown = self._last_step(point), self._call.shown
+        own = point.run_state()["adapter"]["checkpoint"]["own"]
+        last, shown = self._session.last_step(int(own["global_step"])), self._call.shown
         if step <= last:
             said = f"{shown} is at step {step}: {point.name} is newer, and is of the run that began there"
         elif isinstance(point, RestorePoint) and step - last < 2 * point.num_slots and self._is_of_the_run(point):
@@ -131,11 +132,6 @@ class LightningSession:
     def _is_of_the_run(self, point: RestorePoint) -> bool:
         began = float(point.extra.get("lineage", {}).get("began", float("inf")))
         return bool(self._ranks.agree("checkpoint", self._call.is_of_the_run(began))[0])
-
-    def _last_step(self, point: RestorePoint | LivePoint) -> int:
-        """Optimizer steps at the end of the state that was found, as Lightning counts them."""
-        step = int(point.run_state()["adapter"]["checkpoint"]["own"]["global_step"])
-        return step + (point.num_slots - 1 if isinstance(point, RestorePoint) else 0)
 
     def _position(self, point: RestorePoint | LivePoint) -> dict[str, Any]:
         """Lightning's part of a restored state; data and counters follow when the loops begin."""
@@ -225,7 +221,7 @@ class LightningSession:
         schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
         session.begin(self._run_state, self._run_state.before_restore, schedulers, step=self._trainer.global_step)
 
-    def before_backward(self, loss: Tensor) -> None:
+    def on_before_backward(self, loss: Tensor) -> None:
         """A backward pass begins, also one that a module makes itself."""
         self._loss_known = True
         self._session.record_loss(loss)
@@ -240,12 +236,12 @@ class LightningSession:
             # The capture thread writes to it.
             self._loops.results.show(dict(reporter.metrics), ("moetion/committed_step", "moetion/stall_ms"))
 
-    def before_optimizer_step(self) -> None:
+    def on_before_optimizer_step(self) -> None:
         """Gradients are complete. The user's own hooks come after this one and may change weights."""
         self._session.attempt_step()
         self._session.hold()
 
-    def before_checkpoint_hooks(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint is made, and no hook of a user has seen it."""
         self._loops.checkpoints.note_before_hooks(checkpoint)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ _SERIAL_ELEMENTS = 32_767
 _MEMMOVE_BYTES = 4 << 20
 _MAX_PARTS = 1024  # of one pwritev
 
-Progress = Callable[[], None]
-
 _libc = ctypes.CDLL(None, use_errno=True)
 _pwritev: Any = getattr(_libc, "pwritev", None)
 if _pwritev is not None:
@@ -39,16 +37,13 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def copy_tensors(
-    targets: Sequence[Tensor], sources: Sequence[Tensor], fence: DeviceFence, progress: Progress | None = None
-) -> None:
+def copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor], fence: DeviceFence) -> None:
     """Copy each source into its target, converting the dtype; on an accelerator this only queues the copies.
 
     Args:
         targets: Host tensors of the sources' shapes.
         sources: Plain tensors.
         fence: Orders the copies against the training stream.
-        progress: Called after each step.
 
     Raises:
         UnsupportedStateError: A source has no memory that can be copied.
@@ -67,13 +62,9 @@ def copy_tensors(
             pair = small
         else:
             _copy_large(target, source)
-            if progress is not None:
-                progress()
             continue
         pair[0].append(target)
         pair[1].append(source)
-        if progress is not None:
-            progress()
     if small[0]:
         torch._foreach_copy_(*small)
     for device, pair in queued.items():
@@ -98,9 +89,8 @@ def move(target: int, source: int, nbytes: int) -> None:
 
 
 def write_small(
-    path: Path, memory: Tensor, offset: int, sources: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any],
-    progress: Progress | None = None,
-) -> None:  # fmt: skip
+    path: Path, memory: Tensor, offset: int, sources: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any]
+) -> None:
     """Fill one stretch of a mapped file from many places in memory, a thousand of them in one call.
 
     Args:
@@ -109,7 +99,6 @@ def write_small(
         offset: Where the stretch begins.
         sources: Addresses, uint64; what is there follows each other in the file.
         sizes: Bytes at each, uint64, none of them 0.
-        progress: Called after each step; there is one for each source then.
 
     Raises:
         OSError: The file could not be written.
@@ -118,18 +107,12 @@ def write_small(
         for source, size in zip(sources.tolist(), sizes.tolist()):
             move(memory.data_ptr() + offset, source, size)
             offset += size
-            if progress is not None:
-                progress()
         return
     parts = np.stack([sources, sizes], axis=1).astype(np.uint64, order="C")
-    each = _MAX_PARTS if progress is None else 1
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        for first in range(0, len(parts), each):
-            some = parts[first : first + each]
-            offset = _write_parts(fd, some, offset)
-            if progress is not None:
-                progress()
+        for first in range(0, len(parts), _MAX_PARTS):
+            offset = _write_parts(fd, parts[first : first + _MAX_PARTS], offset)
     finally:
         os.close(fd)
 

@@ -158,11 +158,6 @@ class CompiledSlot:
         self._moved = sorted({number for _, number, _, _ in self._large} | {n for _, s, _, _ in self._small for n in s})
         self._weights = [spec for spec in self.layout.specs if spec.name.startswith("w:")]
 
-    @property
-    def steps(self) -> int:
-        """How many tensors the file has."""
-        return len(self.layout.specs)
-
     def resolve(self, compute_dtype: Mapping[str, torch.dtype]) -> SlotSources | None:
         """The tensors as they are now; None if anything has another form, so that the slot must be compiled anew.
 
@@ -205,7 +200,7 @@ class CompiledSlot:
             raise UnsupportedStateError("what the optimizers keep changes while it is looked at")
         return found
 
-    def copy(self, sources: SlotSources, buffer: HostBuffer, progress: Any = None) -> None:
+    def copy(self, sources: SlotSources, buffer: HostBuffer) -> None:
         """Fill a buffer of :attr:`layout`'s size; on an accelerator this only queues the copies.
 
         Raises:
@@ -220,16 +215,13 @@ class CompiledSlot:
         start = memory.data_ptr()
         for place, number, skipped, size in self._large:
             move(start + place, int(pointers[number]) + skipped, size)
-            if progress is not None:
-                progress()
         for place, numbers, skips, sizes in self._small:
-            write_small(buffer.path, memory, place, pointers[numbers] + skips, sizes, progress)
+            write_small(buffer.path, memory, place, pointers[numbers] + skips, sizes)
         if self._copied:
             copy_tensors(
                 [self.layout.view(memory, spec) for spec, _, _ in self._copied],
                 [_piece_of(tensors[number], piece) for _, number, piece in self._copied],
                 self._fence,
-                progress,
             )
 
     def stored_weights(self, buffer: HostBuffer, count: int) -> list[Tensor]:

@@ -1,12 +1,13 @@
-"""``recipe:NAME`` on the command line: replaced by the path of the packaged file."""
+"""Arguments that several commands take: a program, and ``recipe:NAME``, which stands for a packaged file."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from moetion_lightning.recipes import PREFIX, recipe_path
 
-__all__ = ["expand_recipes"]
+__all__ = ["add_program", "expand_recipes"]
 
 _FLAGS = ("--config", "-c")
 
@@ -27,3 +28,15 @@ def expand_recipes(args: Sequence[str]) -> list[str]:
         else:
             expanded.append(arg)
     return expanded
+
+
+def add_program(parser: argparse.ArgumentParser, text: str) -> None:
+    """Let a parser know a script or module with its arguments.
+
+    Args:
+        parser: The parser.
+        text: What is done with it.
+    """
+    parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as for python -m")
+    parser.add_argument("script", metavar="SCRIPT", help=text)
+    parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="its arguments")

@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,27 +30,12 @@ if TYPE_CHECKING:
     from moetion_lightning.core.explain import Explanation
     from moetion_lightning.core.policy import SparsePolicy
 
-__all__ = ["Observed", "explain", "load_module", "observe_recipe"]
+__all__ = ["explain", "load_module", "observe_recipe"]
 
 _LEFT_OUT = (
     *("strategy", "num_nodes", "callbacks", "logger", "profiler"),
     *("limit_val_batches", "max_epochs", "max_time", "val_check_interval"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observed:
-    """What a few steps of a configuration showed.
-
-    Args:
-        explanation: Its operators.
-        module: The module that was trained.
-        pipeline: Arguments of its strategy, if that is a pipeline.
-    """
-
-    explanation: Explanation
-    module: nn.Module
-    pipeline: Mapping[str, Any] | None
 
 
 def explain(args: Sequence[str]) -> int:
@@ -87,12 +71,11 @@ def explain(args: Sequence[str]) -> int:
         path = recipe_path(target) if target.startswith(PREFIX) else Path(target)
         if not path.is_file():
             raise ConfigurationError(f"no such file: {path}")
-        observed = observe_recipe(path, overrides, window=options.window, mtbf=options.mtbf)
-        result = observed.explanation
-        if observed.pipeline is not None:
+        result, module, pipeline = observe_recipe(path, overrides, window=options.window, mtbf=options.mtbf)
+        if pipeline is not None:
             from moetion_lightning.commands.stages import describe_stages
 
-            stages = describe_stages(observed.module, observed.pipeline, result.rows)
+            stages = describe_stages(module, pipeline, result.rows)
     else:
         if overrides:
             parser.error(f"unrecognized arguments: {' '.join(overrides)} (arguments of a class go into --init)")
@@ -189,7 +172,7 @@ def observe_recipe(
     *,
     window: int | Literal["auto"] | None = None,
     mtbf: float | None = None,
-) -> Observed:
+) -> tuple[Explanation, nn.Module, Mapping[str, Any] | None]:
     """Run a few optimizer steps of a configuration and explain the model that it trained.
 
     Args:
@@ -198,6 +181,9 @@ def observe_recipe(
         overrides: Further command-line arguments.
         window: Iterations of the window; None: as its SparseExpertCheckpoint says.
         mtbf: Seconds between two failures; None: the same.
+
+    Returns:
+        Its operators, the module that was trained, and the arguments of its strategy, if that is a pipeline.
 
     Raises:
         ConfigurationError: It cannot be read, or configures no model.
@@ -237,7 +223,7 @@ def observe_recipe(
         with _quiet(), program_arguments(["--config", str(stripped), *overrides]):
             cli = LightningCLI(run=False, save_config_callback=None, trainer_defaults={"callbacks": [observer]})
             cli.trainer.fit(cli.model, cli.datamodule)
-    return Observed(explanation=observer.explanation, module=cli.model, pipeline=_pipeline(strategy))
+    return observer.explanation, cli.model, _pipeline(strategy)
 
 
 def _window_settings(callbacks: Any) -> Mapping[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moetion_lightning.commands.arguments import add_program
 from moetion_lightning.config import AUTOMATIC_VARIABLE, automatic_setting, update_environment
+from moetion_lightning.distributed.worker import execute
 from moetion_lightning.errors import ConfigurationError, MoEtionError
 
 __all__ = ["run"]
@@ -61,7 +62,7 @@ def run(args: Sequence[str]) -> int:
     zero_lines.install()
     completed = False
     try:
-        _execute(options.script, options.arguments, is_module=options.module)
+        execute([options.script, *options.arguments], is_module=options.module)
         completed = True
     except SystemExit as end:
         completed = end.code in (None, 0)
@@ -73,16 +74,6 @@ def run(args: Sequence[str]) -> int:
     finally:
         zero_lines.finish(completed=completed)
     return 0
-
-
-def _execute(script: str, arguments: Sequence[str], *, is_module: bool) -> None:
-    sys.argv = [script, *arguments]
-    if is_module:
-        sys.path[0] = str(Path.cwd())
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(script).resolve().parent)
-        runpy.run_path(script, run_name="__main__")
 
 
 def _say_after_traceback(text: str) -> None:
@@ -110,7 +101,5 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a recipe, or a YAML file with trainer.callbacks or callbacks (default: MOETION, else default settings)",
     )
-    parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as for python -m")
-    parser.add_argument("script", metavar="SCRIPT", help="what to run")
-    parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="its arguments")
+    add_program(parser, "what to run")
     return parser

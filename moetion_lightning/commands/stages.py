@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from moetion_lightning.core.explain import OperatorRow, format_bytes
+from moetion_lightning.core.explain import OperatorRow
 from moetion_lightning.pipeline.balance import balance, check_bounds, layer_weights
 from moetion_lightning.pipeline.layer_list import LayerList, find_layers
 from moetion_lightning.pipeline.layout import PipelineLayout
 from moetion_lightning.pipeline.schedules import schedule_kind
+from moetion_lightning.units import aligned, size_text
 
 __all__ = ["describe_stages"]
 
@@ -51,10 +52,10 @@ def describe_stages(module: nn.Module, settings: Mapping[str, Any], rows: Sequen
     table = [("stage", "rank", "layers", "operators", "elements", "full")]
     for stage, held in enumerate(_members(module, layers, bounds, rows)):
         elements, full = sum(row.elements for row in held), sum(row.full_bytes for row in held)
-        numbers = (str(len(held)), f"{elements:,}", format_bytes(full))
+        numbers = (str(len(held)), f"{elements:,}", size_text(full))
         table.append((str(stage), str(layout.owner(stage)), _contents(layers, bounds, stage, held), *numbers))
     notes = (*_NOTES, _TIMED) if wanted == "time" else _NOTES
-    return "\n".join(["", title, *_aligned(table), *notes])
+    return "\n".join(["", title, *aligned(table, right=(0, 1, 3, 4, 5)), *notes])
 
 
 def _contents(layers: LayerList, bounds: Sequence[int], stage: int, held: Sequence[OperatorRow]) -> str:
@@ -64,14 +65,6 @@ def _contents(layers: LayerList, bounds: Sequence[int], stage: int, held: Sequen
     others = list(dict.fromkeys(_owner(row) for row in held if _layer_of(row, layers) is None))
     more = [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
     return ", ".join([own, *others[:_SHOWN], *more])
-
-
-def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return [
-        "  ".join(cell.ljust(w) if column == 2 else cell.rjust(w) for column, (cell, w) in enumerate(zip(row, widths)))
-        for row in table
-    ]
 
 
 def _members(

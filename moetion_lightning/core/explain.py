@@ -7,7 +7,7 @@ an iteration took.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,12 @@ from moetion_lightning.core.policy import PolicyContext, Sizes, SparsePolicy
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.core.window_memory import memory_table
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.units import aligned, size_text
 
 _WINDOWS = (1, 2, 4, 8, 16)  # of the table of memory, and the planned one
 _UNLIMITED = 1 << 62
 
-__all__ = ["Explanation", "OperatorRow", "explain", "format_bytes", "format_explanation"]
+__all__ = ["Explanation", "OperatorRow", "explain", "format_explanation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,15 +217,6 @@ def _tokens(op: Operator, tokens: Mapping[tuple[str, int], int] | None) -> int |
     return tokens.get((op.layer, op.expert), 0)
 
 
-def format_bytes(count: float) -> str:
-    """A size for people, in powers of ten: ``"1.25 MB"``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def format_explanation(explanation: Explanation, *, max_rows: int | None = 60) -> str:
     """The table as text.
 
@@ -244,26 +236,28 @@ def format_explanation(explanation: Explanation, *, max_rows: int | None = 60) -
         "",
         f"{explanation.title}: {len(rows)} operators, {len(explanation.layers)} MoE layers, {experts} experts, "
         f"{sum(r.elements for r in rows):,} trainable elements, {len(explanation.static)} parameters that never train",
-        f"dense checkpoint {format_bytes(explanation.dense_bytes)}; window of {explanation.window}: "
-        + ", ".join(format_bytes(n) for n in explanation.slot_bytes)
+        f"dense checkpoint {size_text(explanation.dense_bytes)}; window of {explanation.window}: "
+        + ", ".join(size_text(n) for n in explanation.slot_bytes)
         + f" an iteration (heaviest {heaviest / max(1, explanation.dense_bytes):.0%} of dense)",
         *([explanation.reason] if explanation.reason else []),
         "",
         "GiB of host memory for windows, of a rank that captures all of this:",
         *_memory(explanation),
     ]
-    return "\n".join([*_align([header, *lines]), *summary, *(f"note: {note}" for note in explanation.notes)])
+    return "\n".join(
+        [*aligned([header, *lines], right=(0, 3, 4, 5, 6)), *summary, *(f"note: {note}" for note in explanation.notes)]
+    )
 
 
 def _memory(explanation: Explanation) -> list[str]:
     windows = sorted({*_WINDOWS, explanation.window})
     table = memory_table(explanation.dense_bytes, explanation.compute_bytes, windows)
-    return _align([("window", "no replicas", "1 replica", "2 replicas"), *map(tuple, table)], right={0, 1, 2, 3})
+    return aligned([("window", "no replicas", "1 replica", "2 replicas"), *map(tuple, table)], right={0, 1, 2, 3})
 
 
 def _line(row: OperatorRow) -> tuple[str, ...]:
     tokens = "-" if row.tokens is None else f"{row.tokens:,}"
-    sizes = (f"{row.elements:,}", format_bytes(row.full_bytes), format_bytes(row.compute_bytes))
+    sizes = (f"{row.elements:,}", size_text(row.full_bytes), size_text(row.compute_bytes))
     slot = str(row.slot) if row.slot == row.first_slot else f"{row.first_slot}-{row.slot}"
     name = row.name if row.num_parts == 1 else f"{row.name} ({row.num_parts} parts)"
     return (slot, row.kind, name, *sizes, tokens)
@@ -277,17 +271,7 @@ def _group_line(slot: int, kind: str, rows: Sequence[OperatorRow]) -> tuple[str,
         kind,
         f"{len(members)} operators, {members[0].name} ..." if len(members) > 1 else members[0].name,
         f"{sum(row.elements for row in members):,}",
-        format_bytes(sum(row.full_bytes for row in members)),
-        format_bytes(sum(row.compute_bytes for row in members)),
+        size_text(sum(row.full_bytes for row in members)),
+        size_text(sum(row.compute_bytes for row in members)),
         f"{sum(known):,}" if known else "-",
     )
-
-
-def _align(table: Sequence[tuple[str, ...]], right: Collection[int] = (0, 3, 4, 5, 6)) -> list[str]:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in table
-    ]

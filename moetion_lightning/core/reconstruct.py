@@ -88,32 +88,17 @@ class Reconstruction:
         """The slot that belongs to the iteration being replayed."""
         return self.slots[self.position + 1]
 
-    def begin(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Put the state of the window's first iteration in place.
-
-        Args:
-            progress: Called with (operators done, operators in all) after each operator.
-        """
+    def begin(self) -> None:
+        """Put the state of the window's first iteration in place."""
         first = self.slots[0]
-        total = len(first.active) + len(first.frozen) + sum(len(c.operators) for c in self.carried)
-        done = 0
         # Before the newest captures: experts may share entries that have no rows (Adam's step of a stacked parameter).
         for carried in self.carried:
             for op in carried.operators:
                 write_active(self.live, [op], carried.load, carried.scalars)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
         for op in first.active:
             write_active(self.live, [op], first.load, first.scalars)
-            done += 1
-            if progress is not None:
-                progress(done, total)
         for op in first.frozen:
             write_compute(self.live, [op], first.load)
-            done += 1
-            if progress is not None:
-                progress(done, total)
         self._skip_gradients()
 
     def after_step(self, optimizer_index: int) -> None:

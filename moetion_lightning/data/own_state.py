@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from moetion_lightning.core.reachable import attributes_of, reach
 
-__all__ = ["Loaded", "holder_of_position", "keeps_a_buffer"]
+__all__ = ["Loaded", "holder_of_position", "is_stateful", "keeps_a_buffer"]
 
 _ABSENT = object()
 _MAX_OWNERS = 500

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 
 from torch.distributed.distributed_c10d import Store
 
+from moetion_lightning.config import GENERATION_VARIABLE
 from moetion_lightning.distributed.generations import FINISHED_KEY, announce_loss
 from moetion_lightning.distributed.heartbeat import LOST_EXIT
+from moetion_lightning.distributed.launch_settings import Launch
 from moetion_lightning.distributed.processes import Child, Program, describe_exit, end_all
 from moetion_lightning.errors import LaunchError
 
-__all__ = ["Agent", "AgentSettings", "StandbyPool"]
+__all__ = ["Agent"]
 
 _log = logging.getLogger(__name__)
 
@@ -23,31 +25,6 @@ _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 15.0
 _REFILL_SECONDS = 5.0
 _STANDBY_FAILURES = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgentSettings:
-    """What an agent runs, and when it gives up.
-
-    Args:
-        program: What the ranks run.
-        base_environment: Environment of all children.
-        rank_environment: Variables of a local rank that is started in a generation: ``(local_rank, generation)``.
-        first_rank: Global rank of local rank 0.
-        num_ranks: Ranks on this node.
-        num_standbys: Processes that stand by.
-        max_restarts: Ranks that may be started again, in total.
-        hang_timeout: Seconds without a sign of life after which a rank is killed.
-    """
-
-    program: Program
-    base_environment: Mapping[str, str]
-    rank_environment: Callable[[int, int], dict[str, str]]
-    first_rank: int
-    num_ranks: int
-    num_standbys: int
-    max_restarts: int
-    hang_timeout: float
 
 
 class StandbyPool:
@@ -119,6 +96,8 @@ class Agent:
 
     Args:
         settings: What to run.
+        environment: Of all processes of the node.
+        first_rank: Global rank of local rank 0.
         store: The run's store, for this object alone.
         stop_reason: Asked in each look; a text ends everything.
         refuse: Asked before a loss is announced; a text means that these ranks are not this node's any more.
@@ -126,17 +105,21 @@ class Agent:
 
     def __init__(
         self,
-        settings: AgentSettings,
+        settings: Launch,
+        environment: Mapping[str, str],
+        first_rank: int,
         store: Store,
         *,
         stop_reason: Callable[[], str | None],
         refuse: Callable[[], str | None],
     ) -> None:
         self._settings = settings
+        self._environment = environment
+        self._first_rank = first_rank
         self._store = store
         self._stop_reason = stop_reason
         self._refuse = refuse
-        self._standbys = StandbyPool(settings.num_standbys, settings.base_environment)
+        self._standbys = StandbyPool(settings.standby, environment)
         self._workers: dict[int, Child] = {}
         self._restarts: Counter[int] = Counter()
 
@@ -150,7 +133,7 @@ class Agent:
             LaunchError: The job cannot go on, or must stop. All ranks are ended then.
         """
         try:
-            for local_rank in range(self._settings.num_ranks):
+            for local_rank in range(self._settings.nproc_per_node):
                 self._workers[local_rank] = self._start(local_rank, generation)
             self._look_after()
         finally:
@@ -158,8 +141,15 @@ class Agent:
             end_all(list(self._workers.values()), _GRACE_SECONDS)
 
     def _start(self, local_rank: int, generation: int) -> Child:
-        env = self._settings.rank_environment(local_rank, generation)
-        return Child.start(self._settings.program, {**self._settings.base_environment, **env})
+        env = self._rank_environment(local_rank, generation)
+        return Child.start(self._settings.program, {**self._environment, **env})
+
+    def _rank_environment(self, local_rank: int, generation: int) -> dict[str, str]:
+        return {
+            "RANK": str(self._rank(local_rank)),
+            "LOCAL_RANK": str(local_rank),
+            GENERATION_VARIABLE: str(generation),
+        }
 
     def _look_after(self) -> None:
         looked_at = time.monotonic()
@@ -202,7 +192,7 @@ class Agent:
         self._standbys.rest()
         generation = announce_loss(self._store, [self._rank(r) for r in loss.reasons], reason)
         for local_rank, text in loss.reasons.items():
-            env = self._settings.rank_environment(local_rank, generation)
+            env = self._rank_environment(local_rank, generation)
             taken = self._standbys.take(self._settings.program, env)
             child = taken or self._start(local_rank, generation)
             self._workers[local_rank] = child
@@ -244,7 +234,7 @@ class Agent:
         return "\n".join(parts)
 
     def _rank(self, local_rank: int) -> int:
-        return self._settings.first_rank + local_rank
+        return self._first_rank + local_rank
 
 
 def _indent(text: str) -> str:

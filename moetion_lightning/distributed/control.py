@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch._C._distributed_c10d import Store
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from moetion_lightning.errors import RankLostError
 
-__all__ = ["Control", "SingleRank", "StoreControl"]
+__all__ = ["Control", "SingleRank", "StoreControl", "default_control", "default_world"]
 
 _FIRST_PAUSE_SECONDS = 1e-4
 _LONGEST_PAUSE_SECONDS = 2e-3
@@ -208,3 +209,24 @@ class StoreControl:
                 )
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+_runs = 0
+
+
+def default_world() -> tuple[int, int]:
+    """This process's rank in the default process group, and the group's size; ``(0, 1)`` without one."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def default_control() -> StoreControl:
+    """A control plane for each training run of a job that something else has started; all ranks make as many.
+
+    It is on the store of the default process group.
+    """
+    global _runs
+    _runs += 1
+    store: Any = _get_default_store()
+    return StoreControl(store.clone(), *default_world(), scope=f"moetion/run{_runs}")

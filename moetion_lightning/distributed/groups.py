@@ -42,10 +42,9 @@ def current_groups() -> Groups | None:
 def install() -> None:
     """Take over the initialisation of process groups. Does nothing in a process that was started in another way."""
     global _current
-    if _current is None and launched_process() is not None:
-        membership = Membership.from_environment()
-        assert membership is not None
-        _current = Groups(membership)
+    process = launched_process()
+    if _current is None and process is not None:
+        _current = Groups(Membership(process))
         _current.install()
 
 

@@ -14,20 +14,12 @@ import threading
 
 from moetion_lightning.config import report_channel
 
-__all__ = [
-    "BEAT",
-    "DONE",
-    "LOST_EXIT",
-    "READY",
-    "Heartbeat",
-    "end_with_launcher",
-    "report_done",
-    "report_error",
-    "report_ready",
-]
+__all__ = ["BEAT", "DONE", "LOST_EXIT", "READY", "end_with_launcher", "report", "report_error", "start_heartbeat"]
 
 BEAT = b"\0"
+#: This process has imported everything.
 READY = b"\1"
+#: The program has returned: what follows is the interpreter's own end, without beats.
 DONE = b"\2"
 #: Exit status of a rank whose state is lost for good: it is not started again.
 LOST_EXIT = 79
@@ -37,39 +29,24 @@ _ERROR_BYTES = 4000  # a single write of at most PIPE_BUF (4096) bytes is whole 
 _PR_SET_PDEATHSIG = 1
 
 
-class Heartbeat:
-    """A daemon thread that tells the launcher every 0.5 s that this process runs.
+def start_heartbeat() -> None:
+    """Tell the launcher every 0.5 s, from a daemon thread, that this process runs; without a launcher, do nothing.
 
-    It stops when the whole process is stopped, or when something holds the interpreter lock for good.
+    The beats stop when the whole process is stopped, or when something holds the interpreter lock for good.
     """
-
-    def __init__(self) -> None:
-        self._thread = threading.Thread(target=self._beat, name="moetion-heartbeat", daemon=True)
-
-    def start(self) -> None:
-        """Begin to beat; without a launcher, do nothing."""
-        if report_channel() is not None:
-            self._thread.start()
-
-    def _beat(self) -> None:
-        wait = threading.Event().wait
-        while _report(BEAT):
-            wait(_BEAT_SECONDS)
+    if report_channel() is not None:
+        threading.Thread(target=_beat, name="moetion-heartbeat", daemon=True).start()
 
 
-def report_ready() -> None:
-    """Tell the launcher that this process has imported everything."""
-    _report(READY)
-
-
-def report_done() -> None:
-    """Tell the launcher that the program has returned: what follows is the interpreter's own end, without beats."""
-    _report(DONE)
+def _beat() -> None:
+    wait = threading.Event().wait
+    while report(BEAT):
+        wait(_BEAT_SECONDS)
 
 
 def report_error(text: str) -> None:
     """Tell the launcher the last lines of the error that ends this process."""
-    _report(text.encode(errors="replace")[-_ERROR_BYTES:].translate(None, BEAT + READY + DONE))
+    report(text.encode(errors="replace")[-_ERROR_BYTES:].translate(None, BEAT + READY + DONE))
 
 
 def end_with_launcher() -> None:
@@ -82,7 +59,8 @@ def end_with_launcher() -> None:
         os._exit(1)
 
 
-def _report(data: bytes) -> bool:
+def report(data: bytes) -> bool:
+    """Tell the launcher. Returns whether it may still listen."""
     channel = report_channel()
     if channel is None:
         return False

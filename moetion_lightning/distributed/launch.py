@@ -11,14 +11,12 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from moetion_lightning.config import (
     FAILURE_DOMAIN_VARIABLE,
-    GENERATION_VARIABLE,
     JOB_ID_VARIABLE,
     LOCAL_ADDRESS_VARIABLE,
     NODE_TIMEOUT_VARIABLE,
@@ -27,10 +25,10 @@ from moetion_lightning.config import (
     child_environment,
     job_id_from_environment,
     job_secret_from_environment,
-    valid_job_id,
 )
-from moetion_lightning.distributed.agent import Agent, AgentSettings
+from moetion_lightning.distributed.agent import Agent
 from moetion_lightning.distributed.generations import FINISHED_KEY, announce_loss
+from moetion_lightning.distributed.launch_settings import Launch
 from moetion_lightning.distributed.nodes import NodeLease, Place, Roster, check_claim
 from moetion_lightning.distributed.processes import Program
 from moetion_lightning.distributed.stable_store import (
@@ -41,67 +39,14 @@ from moetion_lightning.distributed.stable_store import (
     join_or_host,
     parse_endpoint,
 )
-from moetion_lightning.errors import ConfigurationError, LaunchError, MoEtionError
+from moetion_lightning.errors import LaunchError, MoEtionError
 
-__all__ = ["Launch", "StopSignal", "derive_job_id", "launch", "parse_nodes"]
+__all__ = ["StopSignal", "derive_job_id", "launch"]
 
 _log = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
 _CONNECT_SECONDS = 300.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """Settings of one launcher; see ``moetion launch --help``.
-
-    Args:
-        program: Script or module with its arguments.
-        nproc_per_node: Ranks on each node.
-        min_nodes: Nodes of the job.
-        max_nodes: More than ``min_nodes``: this launcher may wait as a spare.
-        node_rank: The only place that this launcher takes; None for any.
-        rdzv_endpoint: ``HOST:PORT`` of the stable store; None for one node, which serves its own.
-        standby: Processes that stand by on this node.
-        max_restarts: Ranks that may be started again on this node, in total.
-        hang_timeout: Seconds without a sign of life after which a rank is killed and started again.
-        node_timeout: Seconds without a sign of life after which a node's place is taken by a spare.
-        failure_domain: Label of what fails together; None for the host's name.
-        local_addr: Address of this node; None finds it.
-        job_id: Identity of the job; None derives it.
-    """
-
-    program: Program
-    nproc_per_node: int = 1
-    min_nodes: int = 1
-    max_nodes: int = 1
-    node_rank: int | None = None
-    rdzv_endpoint: str | None = None
-    standby: int = 0
-    max_restarts: int = 10
-    hang_timeout: float = 30.0
-    node_timeout: float = 10.0
-    failure_domain: str | None = None
-    local_addr: str | None = None
-    job_id: str | None = None
-
-    def __post_init__(self) -> None:
-        _require(self.nproc_per_node >= 1, "--nproc-per-node", self.nproc_per_node, "at least 1")
-        _require(self.standby >= 0, "--standby", self.standby, "0 or more")
-        _require(self.max_restarts >= 0, "--max-restarts", self.max_restarts, "0 or more")
-        _require(self.hang_timeout >= 2, "--hang-timeout", self.hang_timeout, "at least 2 seconds")
-        _require(self.node_timeout >= 2, "--node-timeout", self.node_timeout, "at least 2 seconds")
-        if self.node_rank is not None:
-            _require(0 <= self.node_rank < self.min_nodes, "--node-rank", self.node_rank, f"0 to {self.min_nodes - 1}")
-        if self.max_nodes > 1:
-            _require(self.rdzv_endpoint is not None, "--rdzv-endpoint", self.rdzv_endpoint, "HOST:PORT with --nnodes")
-        if self.rdzv_endpoint is not None:
-            parse_endpoint(self.rdzv_endpoint)
-        if self.job_id is not None:
-            expected = "1 to 100 letters, digits, '.', '_' or '-', not starting with '.'"
-            _require(valid_job_id(self.job_id), "--job-id", self.job_id, expected)
-        if not self.program.is_module and not Path(self.program.argv[0]).is_file():
-            raise ConfigurationError(f"no file {self.program.argv[0]!r} in {os.getcwd()}; a module needs -m before it")
 
 
 class StopSignal:
@@ -138,22 +83,6 @@ class StopSignal:
         reason = self.reason()
         if reason is not None:
             raise LaunchError(reason)
-
-
-def parse_nodes(text: str) -> tuple[int, int]:
-    """Minimum and maximum of ``N`` or ``MIN:MAX``.
-
-    Raises:
-        ConfigurationError: It is neither.
-    """
-    least, colon, most = text.partition(":")
-    try:
-        parsed = int(least), int(most) if colon else int(least)
-    except ValueError:
-        parsed = 0, 0
-    if not 1 <= parsed[0] <= parsed[1]:
-        raise ConfigurationError(f"--nnodes {text!r}: expected N or MIN:MAX with 1 <= MIN <= MAX, for example 2:3")
-    return parsed
 
 
 def derive_job_id(program: Program) -> str:
@@ -238,7 +167,9 @@ class _Node:
         generation = self._first_generation(place)
         store = self._roster.store
         agent = Agent(
-            self._agent_settings(place),
+            self._settings,
+            self._environment(place.slot),
+            place.slot * self._settings.nproc_per_node,
             store,
             stop_reason=self._stop_reason,
             refuse=lambda: check_claim(store, place),
@@ -276,39 +207,17 @@ class _Node:
     def _stop_reason(self) -> str | None:
         return self._stop.reason() or (self._lease.stop_reason if self._lease is not None else None)
 
-    def _agent_settings(self, place: Place) -> AgentSettings:
-        settings = self._settings
-        base = child_environment()
-        if settings.nproc_per_node > 1 and "OMP_NUM_THREADS" not in base:
-            base["OMP_NUM_THREADS"] = "1"  # as torchrun does; it must be there before torch is imported
-        base.update(self._job_environment(place.slot))
-        first = place.slot * settings.nproc_per_node
-
-        def rank_environment(local_rank: int, generation: int) -> dict[str, str]:
-            return {
-                "RANK": str(first + local_rank),
-                "LOCAL_RANK": str(local_rank),
-                GENERATION_VARIABLE: str(generation),
-            }
-
-        return AgentSettings(
-            program=settings.program,
-            base_environment=base,
-            rank_environment=rank_environment,
-            first_rank=first,
-            num_ranks=settings.nproc_per_node,
-            num_standbys=settings.standby,
-            max_restarts=settings.max_restarts,
-            hang_timeout=settings.hang_timeout,
-        )
-
-    def _job_environment(self, slot: int) -> dict[str, str]:
+    def _environment(self, slot: int) -> dict[str, str]:
+        """Of all processes of this node."""
         settings = self._settings
         store = self._roster.store
         secret = job_secret_from_environment()
         if secret is None:
             secret = store.compare_set("moetion/secret", "", secrets.token_hex(32)).decode()
-        return {
+        base = child_environment()
+        if settings.nproc_per_node > 1 and "OMP_NUM_THREADS" not in base:
+            base["OMP_NUM_THREADS"] = "1"  # as torchrun does; it must be there before torch is imported
+        return base | {
             "WORLD_SIZE": str(settings.min_nodes * settings.nproc_per_node),
             "LOCAL_WORLD_SIZE": str(settings.nproc_per_node),
             "GROUP_RANK": str(slot),
@@ -335,8 +244,3 @@ def _address_towards(host: str, port: int) -> str:
     with socket.socket(family, kind) as probe:
         probe.connect(address)  # of a datagram socket: nothing is sent
         return str(probe.getsockname()[0])
-
-
-def _require(condition: bool, name: str, given: object, expected: str) -> None:
-    if not condition:
-        raise ConfigurationError(f"{name} {given!r}: expected {expected}")

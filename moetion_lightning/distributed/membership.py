@@ -5,11 +5,10 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
-from types import TracebackType
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from moetion_lightning.config import LaunchedProcess, launched_process
+from moetion_lightning.config import LaunchedProcess
 from moetion_lightning.distributed.generations import (
     GenerationRecord,
     merge_records,
@@ -41,7 +40,6 @@ class Membership:
         self._process = process
         self.rank = process.rank
         self.world_size = process.world_size
-        self.started_in = process.generation
         self._generation = process.generation
         self._newest = process.generation
         self._records: list[GenerationRecord] = []  # newer than the generation, in order
@@ -55,34 +53,15 @@ class Membership:
         # A daemon thread inside torch's C++ code when the interpreter goes away would abort the process.
         atexit.register(self.close)
 
-    @classmethod
-    def from_environment(cls) -> Membership | None:
-        """The membership of this process; None if it was not started by ``moetion launch``."""
-        process = launched_process()
-        return None if process is None else cls(process)
-
-    def __enter__(self) -> Membership:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     @property
     def generation(self) -> int:
         """The generation that this process currently takes part in."""
         return self._generation
 
     @property
-    def newest(self) -> int:
-        """The newest generation that was announced."""
-        return self._newest
-
-    @property
     def is_replacement(self) -> bool:
         """Whether this process was started in place of a lost one."""
-        return self.started_in > 0
+        return self._process.generation > 0
 
     def store(self) -> Store:
         """A new client connection to the run's store, for the caller's own thread.
@@ -94,11 +73,6 @@ class Membership:
             return self._connect(_STORE_TIMEOUT_SECONDS)
         except STORE_ERRORS as error:
             raise RankLostError(self._store_gone(error)) from error
-
-    def lost(self) -> GenerationRecord | None:
-        """The losses newer than :attr:`generation`, merged into one record; None if there are none."""
-        with self._changed:
-            return merge_records(self._records)
 
     def check(self) -> None:
         """Return at once if all ranks are there.

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["broadcast_json", "broadcast_tensors", "receive_message", "send_message", "spec_of", "tensor_like"]
+__all__ = [
+    "broadcast_json",
+    "broadcast_tensors",
+    "receive_message",
+    "receive_state",
+    "send_message",
+    "send_state",
+]
 
 Spec = list[Any]
 
 
-def spec_of(tensor: Tensor) -> Spec:
+def _spec_of(tensor: Tensor) -> Spec:
     """Dtype and shape of a tensor, as JSON."""
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
 
-def tensor_like(spec: Spec, device: torch.device) -> Tensor:
+def _tensor_like(spec: Spec, device: torch.device) -> Tensor:
     """Memory for a tensor of this dtype and shape."""
     return torch.empty(spec[1], dtype=getattr(torch, spec[0]), device=device)
 
@@ -65,9 +72,9 @@ def broadcast_tensors(
 ) -> tuple[list[Tensor], Any]:
     """Tensors of one rank, and a JSON value, on all ranks of a group; as :func:`broadcast_json`."""
     mine = dist.get_rank(group) == source
-    header = broadcast_json([[spec_of(t) for t in tensors], extra], source, group, device)
+    header = broadcast_json([[_spec_of(t) for t in tensors], extra], source, group, device)
     specs, extra = header
-    result = list(tensors) if mine else [tensor_like(spec, device) for spec in specs]
+    result = list(tensors) if mine else [_tensor_like(spec, device) for spec in specs]
     for tensor in result:
         if tensor.numel():
             dist.broadcast(_bytes_of(tensor.detach().contiguous()), group=group, group_src=source)
@@ -76,7 +83,7 @@ def broadcast_tensors(
 
 def send_message(header: Any, tensors: Sequence[Tensor], to: int, device: torch.device) -> None:
     """Send a JSON value and tensors (on any device) to a global rank, which calls :func:`receive_message`."""
-    text = _encode([header, [spec_of(t) for t in tensors]], device)
+    text = _encode([header, [_spec_of(t) for t in tensors]], device)
     dist.send(torch.tensor([text.numel()], dtype=torch.int64, device=device), to)
     dist.send(text, to)
     for tensor in tensors:
@@ -99,8 +106,19 @@ def receive_message(source: int, device: torch.device, keep: torch.device | None
     header, specs = _decode(text)
     tensors = []
     for spec in specs:
-        tensor = tensor_like(spec, device)
+        tensor = _tensor_like(spec, device)
         if tensor.numel():
             dist.recv(_bytes_of(tensor), source)
         tensors.append(tensor if keep is None else tensor.to(keep))
     return header, tensors
+
+
+def send_state(tensors: Sequence[tuple[str, Tensor]], header: Mapping[str, Any], to: int, device: torch.device) -> None:
+    """Send tensors by name, and plain values, to a global rank, which calls :func:`receive_state`."""
+    send_message([[name for name, _ in tensors], dict(header)], [t for _, t in tensors], to, device)
+
+
+def receive_state(source: int, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Receive what ``source`` sends. Returns the tensors by name, on ``device``, and the header."""
+    (names, header), tensors = receive_message(source, device)
+    return dict(zip(names, tensors)), header

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from moetion_lightning.errors import ConfigurationError
@@ -16,8 +16,7 @@ Tier: TypeAlias = Literal["memory", "peer", "disk"]
 _LISTED = 12
 
 
-@dataclass(frozen=True, kw_only=True)
-class Window:
+class Window(NamedTuple):
     """A committed window.
 
     Args:
@@ -27,10 +26,6 @@ class Window:
 
     first: int
     last: int
-
-    def __post_init__(self) -> None:
-        if self.first > self.last:
-            raise ConfigurationError(f"window {self.first}..{self.last}: expected first <= last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +69,7 @@ class RankReport:
 
     def to_json(self) -> dict[str, Any]:
         """This report as plain JSON values."""
-        return {
-            "rank": self.rank,
-            "live": self.live,
-            "live_iteration": self.live_iteration,
-            "journal": list(self.journal),
-            "memory": _windows_to_json(self.memory),
-            "held": {str(owner): _windows_to_json(windows) for owner, windows in self.held.items()},
-            "disk": {str(owner): _windows_to_json(windows) for owner, windows in self.disk.items()},
-            "shares": list(self.shares),
-            "copies": list(self.copies),
-            "stage": self.stage,
-            "logged": None if self.logged is None else list(self.logged),
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RankReport:
@@ -96,19 +79,12 @@ class RankReport:
             ConfigurationError: An entry is missing or of another form: the ranks run different versions.
         """
         try:
-            return cls(
-                rank=int(value["rank"]),
-                live=_optional(value["live"]),
-                live_iteration=_optional(value["live_iteration"]),
-                journal=tuple(map(int, value["journal"])),
-                memory=_windows_from_json(value["memory"]),
-                held={int(owner): _windows_from_json(windows) for owner, windows in value["held"].items()},
-                disk={int(owner): _windows_from_json(windows) for owner, windows in value["disk"].items()},
-                shares=tuple(map(int, value["shares"])),
-                copies=tuple(map(int, value["copies"])),
-                stage=_optional(value["stage"]),
-                logged=None if value["logged"] is None else (int(value["logged"][0]), int(value["logged"][1])),
-            )
+            tuples = {name: tuple(map(int, value[name])) for name in ("journal", "shares", "copies")}
+            others: dict[str, Any] = {
+                name: {int(owner): _windows(found) for owner, found in value[name].items()} for name in ("held", "disk")
+            }
+            logged = None if value["logged"] is None else (int(value["logged"][0]), int(value["logged"][1]))
+            return cls(**{**value, **tuples, **others, "memory": _windows(value["memory"]), "logged": logged})
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(
                 f"A rank's report cannot be read ({type(error).__name__}: {error}): {str(value)[:200]}. Expected the "
@@ -212,13 +188,8 @@ def named_ranks(ranks: Iterable[int]) -> str:
     return f"rank{'s'[: len(ordered) > 1]} {', '.join(listed)}{more}"
 
 
-def _optional(value: Any) -> int | None:
-    return None if value is None else int(value)
-
-
-def _windows_to_json(windows: Iterable[Window]) -> list[list[int]]:
-    return [[window.first, window.last] for window in windows]
-
-
-def _windows_from_json(value: Iterable[Sequence[int]]) -> tuple[Window, ...]:
-    return tuple(Window(first=int(first), last=int(last)) for first, last in value)
+def _windows(found: Iterable[Sequence[int]]) -> tuple[Window, ...]:
+    windows = tuple(Window(int(first), int(last)) for first, last in found)
+    if any(window.first > window.last for window in windows):
+        raise ValueError(f"windows {windows[:4]}: expected first <= last")
+    return windows

@@ -1,27 +1,23 @@
 """Serves this rank's windows, and keeps those of others: one thread listens, a few answer.
 
-A stranger costs one socket and 72 bytes for five seconds: handshakes are read by the listening thread without ever
-waiting for one. Connections that rest between two requests cost a socket, too; only a request takes a thread.
+A stranger costs one socket and 72 bytes for five seconds: handshakes are read by the listening thread, an event loop.
+Connections that rest between two requests cost a socket, too; only a request takes a thread.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
-import selectors
 import socket
 import threading
-import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from moetion_lightning.distributed.replica_store import MAX_NOTE_BYTES, MAX_RANKS, ReplicaStore, send_files
+from moetion_lightning.distributed.replica_store import MAX_RANKS, ReplicaStore, receive_manifest, send_window
 from moetion_lightning.distributed.wire import (
     HANDSHAKE_SECONDS,
-    MAX_BLOB_BYTES,
-    MAX_HEADER_BYTES,
     PROOF_BYTES,
     Address,
     Challenge,
@@ -30,7 +26,6 @@ from moetion_lightning.distributed.wire import (
     own,
 )
 from moetion_lightning.errors import ConfigurationError, MoEtionError, ReplicationError
-from moetion_lightning.storage.manifest import Manifest
 
 __all__ = ["ReplicaServer"]
 
@@ -40,45 +35,8 @@ _MAX_THREADS = 8
 _MAX_HANDSHAKES = 64
 _MAX_RESTING = 1024
 _MAX_COMPLAINTS = 256
-_TICK_SECONDS = 0.25
+_PAUSE_SECONDS = 0.25
 _JOIN_SECONDS = 10.0
-
-
-class _Handshake:
-    """A connection that has not proved the secret yet."""
-
-    def __init__(self, sock: socket.socket, peer: str, key: bytes) -> None:
-        self.socket = sock
-        self.peer = peer
-        self.deadline = time.monotonic() + HANDSHAKE_SECONDS
-        self._challenge = Challenge(key)
-        self._received = b""
-        sock.setblocking(False)
-        sock.send(self._challenge.greeting)  # into the empty buffer of a new connection
-
-    def advance(self) -> bytes | None:
-        """Read what has come.
-
-        Returns:
-            The session key when the client has proved the secret, None when there is more to come.
-
-        Raises:
-            ReplicationError: It will not.
-        """
-        part = self.socket.recv(PROOF_BYTES - len(self._received))
-        self._received += part
-        if not part:
-            raise ReplicationError("closed the connection in the middle of the handshake")
-        if not self._challenge.is_plausible(self._received):
-            raise ReplicationError("does not speak this protocol (another service's client, or another version)")
-        if len(self._received) < PROOF_BYTES:
-            return None
-        answer = self._challenge.check(self._received)
-        if answer is None:
-            raise ReplicationError("does not know this job's secret (MOETION_SECRET or job_id differ)")
-        proof, session_key = answer
-        self.socket.send(proof)
-        return session_key
 
 
 class ReplicaServer:
@@ -97,27 +55,18 @@ class ReplicaServer:
         self._key = key
         self._timeout = timeout_seconds
         self._listener = _listen(host, port)
-        self._wake_out, self._wake_in = socket.socketpair()
-        for sock in (self._listener, self._wake_out, self._wake_in):
-            sock.setblocking(False)
-            own(sock)
-        self._selector = selectors.DefaultSelector()
-        self._thread = threading.Thread(target=self._listen_loop, name="moetion-replica-listen", daemon=True)
+        self._listener.setblocking(False)
+        own(self._listener)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="moetion-replica-listen", daemon=True)
         self._complaints: set[str] = set()
-        self._handshakes: dict[_Handshake, None] = {}  # oldest first, as the next
-        self._resting: dict[Connection, None] = {}
-        self._mutex = threading.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._handshakes: dict[asyncio.Task[None], str] = {}  # oldest first, as the next
+        self._resting: dict[asyncio.Task[None], None] = {}
         self._closing = False
         self._working: dict[Connection, threading.Thread] = {}
-        self._waiting: deque[Connection] = deque()
-        self._returned: list[Connection] = []
-        self._operations: dict[str, Callable[[Connection, dict[str, Any]], None]] = {
-            "put": self._put,
-            "get": self._get,
-            "list": self._list,
-            "put_note": self._put_note,
-            "get_note": self._get_note,
-        }
+        self._free = asyncio.Semaphore(_MAX_THREADS)
+        self._requests: dict[str, Callable[[Connection, dict[str, Any]], None]] = {"put": self._put, "get": self._get}
 
     @property
     def address(self) -> Address:
@@ -127,138 +76,124 @@ class ReplicaServer:
 
     def start(self) -> None:
         """Begin to serve."""
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._selector.register(self._wake_out, selectors.EVENT_READ)
         self._thread.start()
 
     def close(self) -> None:
         """Break all connections off and end the threads."""
-        with self._mutex:
-            self._closing = True
-            working = dict(self._working)
-        for connection in working:
-            connection.abort()
-        self._wake()
+        self._closing = True
         if self._thread.ident is not None:
+            working = dict(self._working)
+            for connection in working:
+                connection.abort()
+            for thread in working.values():
+                if thread.ident is not None:
+                    thread.join(_JOIN_SECONDS)
+            self._loop.call_soon_threadsafe(lambda: self._main.cancel())
             self._thread.join()
-        for thread in working.values():
-            thread.join(_JOIN_SECONDS)
-        for waiting in [*self._waiting, *self._returned, *self._resting]:
-            waiting.close()
-        for handshake in self._handshakes:
-            handshake.socket.close()
-        self._selector.close()
-        for sock in (self._listener, self._wake_in, self._wake_out):
-            sock.close()
+        self._loop.close()
+        self._listener.close()
 
     # --- listening thread ----------------------------------------------------------------------------------------
 
-    def _listen_loop(self) -> None:
-        while not self._closing:
-            ready = self._selector.select(_TICK_SECONDS if self._handshakes else None)
-            for key, _ in ready:
-                if key.fileobj is self._listener:
-                    self._accept()
-                elif key.fileobj is self._wake_out:
-                    self._take_back()
-                elif isinstance(key.data, _Handshake):
-                    self._advance(key.data)
-                else:
-                    self._begin(key.data)
-            now = time.monotonic()
-            for handshake in [h for h in self._handshakes if h.deadline < now]:
-                self._reject(handshake, f"said nothing that proves the secret within {HANDSHAKE_SECONDS:.0f} s")
+    def _run(self) -> None:
+        self._main = self._loop.create_task(self._accept())
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._main)
 
-    def _accept(self) -> None:
+    async def _accept(self) -> None:
         try:
-            sock, address = self._listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:  # out of descriptors, for example: the connection stays in the queue
-            self._complain("anybody", f"cannot be served: {error}")
-            time.sleep(_TICK_SECONDS)
-            return
-        own(sock)
-        if len(self._handshakes) >= _MAX_HANDSHAKES:
-            self._reject(next(iter(self._handshakes)), "was pushed out: too many connections without a handshake")
-        try:
-            handshake = _Handshake(sock, address[0], self._key)
-        except OSError:
-            sock.close()
-            return
-        self._handshakes[handshake] = None
-        self._selector.register(sock, selectors.EVENT_READ, handshake)
+            while True:
+                try:
+                    sock, address = await self._loop.sock_accept(self._listener)
+                except OSError as error:  # out of descriptors, for example: the connection stays in the queue
+                    self._complain("anybody", f"cannot be served: {error}")
+                    await asyncio.sleep(_PAUSE_SECONDS)
+                    continue
+                own(sock)
+                if len(self._handshakes) >= _MAX_HANDSHAKES:
+                    oldest = next(iter(self._handshakes))
+                    peer = self._handshakes.pop(oldest)
+                    self._complain(peer, "was pushed out: too many connections without a handshake")
+                    oldest.cancel()
+                task = self._loop.create_task(self._serve(sock, address[0]))
+                self._handshakes[task] = address[0]
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _advance(self, handshake: _Handshake) -> None:
-        if handshake not in self._handshakes:
-            return  # rejected after the selector had reported it
+    async def _serve(self, sock: socket.socket, peer: str) -> None:
+        """One connection, from its first byte to its end."""
+        task: Any = asyncio.current_task()
         try:
-            session_key = handshake.advance()
-        except BlockingIOError:
-            return
+            session_key = await asyncio.wait_for(self._shake_hands(sock), HANDSHAKE_SECONDS)
+            self._handshakes.pop(task, None)
+            timeout, name = self._timeout, f"the rank at {peer}"
+            connection = Connection(sock, session_key, is_client=False, timeout_seconds=timeout, peer=name)
+            while await self._is_asked(connection, task) and await self._answer_in_thread(connection):
+                pass
+        except asyncio.TimeoutError:
+            self._complain(peer, f"said nothing that proves the secret within {HANDSHAKE_SECONDS:.0f} s")
         except (ReplicationError, OSError) as error:
-            self._reject(handshake, str(error))
-            return
-        if session_key is None:
-            return
-        del self._handshakes[handshake]
-        self._selector.unregister(handshake.socket)
-        connection = Connection(
-            handshake.socket,
-            session_key,
-            is_client=False,
-            timeout_seconds=self._timeout,
-            peer=f"the rank at {handshake.peer}",
-        )
-        self._rest(connection)
+            self._complain(peer, str(error))
+        finally:
+            self._handshakes.pop(task, None)
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # a thread that still reads it notices
+            sock.close()
 
-    def _reject(self, handshake: _Handshake, reason: str) -> None:
-        del self._handshakes[handshake]
-        self._selector.unregister(handshake.socket)
-        self._complain(handshake.peer, reason)
-        handshake.socket.close()
+    async def _shake_hands(self, sock: socket.socket) -> bytes:
+        """The session key, once the client has proved the secret. Raises ``ReplicationError`` if it will not."""
+        challenge, received = Challenge(self._key), b""
+        await self._loop.sock_sendall(sock, challenge.greeting)
+        while len(received) < PROOF_BYTES:
+            part = await self._loop.sock_recv(sock, PROOF_BYTES - len(received))
+            received += part
+            if not part:
+                raise ReplicationError("closed the connection in the middle of the handshake")
+            if not challenge.is_plausible(received):
+                raise ReplicationError("does not speak this protocol (another service's client, or another version)")
+        answer = challenge.check(received)
+        if answer is None:
+            raise ReplicationError("does not know this job's secret (MOETION_SECRET or job_id differ)")
+        await self._loop.sock_sendall(sock, answer[0])
+        return answer[1]
 
-    def _rest(self, connection: Connection) -> None:
+    async def _is_asked(self, connection: Connection, task: asyncio.Task[None]) -> bool:
+        """Rest until a request comes, or the end."""
         if len(self._resting) >= _MAX_RESTING:
-            self._unrest(oldest := next(iter(self._resting)))
-            oldest.close()
-        self._resting[connection] = None
-        self._selector.register(connection, selectors.EVENT_READ, connection)
+            next(iter(self._resting)).cancel()
+        self._resting[task] = None
+        readable = asyncio.Event()
+        self._loop.add_reader(connection.fileno(), readable.set)
+        try:
+            await readable.wait()
+        finally:
+            self._loop.remove_reader(connection.fileno())
+            del self._resting[task]
+        return not connection.has_ended()
 
-    def _unrest(self, connection: Connection) -> None:
-        del self._resting[connection]
-        self._selector.unregister(connection)
+    async def _answer_in_thread(self, connection: Connection) -> bool:
+        """Serve one request. Returns whether the connection can carry another one."""
+        async with self._free:
+            answered: asyncio.Future[bool] = self._loop.create_future()
 
-    def _begin(self, connection: Connection) -> None:
-        """A request has come (or the end): hand the connection to a thread."""
-        if connection not in self._resting:
-            return
-        self._unrest(connection)
-        if connection.has_ended():
-            connection.close()
-            return
-        with self._mutex:
-            if self._closing or len(self._working) >= _MAX_THREADS:
-                self._waiting.append(connection)
-            else:
-                self._start_thread(connection)
+            def work() -> None:
+                keep = self._answer(connection)
+                with contextlib.suppress(RuntimeError):  # the server is closed
+                    self._loop.call_soon_threadsafe(_settle, answered, keep)
 
-    def _start_thread(self, connection: Connection) -> None:
-        thread = threading.Thread(target=self._serve, args=(connection,), name="moetion-replica-serve", daemon=True)
-        self._working[connection] = thread
-        thread.start()
-
-    def _take_back(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_out.recv(4096)
-        with self._mutex:
-            returned, self._returned = self._returned, []
-        for connection in returned:
-            self._rest(connection)
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_in.send(b"w")
+            thread = threading.Thread(target=work, name="moetion-replica-serve", daemon=True)
+            self._working[connection] = thread
+            try:
+                if not self._closing:
+                    thread.start()
+                    return await answered
+                return False
+            finally:
+                del self._working[connection]
 
     def _complain(self, peer: str, reason: str) -> None:
         is_first = peer not in self._complaints and len(self._complaints) < _MAX_COMPLAINTS
@@ -272,34 +207,16 @@ class ReplicaServer:
 
     # --- serving threads -----------------------------------------------------------------------------------------
 
-    def _serve(self, connection: Connection) -> None:
-        keep = False
-        try:
-            keep = self._answer(connection)
-        finally:
-            if not keep:
-                connection.close()
-            with self._mutex:
-                del self._working[connection]
-                if not self._closing:
-                    if self._waiting:
-                        self._start_thread(self._waiting.popleft())
-                    if keep:
-                        self._returned.append(connection)
-                elif keep:
-                    connection.close()
-            self._wake()
-
     def _answer(self, connection: Connection) -> bool:
         """Serve one request. Returns whether the connection can carry another one."""
         try:
             request = connection.receive()
-            operation = self._operations.get(str(request.get("op")))
-            if operation is None:
+            answer = self._requests.get(str(request.get("op")))
+            if answer is None:
                 raise ReplicationError(
                     f"unknown request {str(request.get('op'))[:40]!r}; install one version everywhere."
                 )
-            operation(connection, request)
+            answer(connection, request)
             return True
         except (MoEtionError, OSError) as error:
             if not self._closing:
@@ -320,34 +237,18 @@ class ReplicaServer:
                 f"a window of rank {owner} for rank {str(request.get('holder'))[:20]} came to rank {own_rank}. "
                 "The addresses of the ranks are outdated."
             )
-        size = number(request, "manifest_bytes", MAX_BLOB_BYTES + 1)
-        manifest = Manifest.from_bytes(connection.receive_blob(size), path=f"manifest from rank {owner}")
-        self._store.put(connection, owner, manifest)
+        self._store.put(connection, owner, receive_manifest(connection, request))
         connection.send({"ok": True})
 
     def _get(self, connection: Connection, request: dict[str, Any]) -> None:
         tier = self._store.tier_of(number(request, "owner", MAX_RANKS))
         with tier.pinned(number(request, "last", 10**12)) as manifest:
-            data = manifest.to_bytes()
-            connection.send({"ok": True, "manifest_bytes": len(data)})
-            connection.send_blob(data)
-            answer = connection.receive_answer(MAX_HEADER_BYTES + 16 * len(manifest.files))
-            send_files(connection, tier, manifest, answer)
+            send_window(connection, tier, manifest, {"ok": True})
 
-    def _list(self, connection: Connection, request: dict[str, Any]) -> None:
-        own_windows, replicas = self._store.listing()
-        connection.send({"ok": True, "own": own_windows, "replicas": {str(k): v for k, v in replicas.items()}})
 
-    def _put_note(self, connection: Connection, request: dict[str, Any]) -> None:
-        data = connection.receive_blob(number(request, "nbytes", MAX_NOTE_BYTES + 1))
-        self._store.put_note(number(request, "owner", MAX_RANKS), str(request.get("name")), data)
-        connection.send({"ok": True})
-
-    def _get_note(self, connection: Connection, request: dict[str, Any]) -> None:
-        data = self._store.get_note(number(request, "owner", MAX_RANKS), str(request.get("name")))
-        connection.send({"ok": True, "nbytes": None if data is None else len(data)})
-        if data is not None:
-            connection.send_blob(data)
+def _settle(answered: asyncio.Future[bool], keep: bool) -> None:
+    if not answered.done():  # it is cancelled when the server closes
+        answered.set_result(keep)
 
 
 def _listen(host: str, port: int) -> socket.socket:

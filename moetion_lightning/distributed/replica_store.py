@@ -7,8 +7,9 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
-from moetion_lightning.distributed.wire import Connection
+from moetion_lightning.distributed.wire import MAX_BLOB_BYTES, MAX_HEADER_BYTES, Connection, number
 from moetion_lightning.errors import (
     CorruptSnapshotError,
     ForeignWindowError,
@@ -22,57 +23,50 @@ from moetion_lightning.storage.host_memory import HostMemoryTier
 from moetion_lightning.storage.manifest import FileRecord, Manifest
 from moetion_lightning.storage.mapping import map_fd
 
-__all__ = [
-    "MAX_NOTE_BYTES",
-    "MAX_RANKS",
-    "ReplicaStore",
-    "Windows",
-    "list_windows",
-    "receive_window",
-    "send_files",
-]
+__all__ = ["MAX_RANKS", "ReplicaStore", "receive_manifest", "receive_window", "send_files", "send_window"]
 
 _log = logging.getLogger(__name__)
 
 MAX_RANKS = 100_000
-MAX_NOTE_BYTES = 16 << 20
-_NOTE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+_MAX_NOTE_BYTES = 16 << 20
 _REPLICA_DIR = re.compile(r"replica-(\d{5})-at-(\d{5})")
 _LOCK_WAIT_SECONDS = 5.0
 
-#: First and last iterations of windows, newest first.
-Windows = list[tuple[int, int]]
+
+def receive_manifest(connection: Connection, header: dict[str, Any]) -> Manifest:
+    """Receive the manifest that a request or an answer announces. Raises as :func:`receive_window`."""
+    size = number(header, "manifest_bytes", MAX_BLOB_BYTES + 1)
+    return Manifest.from_bytes(connection.receive_blob(size), path=f"manifest from {connection.peer}")
 
 
-def list_windows(tier: HostMemoryTier) -> Windows:
-    """First and last iterations of the restore points on a tier, newest first (checksums are not verified)."""
-    found = []
-    for iteration in tier.windows():
-        try:
-            manifest = tier.read_manifest(iteration)
-        except MoEtionError as error:
-            _log.warning("passed over: %s", error)
-        else:
-            if manifest.complete:
-                found.append((manifest.first_iteration, manifest.last_iteration))
-    return found
-
-
-def send_files(connection: Connection, tier: HostMemoryTier, manifest: Manifest, answer: dict[str, object]) -> None:
-    """Stream the files that the other end asks for, straight from memory.
+def send_window(connection: Connection, tier: HostMemoryTier, manifest: Manifest, header: dict[str, Any]) -> None:
+    """Send a manifest, and of its files those that the other end asks for, straight from memory.
 
     Args:
         connection: Where to.
         tier: Where the window is, pinned.
         manifest: The window.
-        answer: The other end's header, with ``need``: indices into ``manifest.files``.
+        header: The request, or the answer to one.
 
     Raises:
-        ReplicationError: The answer makes no sense, or the connection broke off.
+        ReplicationError: The manifest is too long, the answer makes no sense, or the connection broke off.
+        RefusedError: The other end cannot or will not take it; what it held before is still there.
         CorruptSnapshotError: A file is missing.
     """
-    need = answer.get("need")
-    indices = range(len(manifest.files))
+    data = manifest.to_bytes()
+    if len(data) > MAX_BLOB_BYTES:
+        raise ReplicationError(
+            f"window {manifest.iteration}: its manifest has {len(data)} bytes, at most {MAX_BLOB_BYTES} are sent. Use "
+            "a smaller window."
+        )
+    connection.send({**header, "manifest_bytes": len(data)})
+    connection.send_blob(data)
+    send_files(connection, tier, manifest, connection.receive_answer(MAX_HEADER_BYTES + 16 * len(manifest.files)))
+
+
+def send_files(connection: Connection, tier: HostMemoryTier, manifest: Manifest, answer: dict[str, Any]) -> None:
+    """Stream those files of a window whose indices are in ``answer["need"]``. Raises as :func:`send_window`."""
+    need, indices = answer.get("need"), range(len(manifest.files))
     if not isinstance(need, list) or not all(type(i) is int and i in indices for i in need):
         raise ReplicationError(f"{connection.peer} asks for files {str(need)[:100]} of {len(indices)}: no such files.")
     for index in need:
@@ -199,16 +193,10 @@ class ReplicaStore:
             if match is not None and int(match[2]) == self.own.rank:
                 self.tier_for(int(match[1]))
 
-    def owners(self) -> list[int]:
-        """Ranks of whom something is kept here."""
+    def tiers(self) -> dict[int, HostMemoryTier]:
+        """Where other ranks' windows are here, by owner."""
         with self._mutex:
-            return sorted(self._tiers)
-
-    def listing(self) -> tuple[Windows, dict[int, Windows]]:
-        """Windows of this rank, and replicas by owner; see :func:`list_windows`."""
-        with self._mutex:
-            tiers = dict(self._tiers)
-        return list_windows(self.own), {owner: list_windows(tier) for owner, tier in sorted(tiers.items())}
+            return dict(sorted(self._tiers.items()))
 
     def put(self, connection: Connection, owner: int, manifest: Manifest) -> None:
         """Take a window of another rank; the one before it stays. Raises as :func:`receive_window`.
@@ -248,24 +236,15 @@ class ReplicaStore:
                 raise StoreError(f"rank {self.own.rank} has no replica of rank {owner}. Ask another rank.")
             return self._tiers[owner]
 
-    def put_note(self, owner: int, name: str, data: bytes) -> None:
-        """Keep a small file of a rank; a newer one of the same name replaces it whole.
+    def keep_note(self, name: str, data: bytes) -> None:
+        """Keep a small file of this rank; a newer one of the same name replaces it whole. Raises ``StoreError``."""
+        if len(data) > _MAX_NOTE_BYTES:
+            raise StoreError(f"note {name!r}: {len(data)} bytes, at most {_MAX_NOTE_BYTES} are kept.")
+        self.own.place.write(f"note-{name}", data)
 
-        Raises:
-            StoreError: The name cannot be a file's, it is too long, or it cannot be written.
-        """
-        tier = self.own if owner == self.own.rank else self.tier_for(owner)
-        if len(data) > MAX_NOTE_BYTES:
-            raise StoreError(f"note {name!r} of rank {owner}: {len(data)} bytes, at most {MAX_NOTE_BYTES} are kept.")
-        with self._mutex:
-            tier.place.write(_note_file(name), data)
-
-    def get_note(self, owner: int, name: str) -> bytes | None:
-        """A note that was put here, None when there is none."""
-        file = _note_file(name)
-        if owner != self.own.rank and owner not in self.owners():
-            return None
-        return self.tier_of(owner).place.read(file, MAX_NOTE_BYTES)
+    def own_note(self, name: str) -> bytes | None:
+        """What :meth:`keep_note` kept, here or in a predecessor of this process; None for nothing."""
+        return self.own.place.read(f"note-{name}", _MAX_NOTE_BYTES)
 
     def forget(self) -> None:
         """Remove all replicas."""
@@ -315,9 +294,3 @@ class ReplicaStore:
             yield
         finally:
             lock.release()
-
-
-def _note_file(name: str) -> str:
-    if not _NOTE_NAME.fullmatch(name):
-        raise StoreError(f"note {name!r}: use at most 64 letters, digits and ._- and do not begin with a dot.")
-    return f"note-{name}"

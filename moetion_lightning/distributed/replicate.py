@@ -6,18 +6,23 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 
-from moetion_lightning.distributed import replica_client
 from moetion_lightning.distributed.replica_server import ReplicaServer
-from moetion_lightning.distributed.replica_store import ReplicaStore, Windows
+from moetion_lightning.distributed.replica_store import ReplicaStore, receive_manifest, receive_window, send_window
 from moetion_lightning.distributed.wire import Address, Connection, RefusedError, connect, job_key
-from moetion_lightning.errors import ConfigurationError, MoEtionError, ReplicationError
+from moetion_lightning.errors import (
+    ConfigurationError,
+    CorruptSnapshotError,
+    MoEtionError,
+    ReplicationError,
+    VersionError,
+)
 from moetion_lightning.events import EventBus, ReplicationFailed, WindowReplicated
 from moetion_lightning.storage.host_memory import HostMemoryTier
 from moetion_lightning.storage.manifest import Manifest
 
-__all__ = ["ReplicaService", "Replicator"]
+__all__ = ["ReplicaService", "Replicator", "push_window"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,8 +65,6 @@ class Replicator:
     """
 
     def __init__(self, tier: HostMemoryTier, key: bytes, bus: EventBus, *, timeout_seconds: float) -> None:
-        self.bytes_sent = 0
-        self.seconds = 0.0
         self._tier = tier
         self._key = key
         self._bus = bus
@@ -73,18 +76,6 @@ class Replicator:
         self._in_flight: Manifest | None = None
         self._closing = False
         self._thread: threading.Thread | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a window waits behind the one being sent: then the next window should begin later."""
-        return self._pending is not None
-
-    @property
-    def acknowledged(self) -> dict[int, int]:
-        """Last iteration of the newest window that each target has said to hold, by rank."""
-        with self._changed:
-            found = {rank: target.acknowledged for rank, target in self._targets.items()}
-        return {rank: iteration for rank, iteration in found.items() if iteration is not None}
 
     def holding(self, iteration: int) -> bool:
         """Whether every target that answers holds the window of this iteration.
@@ -143,16 +134,6 @@ class Replicator:
             self._newest = manifest.iteration
             if self._targets and not self._closing:
                 self._queue(manifest.iteration)
-
-    def flush(self, timeout_seconds: float) -> bool:
-        """Wait until everything that was offered is sent.
-
-        Returns:
-            Whether every target holds the newest window that was offered.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._pending is None and self._in_flight is None, timeout_seconds)
-            return all(target.acknowledged == self._newest for target in self._targets.values())
 
     def close(self) -> None:
         """Break off what is being sent, unpin everything, and end the thread."""
@@ -215,8 +196,6 @@ class Replicator:
                 if not self._closing and self._targets.get(target.rank) is target:
                     self._report_failure(target, manifest, str(error))
                 continue
-            finally:
-                self.seconds += time.perf_counter() - started
             done.add(target)
             with self._changed:
                 target.succeeded(manifest.iteration)
@@ -268,12 +247,10 @@ class Replicator:
         connection = target.connection
         before = connection.bytes_sent
         try:
-            replica_client.push_window(connection, self._tier, manifest, target.rank)
+            push_window(connection, self._tier, manifest, target.rank)
         except BaseException:
             _hang_up(target)
             raise
-        finally:
-            self.bytes_sent += connection.bytes_sent - before
         return connection.bytes_sent - before
 
     def _report_failure(self, target: _Target, manifest: Manifest, reason: str) -> None:
@@ -290,6 +267,19 @@ def _hang_up(target: _Target) -> None:
         connection.close()
 
 
+def push_window(connection: Connection, tier: HostMemoryTier, manifest: Manifest, holder: int) -> None:
+    """Copy a window to another rank; files that are there already are not sent. Raises as :func:`send_window`.
+
+    Args:
+        connection: To the holder's server.
+        tier: Where the window is, pinned.
+        manifest: The window.
+        holder: The rank that must be there.
+    """
+    send_window(connection, tier, manifest, {"op": "put", "owner": manifest.rank, "holder": holder})
+    connection.receive_answer()
+
+
 class ReplicaService:
     """Everything that one rank does with replicas: serve, keep, send, fetch.
 
@@ -300,6 +290,10 @@ class ReplicaService:
         host: Address or name of the interface to serve on.
         port: 0 for a free one.
         timeout_seconds: How long a rank may be silent in the middle of a request.
+
+    Attributes:
+        store: What is kept here of other ranks.
+        replicator: Sends this rank's windows.
 
     Raises:
         ConfigurationError: The secret is empty, or the host names every interface.
@@ -315,11 +309,10 @@ class ReplicaService:
         port: int = 0,
         timeout_seconds: float = 30.0,
     ) -> None:
-        self._tier = tier
         self._key = job_key(secret, tier.job)
         self._host, self._port, self._timeout = host, port, timeout_seconds
-        self._store = ReplicaStore(tier, wait_seconds=timeout_seconds / 2)
         self._server: ReplicaServer | None = None
+        self.store = ReplicaStore(tier, wait_seconds=timeout_seconds / 2)
         self.replicator = Replicator(tier, self._key, bus, timeout_seconds=timeout_seconds)
 
     def start(self) -> Address:
@@ -332,9 +325,9 @@ class ReplicaService:
             ReplicationError: The interface cannot be listened on.
             StoreError: Replicas cannot be opened.
         """
-        server = ReplicaServer(self._store, self._key, host=self._host, port=self._port, timeout_seconds=self._timeout)
+        server = ReplicaServer(self.store, self._key, host=self._host, port=self._port, timeout_seconds=self._timeout)
         try:
-            self._store.open()
+            self.store.open()
         except BaseException:
             server.close()
             raise
@@ -342,87 +335,39 @@ class ReplicaService:
         self._server = server
         return server.address
 
-    @property
-    def busy(self) -> bool:
-        """See :attr:`Replicator.busy`."""
-        return self.replicator.busy
-
-    @property
-    def acknowledged(self) -> dict[int, int]:
-        """See :attr:`Replicator.acknowledged`."""
-        return self.replicator.acknowledged
-
-    def holding(self, iteration: int) -> bool:
-        """Whether every target that answers holds the window of this iteration."""
-        return self.replicator.holding(iteration)
-
-    def replica_tiers(self) -> dict[int, HostMemoryTier]:
-        """Where other ranks' windows are here, by owner."""
-        return {owner: self._store.tier_of(owner) for owner in self._store.owners()}
-
-    def replica_tier(self, owner: int) -> HostMemoryTier:
-        """Where windows of a rank go here, opened if it is new."""
-        return self._store.tier_for(owner)
-
-    def drop_replicas(self, *, keep: Collection[int]) -> None:
-        """Remove what is here of ranks other than these."""
-        self._store.drop(keep)
-
-    def set_peers(self, targets: Mapping[int, Address]) -> None:
-        """See :meth:`Replicator.set_targets`."""
-        self.replicator.set_targets(targets)
-
-    def stop_sending(self) -> None:
-        """See :meth:`Replicator.forget`; the peers must be set again."""
-        self.replicator.forget()
-
-    def refuse_earlier(self) -> None:
-        """Take no window any more whose transfer to this rank has begun already."""
-        self._store.next_course()
-
-    def offer(self, manifest: Manifest) -> None:
-        """See :meth:`Replicator.offer`."""
-        self.replicator.offer(manifest)
-
-    def flush(self, timeout_seconds: float) -> bool:
-        """See :meth:`Replicator.flush`."""
-        return self.replicator.flush(timeout_seconds)
-
-    def listing(self) -> tuple[Windows, dict[int, Windows]]:
-        """First and last iterations of this rank's windows, and of the replicas here by owner, newest first."""
-        return self._store.listing()
-
-    def list_peer(self, address: Address) -> tuple[Windows, dict[int, Windows]]:
-        """The :meth:`listing` of another rank. Raises ``ReplicationError``."""
-        with self._connected(address) as connection:
-            return replica_client.list_peer(connection)
-
     def fetch(self, address: Address, owner: int, last: int, into: HostMemoryTier) -> Manifest:
-        """Copy a window of a rank from whoever has it; see :func:`~.replica_client.fetch_window`."""
-        with self._connected(address) as connection:
-            return replica_client.fetch_window(connection, owner, last, into)
+        """Copy a window of a rank, its own or a replica, into a tier; files that are there already are not sent.
 
-    def keep_note(self, name: str, data: bytes) -> None:
-        """Keep a small file of this rank here, where others can get it; a newer one replaces it."""
-        self._store.put_note(self._tier.rank, name, data)
+        Args:
+            address: Of a rank that has it.
+            owner: The rank that captured it.
+            last: Its last iteration, the window's name.
+            into: Tier of that owner. Windows of later iterations go, as with every commit.
 
-    def own_note(self, name: str) -> bytes | None:
-        """What :meth:`keep_note` kept, here or in a predecessor of this process."""
-        return self._store.get_note(self._tier.rank, name)
+        Returns:
+            The manifest, committed on ``into``, whose files were verified.
 
-    def put_note(self, address: Address, name: str, data: bytes) -> None:
-        """Have another rank keep a small file of this rank. Raises ``ReplicationError``."""
-        with self._connected(address) as connection:
-            replica_client.put_note(connection, self._tier.rank, name, data)
-
-    def get_note(self, address: Address, owner: int, name: str) -> bytes | None:
-        """A note of ``owner`` that another rank keeps, None when it has none. Raises ``ReplicationError``."""
-        with self._connected(address) as connection:
-            return replica_client.get_note(connection, owner, name)
-
-    def forget_windows(self) -> None:
-        """A fresh run begins: remove the replicas and notes of an earlier run of the same job."""
-        self._store.forget()
+        Raises:
+            ReplicationError: The connection broke off, what came is damaged, or the window is not there.
+            HostMemoryError: There is no room.
+            ForeignWindowError: ``into`` is of another job or rank.
+            StoreError: ``into`` cannot be written.
+        """
+        with contextlib.closing(connect(address, self._key, timeout_seconds=self._timeout)) as connection:
+            try:
+                connection.send({"op": "get", "owner": owner, "last": last})
+                manifest = receive_manifest(connection, connection.receive_answer())
+                if (manifest.rank, manifest.iteration) != (owner, last):
+                    raise ReplicationError(
+                        f"{connection.peer} sent window {manifest.iteration} of rank {manifest.rank}, asked for window "
+                        f"{last} of rank {owner}. Install one version everywhere."
+                    )
+                receive_window(connection, manifest, into)
+            except (CorruptSnapshotError, VersionError) as error:
+                raise ReplicationError(
+                    f"window {last} of rank {owner} is not usable: {error} Try another holder."
+                ) from error
+        return manifest
 
     def close(self, *, completed: bool) -> None:
         """Stop sending and serving; keep the replicas, or remove them if training is complete."""
@@ -430,12 +375,4 @@ class ReplicaService:
         if self._server is not None:
             self._server.close()
             self._server = None
-        self._store.close(completed=completed)
-
-    @contextlib.contextmanager
-    def _connected(self, address: Address) -> Iterator[Connection]:
-        connection = connect(address, self._key, timeout_seconds=self._timeout)
-        try:
-            yield connection
-        finally:
-            connection.close()
+        self.store.close(completed=completed)

@@ -19,7 +19,6 @@ __all__ = [
     "connect_store",
     "format_endpoint",
     "host_store",
-    "is_listening",
     "join_or_host",
     "parse_endpoint",
 ]
@@ -86,8 +85,7 @@ def connect_store(host: str, port: int, timeout_seconds: float = 60.0) -> TCPSto
     return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds))
 
 
-def is_listening(host: str, port: int) -> bool:
-    """Whether something accepts connections there."""
+def _is_listening(host: str, port: int) -> bool:
     try:
         with socket.create_connection((host, port), timeout=2.0):
             return True
@@ -111,7 +109,7 @@ def join_or_host(host: str, port: int, timeout_seconds: float, pause: Callable[[
         LaunchError: Nobody answered in time.
     """
     deadline = time.monotonic() + timeout_seconds
-    while not is_listening(host, port):
+    while not _is_listening(host, port):
         try:
             return host_store(host, port)
         except OSError as error:  # another machine's address, or another process was faster

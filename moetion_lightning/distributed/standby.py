@@ -13,7 +13,7 @@ import sys
 from importlib import import_module
 
 from moetion_lightning.config import update_environment
-from moetion_lightning.distributed.heartbeat import end_with_launcher, report_ready
+from moetion_lightning.distributed.heartbeat import READY, end_with_launcher, report
 from moetion_lightning.distributed.worker import run_program
 
 __all__ = ["main"]
@@ -28,7 +28,7 @@ def main() -> None:
     for name in (*_IMPORTS, "moetion_lightning.distributed.groups"):
         with contextlib.suppress(ImportError):  # Lightning need not be installed
             import_module(name)
-    report_ready()
+    report(READY)
     line = sys.stdin.readline()
     if not line:
         return

@@ -13,10 +13,17 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import TracebackType
 
-from moetion_lightning.distributed.heartbeat import LOST_EXIT, Heartbeat, end_with_launcher, report_done, report_error
+from moetion_lightning.distributed.heartbeat import (
+    DONE,
+    LOST_EXIT,
+    end_with_launcher,
+    report,
+    report_error,
+    start_heartbeat,
+)
 from moetion_lightning.errors import StateLostError
 
-__all__ = ["main", "run_program"]
+__all__ = ["execute", "main", "run_program"]
 
 _ERROR_LINES = 12
 
@@ -40,13 +47,8 @@ def run_program(argv: Sequence[str], *, is_module: bool) -> None:
         is_module: Whether the first one is a module.
     """
     _prepare()
-    sys.argv = list(argv)
-    sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.realpath(argv[0]))
     try:
-        if is_module:
-            runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(argv[0], run_name="__main__")
+        execute(argv, is_module=is_module)
     except Exception as error:
         error.__traceback__ = _own_frames(error.__traceback__)
         lines = "".join(traceback.format_exception(error)).splitlines()
@@ -55,14 +57,24 @@ def run_program(argv: Sequence[str], *, is_module: bool) -> None:
         sys.exit(LOST_EXIT if isinstance(error, StateLostError) else 1)
     except SystemExit as end:
         if end.code in (None, 0):
-            report_done()
+            report(DONE)
         raise
-    report_done()
+    report(DONE)
+
+
+def execute(argv: Sequence[str], *, is_module: bool) -> None:
+    """Run a script or module as python itself would; arguments as of :func:`run_program`."""
+    sys.argv = list(argv)
+    sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.realpath(argv[0]))
+    if is_module:
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 def _prepare() -> None:
     import_module("moetion_lightning.distributed.groups").install()
-    Heartbeat().start()  # after the imports, which may hold the interpreter for long
+    start_heartbeat()  # after the imports, which may hold the interpreter for long
 
 
 def _own_frames(frames: TracebackType | None) -> TracebackType | None:

@@ -9,7 +9,7 @@ import torch
 from moetion_lightning.core.operators import Piece
 from moetion_lightning.core.slot_contents import read_kept, write_kept
 from moetion_lightning.core.state import LiveState
-from moetion_lightning.distributed.live_copy import receive_state, send_state
+from moetion_lightning.distributed.messages import receive_state, send_state
 from moetion_lightning.engine.static_state import weight_parts
 
 __all__ = ["exchange_model_state"]

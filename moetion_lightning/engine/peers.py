@@ -47,7 +47,7 @@ class Peers:
             ConfigurationError: There are too few failure domains for the replicas that were asked for.
         """
         if self._service is not None:
-            self._service.stop_sending()  # before any rank can know what the others have
+            self._service.replicator.forget()  # before any rank can know what the others have
         domain = self._config.failure_domain or self._ranks.domain or socket.gethostname()
         control = self._ranks.control
         given = job_secret_from_environment()
@@ -71,14 +71,14 @@ class Peers:
         self.targets, self.holds = targets[control.rank], holders_of(targets)[control.rank]
         host = self._config.interface or self._ranks.address or _default_host(several_nodes=len(set(domains)) > 1)
         if self._service is not None:
-            self._service.refuse_earlier()  # no rank sends any more
+            self._service.store.next_course()  # no rank sends any more
         else:
             secret = given if given is not None else str(answers[0]["secret"])
             self._service = ReplicaService(self._tier, secret=secret, bus=self._bus, host=host)
             self._address = self._service.start()
         addresses = self._ranks.agree("addresses", list(self._address))
         self._addresses = [(str(host), int(port)) for host, port in addresses]
-        self._service.set_peers({rank: self._addresses[rank] for rank in self.targets})
+        self._service.replicator.set_targets({rank: self._addresses[rank] for rank in self.targets})
 
     @property
     def service(self) -> ReplicaService:
@@ -88,7 +88,7 @@ class Peers:
 
     def held(self) -> Mapping[int, HostMemoryTier]:
         """Copies of other ranks' windows here, by owner."""
-        return self.service.replica_tiers()
+        return self.service.store.tiers()
 
     def fetch(self, peer: int, owner: int, last: int) -> HostMemoryTier:
         """Copy a window from another rank's memory into this rank's, verified. Returns where it is now.
@@ -96,22 +96,22 @@ class Peers:
         Raises:
             ReplicationError, CorruptSnapshotError, HostMemoryError: See the message.
         """
-        into = self._tier if owner == self._tier.rank else self.service.replica_tier(owner)
+        into = self._tier if owner == self._tier.rank else self.service.store.tier_for(owner)
         self.service.fetch(self._addresses[peer], owner, last, into)
         return into
 
     def offer(self, manifest: Manifest) -> None:
         """A window was committed: copy it to the peers, in the background."""
         if self.targets:
-            self.service.offer(manifest)
+            self.service.replicator.offer(manifest)
 
     def holding(self, iteration: int) -> bool:
         """Whether every peer that can be reached holds the window of this iteration."""
-        return not self.targets or self.service.holding(iteration)
+        return not self.targets or self.service.replicator.holding(iteration)
 
     def drop_others(self) -> None:
         """Training goes on: what was fetched for a restore only is not needed any more."""
-        self.service.drop_replicas(keep=frozenset(self.holds))
+        self.service.store.drop(keep=frozenset(self.holds))
 
     def close(self, *, completed: bool) -> None:
         """Stop serving."""

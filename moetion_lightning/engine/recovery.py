@@ -32,7 +32,6 @@ from moetion_lightning.events import (
     ReplayIteration,
     ReplayMismatch,
     RestoreApplied,
-    RestoreProgress,
 )
 
 __all__ = ["Recovery"]
@@ -88,15 +87,9 @@ class Recovery:
 
     def begin(self, live: LiveState, generators: Generators) -> None:
         """Put the window's first iteration in place."""
-        progress = None
-        if self._bus.fine_grained:
-
-            def progress(done: int, total: int) -> None:
-                self._bus.emit(RestoreProgress(index=done, total=total))
-
         self._state.apply_structure(live)
         self._point.apply_static(live)
-        self._reconstruction.begin(progress)
+        self._reconstruction.begin()
         self._lost_generators = self._state.apply(live, generators)
         self._bus.emit(
             RestoreApplied(

@@ -143,7 +143,7 @@ class Tiers:
             self._persister.forget()
         self.peers.open()
         if self.journal is None and self._ranks.elastic:
-            self.journal = Journal(self.peers.service.keep_note, self.peers.service.own_note)
+            self.journal = Journal(self.peers.service.store.keep_note, self.peers.service.store.own_note)
         is_fresh = first and self._fresh and not self._ranks.replaced
         if is_fresh and self._config.resume == "never":
             return None
@@ -347,7 +347,7 @@ class Tiers:
         """
         self._close_point()
         if self.peers is not None:
-            self.peers.service.forget_windows()
+            self.peers.service.store.forget()
         if self.journal is not None:
             self.journal.forget()
         for tier in self._tiers():

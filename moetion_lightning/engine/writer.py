@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -26,7 +25,6 @@ from moetion_lightning.engine.static_state import StaticLook
 from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole, piece_at
 from moetion_lightning.events import (
     CaptureFinished,
-    CaptureProgress,
     CaptureStarted,
     EventBus,
     ManifestWritten,
@@ -491,7 +489,7 @@ class _SlotJob:
         bus.emit(CaptureStarted(iteration=self._iteration, slot=self._slot, num_slots=num_slots))
         self._compiled, self._sources = writer.compiled(self._slot, self._plan)
         buffer = self._buffer = writer.acquire(self._iteration, self._slot, self._compiled.layout.nbytes)
-        self._compiled.copy(self._sources, buffer, self._progress() if bus.fine_grained else None)
+        self._compiled.copy(self._sources, buffer)
         self._samples = OperatorSamples(writer._live, self._whole, self._iteration, writer._thread.fence)
         self._look()
         if self._slot == 0:
@@ -508,19 +506,6 @@ class _SlotJob:
             self._window.broken = TORN
         elif self._whole_versions != self._versions_of_whole():
             self._samples = None  # they are not those of this iteration
-
-    def _progress(self) -> Callable[[], None]:
-        done = itertools.count(1)
-
-        def progress() -> None:
-            assert self._compiled is not None
-            self._writer._bus.emit(
-                CaptureProgress(
-                    iteration=self._iteration, slot=self._slot, index=next(done), total=self._compiled.steps
-                )
-            )
-
-        return progress
 
     def failed(self, error: Exception) -> None:
         """Capture thread: something went wrong; that gives the window up, whatever it is, and never the training."""

@@ -166,7 +166,7 @@ class AutomaticLoop(AcceleratedLoop):
         if not self._run.begun:
             if self._run.saved is not None:
                 position.index, position.stepped, position.loaders = index, self._passes[index], [followed]
-            self._run.begin(position, autocast=self._autocast())
+            self._run.begin_loop(position, autocast=self._autocast())
         elif index == position.index:  # the last pass may have been left in its middle
             self._run.boundary()
         self._saves_again()
@@ -179,7 +179,7 @@ class AutomaticLoop(AcceleratedLoop):
             for batch in batches:
                 position.step += 1
                 if not self._ended and position.index in (-1, index):
-                    self._run.record_batch(batch, [followed])
+                    self._run.drew(batch, [followed])
                 yield batch
                 self._batch_done(index)
         finally:

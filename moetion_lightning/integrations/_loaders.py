@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -33,54 +33,60 @@ __all__ = ["Followed", "follow"]
 _ACCELERATE = {"DataLoaderShard", "DataLoaderDispatcher", "SkipDataLoader"}
 
 
-class Followed(Protocol):
+class Followed:
     """A loader that is followed.
+
+    Args:
+        loader: What the loop iterates.
+        inner: The ``DataLoader`` whose position is followed.
 
     Attributes:
         source: What the loop was given.
     """
 
-    source: Any
+    def __init__(self, loader: Any, inner: Any) -> None:
+        self.source = self._loader = loader
+        self._inner = inner
+        self._make = functools.partial(unfollowed, inner)
+        self._iterating = False
 
     def iterate(self) -> Iterator[Any]:
         """Begin a pass, or the rest of the one that was restored."""
-        ...
+        raise NotImplementedError
 
     def finish(self) -> None:
         """The pass is over."""
-        ...
+        self._iterating = False
 
     def snapshot(self) -> dict[str, Any]:
         """The position before the batch that comes next."""
-        ...
+        raise NotImplementedError
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue there at the next :meth:`iterate`."""
-        ...
+        raise NotImplementedError
 
     def begin_epoch(self, epoch: int) -> None:
-        """Tell a sampler whose order depends on the epoch."""
-        ...
+        """Tell a sampler whose order depends on the epoch, unless a wrapper does that."""
 
     def jump(self, epoch: int) -> None:
-        """The next pass is that of an epoch, though this process has made none before."""
-        ...
+        """The next pass is that of an epoch, though this process has made none before; unless the user says so."""
 
     def parts(self) -> dict[str, object]:
         """Objects that may hold generators."""
-        ...
+        return {"loader": self._inner}
 
     def length(self) -> int | None:
         """Batches of a pass; None of a stream."""
-        ...
+        return length_of(self._loader)
 
     def indices_digest(self) -> str | None:
         """Digest of the indices that the sampler gave for the batch that the loop has; None if they are not seen."""
-        ...
+        raise NotImplementedError
 
     def release(self) -> None:
         """Leave the loader as it was."""
-        ...
+        release(self._inner)
 
 
 def follow(loader: Any) -> Followed:
@@ -108,19 +114,14 @@ def _draws_per_batch(loader: Any, kinds: set[str]) -> int:
     return 1 if loader.split_batches else int(loader.state.num_processes)
 
 
-class _Direct:
+class _Direct(Followed):
     """A loader that the loop itself draws from."""
 
     def __init__(self, loader: Any) -> None:
-        self.source = self._loader = loader
         release(loader)  # of an earlier loop that was not closed
-        if isinstance(loader, DataLoader):
-            _, self._position = make_resumable(loader)
-        else:
-            self._position = LoaderPosition(loader)
-        self._make = functools.partial(unfollowed, loader)
+        self._position = make_resumable(loader)[1] if isinstance(loader, DataLoader) else LoaderPosition(loader)
+        super().__init__(loader, loader)
         self._position.expected = False  # the script may iterate it elsewhere, too
-        self._iterating = False
 
     def iterate(self) -> Iterator[Any]:
         self._iterating = True
@@ -129,9 +130,6 @@ class _Direct:
             return self._position.iterate(self._make)
         finally:
             self._position.expected = False
-
-    def finish(self) -> None:
-        self._iterating = False
 
     def snapshot(self) -> dict[str, Any]:
         position = self._position
@@ -151,20 +149,8 @@ class _Direct:
             if part is not self._loader and callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)  # type: ignore[attr-defined]
 
-    def jump(self, epoch: int) -> None:
-        """The loop tells the sampler, or the user does."""
-
-    def parts(self) -> dict[str, object]:
-        return {"loader": self._loader}
-
-    def length(self) -> int | None:
-        return self._position.length()
-
     def indices_digest(self) -> str | None:
         return self._position.indices_digest()
-
-    def release(self) -> None:
-        release(self._loader)
 
 
 class _Draws(LoaderPosition):
@@ -223,7 +209,7 @@ class _Draws(LoaderPosition):
         self.indices_of_batches.append(self.drawn_indices())
 
 
-class _Wrapped:
+class _Wrapped(Followed):
     """A loader that draws from another one.
 
     Args:
@@ -241,15 +227,13 @@ class _Wrapped:
                 f"steps({type(loader).__name__} of a {type(inner).__name__}): expected a DataLoader inside, which no "
                 "running Trainer and no other steps() follows."
             )
-        self.source = self._loader = loader
-        self._inner, self._position = inner, position
+        super().__init__(loader, inner)
+        self._position = position
         position.records = deque(maxlen=2 * per_batch + 2)
         position.indices_of_batches = deque(maxlen=2 * per_batch)
         self._epoch, self._per_batch, self._ahead = epoch, per_batch, ahead
-        self._make = functools.partial(unfollowed, inner)
         self._taken = 0
         self._epoch_number = getattr(loader, epoch)
-        self._iterating = False
         self._pending: Mapping[str, Any] | None = None
 
     def iterate(self) -> Iterator[Any]:
@@ -273,9 +257,6 @@ class _Wrapped:
         for batch in iterator:
             self._taken += 1
             yield batch
-
-    def finish(self) -> None:
-        self._iterating = False
 
     def snapshot(self) -> dict[str, Any]:
         at_end = self._iterating and self._ahead and bool(self._taken and self._loader.end_of_dataloader)
@@ -306,17 +287,8 @@ class _Wrapped:
             return  # else the last pass is over
         self._position.restore_between(state["between"], self._make)
 
-    def begin_epoch(self, epoch: int) -> None:
-        """The wrapper does that."""
-
     def jump(self, epoch: int) -> None:
         setattr(self._loader, self._epoch, epoch)
-
-    def parts(self) -> dict[str, object]:
-        return {"loader": self._inner}
-
-    def length(self) -> int | None:
-        return length_of(self._loader)
 
     def indices_digest(self) -> str | None:
         drawn = list(self._position.indices_of_batches)
@@ -325,6 +297,3 @@ class _Wrapped:
         if not given or any(indices is None for indices in given):
             return None
         return digest_of(given[0] if len(given) == 1 else given)
-
-    def release(self) -> None:
-        release(self._inner)

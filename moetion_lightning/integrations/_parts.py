@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from moetion_lightning.core.generators import find_generators, is_generator
 from moetion_lightning.core.optimizer_parts import is_optimizer
+from moetion_lightning.data.own_state import is_stateful
 from moetion_lightning.errors import ConfigurationError
 
-__all__ = ["Parts", "is_stateful", "unwrap_optimizer"]
+__all__ = ["Parts", "unwrap_optimizer"]
 
 _WRAPPERS = ("accelerate.", "lightning.", "lightning_fabric.")
 
@@ -43,16 +44,43 @@ class Parts:
     compiled: bool = False
 
     @classmethod
-    def of(cls, modules: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module], where: str) -> Parts:
-        """The modules without their wrappers.
+    def of(
+        cls,
+        modules: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
+        where: str,
+        optimizers: Any = (),
+        scheduler: Any = None,
+        scaler: Any = None,
+    ) -> Parts:
+        """The modules without their wrappers, and what trains them.
 
         Args:
             modules: One module, or several.
             where: The user's call, for messages.
+            optimizers: One optimizer, or several, wrapped or not.
+            scheduler: Learning-rate scheduler, or several.
+            scaler: Gradient scaler, or several.
 
         Raises:
-            ConfigurationError: Something is no module.
+            ConfigurationError: Something is no module, no optimizer, or cannot be saved.
         """
+        parts = cls._of_modules(modules, where)
+        for optimizer in _several(optimizers):
+            raw = unwrap_optimizer(optimizer)
+            if not is_optimizer(raw):
+                raise ConfigurationError(
+                    f"{where}: {type(optimizer).__name__} as optimizer; expected a torch.optim.Optimizer, or "
+                    "what has its param_groups and step()"
+                )
+            if not any(raw is known for known in parts.optimizers):
+                parts.optimizers.append(raw)
+        parts.add_all("scheduler", scheduler, where)
+        parts.add_all("scaler", scaler, where)
+        parts.scales = any(s is not None and s.is_enabled() for s in _several(scaler))
+        return parts
+
+    @classmethod
+    def _of_modules(cls, modules: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module], where: str) -> Parts:
         if isinstance(modules, nn.Module) and not isinstance(modules, (nn.ModuleList, nn.ModuleDict)):
             parts = cls(module=modules)
             parts.module = parts._unwrap("", modules)
@@ -98,19 +126,6 @@ class Parts:
             found |= {prefix + name for name, _ in ddp.module.named_parameters() if name not in ignored}
         return frozenset(found)
 
-    def add_optimizers(self, optimizers: Any, where: str) -> None:
-        """One optimizer, or several, wrapped or not."""
-        several = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
-        for optimizer in several:
-            raw = unwrap_optimizer(optimizer)
-            if not is_optimizer(raw):
-                raise ConfigurationError(
-                    f"{where}: {type(optimizer).__name__} as optimizer; expected a torch.optim.Optimizer, or "
-                    "what has its param_groups and step()"
-                )
-            if not any(raw is known for known in self.optimizers):
-                self.optimizers.append(raw)
-
     def add(self, name: str, thing: Any, where: str) -> None:
         """Something with state of its own, or a random number generator."""
         if name in self.stateful or name in self.generators:
@@ -127,18 +142,20 @@ class Parts:
 
     def add_all(self, kind: str, things: Any, where: str) -> None:
         """One thing, several, or None."""
-        several = things if isinstance(things, (list, tuple)) else [] if things is None else [things]
-        for index, thing in enumerate(several):
+        for index, thing in enumerate([] if things is None else _several(things)):
             self.add(f"{kind}{index}", thing, where)
+
+    def schedulers(self) -> list[Any]:
+        """Learning-rate schedulers."""
+        return [thing for name, thing in self.stateful.items() if name.startswith("scheduler")]
 
     def shards(self) -> bool:
         """Whether parameters are distributed tensors."""
         return any(hasattr(parameter, "to_local") for parameter in self.module.parameters())
 
 
-def is_stateful(thing: object) -> bool:
-    """Whether it can save and load its state."""
-    return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
+def _several(things: Any) -> Sequence[Any]:
+    return things if isinstance(things, (list, tuple)) else [things]
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from moetion_lightning.config import launched_devices, launched_process
-from moetion_lightning.distributed.default_store import default_control, default_world
+from moetion_lightning.distributed.control import default_control, default_world
 from moetion_lightning.distributed.layout import holders, row_offset
 from moetion_lightning.engine import RankLayout, Ranks
 from moetion_lightning.errors import ConfigurationError

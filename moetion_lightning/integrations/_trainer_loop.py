@@ -23,7 +23,7 @@ from moetion_lightning.core.run_state import get_rng, set_rng
 from moetion_lightning.engine.replay_record import BatchDigest, describe_batch
 from moetion_lightning.errors import ConfigurationError, UnsupportedStateError
 from moetion_lightning.integrations._loaders import Followed, follow
-from moetion_lightning.integrations._trainer_evaluation import TrainerEvaluation
+from moetion_lightning.integrations._other_loaders import OtherLoader, OtherLoaders
 
 __all__ = ["TrainerLoop", "step_of"]
 
@@ -68,7 +68,7 @@ class TrainerLoop:
             )
         self._trainer = trainer
         self._patches = InstancePatches()
-        self._evaluation = TrainerEvaluation(trainer, self._patches)
+        self._evaluation = _Evaluation(trainer, self._patches)
         self._until_restored: list[Callable[[], None]] = []
         self._followed: Followed | None = None
         self._source: Any = None
@@ -307,6 +307,42 @@ def step_of(checkpoint: Path) -> int:
         return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
+
+
+class _Evaluation(OtherLoaders):
+    """Evaluation loaders: the Trainer keeps those whose workers live on, and makes others anew.
+
+    Args:
+        trainer: The trainer.
+        patches: Where its method is replaced.
+    """
+
+    def __init__(self, trainer: Any, patches: InstancePatches) -> None:
+        self._trainer = trainer
+        super().__init__("MoEtionTrainerCallback", self._kept)
+        original = trainer._get_dataloader
+
+        def get_dataloader(*args: Any, **kwargs: Any) -> Any:
+            loader = original(*args, **kwargs)
+            self.look()
+            return loader
+
+        patches.put(trainer, "_get_dataloader", get_dataloader)
+
+    def _kept(self) -> dict[str, OtherLoader]:
+        kept: Mapping[str, Any] = getattr(self._trainer, "_eval_dataloaders", {})
+        return {
+            key: OtherLoader(loader, loader.base_dataloader, counter="iteration")
+            for key, loader in kept.items()
+            if hasattr(loader, "base_dataloader")
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Continue there; loaders that were there are made."""
+        several = isinstance(self._trainer.eval_dataset, dict)
+        for key in saved.keys() - self._kept().keys():
+            self._trainer.get_eval_dataloader(key if several else None)
+        super().restore(saved)
 
 
 class _FollowedLoader:

@@ -96,21 +96,16 @@ class AcceleratedLoop(GuidedLoop):
     # --- inside --------------------------------------------------------------------------------------------------
 
     def _parts_so_far(self) -> Parts:
-        accelerator, where = self._accelerator, self._where
-        models = accelerator._models
-        parts = Parts.of(models[0] if len(models) == 1 else models, where)
-        parts.add_optimizers(accelerator._optimizers, where)
-        parts.add_all("scheduler", accelerator._schedulers, where)
-        return parts
+        accelerator, models = self._accelerator, self._accelerator._models
+        modules = models[0] if len(models) == 1 else models
+        return Parts.of(modules, self._where, accelerator._optimizers, accelerator._schedulers, accelerator.scaler)
 
     def _parts(self) -> Parts:
         accelerator, where = self._accelerator, self._where
         self._stop_warning()
         parts = self._parts_so_far()
-        parts.add_all("scaler", accelerator.scaler, where)
         parts.add_all("custom", accelerator._custom_objects, where)
         parts.add("accelerator", _Counters(accelerator), where)
-        parts.scales = accelerator.scaler is not None and accelerator.scaler.is_enabled()
         return parts
 
     def _autocast(self) -> bool:
@@ -124,7 +119,8 @@ class AcceleratedLoop(GuidedLoop):
         backward, save, load, end = (
             accelerator.backward, accelerator.save_state, accelerator.load_state, accelerator.end_training,
         )  # fmt: skip
-        since = self._run.captured_at
+        point = self._run.point
+        since = None if point is None else point.captured_at
 
         def backward_and_record(loss: Tensor, **kwargs: Any) -> None:
             self.record_loss(loss)

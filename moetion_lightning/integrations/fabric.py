@@ -123,17 +123,12 @@ class FabricCheckpointing(GuidedLoop):
             raise ConfigurationError(
                 f"{where} knows no optimizer: call run.track(optimizer, scheduler=...) after fabric.setup()"
             )
-        parts = self._parts_so_far()
-        scaler = getattr(self._fabric.strategy.precision, "scaler", None)
-        parts.add_all("scaler", scaler, where)
-        parts.scales = scaler is not None and scaler.is_enabled()
-        return parts
+        return self._parts_so_far()
 
     def _parts_so_far(self) -> Parts:
-        parts = Parts.of(self._modules[0] if len(self._modules) == 1 else self._modules, self._where)
-        parts.add_optimizers(self._optimizers, self._where)
-        parts.add_all("scheduler", self._schedulers, self._where)
-        return parts
+        modules = self._modules[0] if len(self._modules) == 1 else self._modules
+        scaler = getattr(self._fabric.strategy.precision, "scaler", None)
+        return Parts.of(modules, self._where, self._optimizers, self._schedulers, scaler)
 
     def _autocast(self) -> bool:
         return type(self._fabric.strategy.precision).__name__ == "MixedPrecision"

@@ -164,7 +164,7 @@ class _Session:
         if self.run.begun:
             self.run.boundary()
         else:
-            self.run.begin(self._loop, autocast=self._trainer.accelerator.mixed_precision != "no")
+            self.run.begin_loop(self._loop, autocast=self._trainer.accelerator.mixed_precision != "no")
         for digest in self._loop.drawn:
             self.run.record_batch(digest)
 
@@ -177,13 +177,8 @@ class _Session:
 
     def _parts(self) -> Parts:
         trainer = self._trainer
-        parts = Parts.of(trainer.model_wrapped, _WHERE)
-        parts.add_optimizers(trainer.optimizer, _WHERE)
-        parts.add_all("scheduler", trainer.lr_scheduler, _WHERE)
         scaler = trainer.accelerator.scaler
-        parts.add_all("scaler", scaler, _WHERE)
-        parts.scales = scaler is not None and scaler.is_enabled()
-        return parts
+        return Parts.of(trainer.model_wrapped, _WHERE, trainer.optimizer, trainer.lr_scheduler, scaler)
 
 
 def _beginning(trainer: Any, checkpoint: str | None) -> Beginning:

@@ -183,7 +183,7 @@ class GuidedLoop:
     @property
     def metrics(self) -> Mapping[str, float]:
         """Newest numbers for a progress bar or a logger."""
-        return dict(self._run.metrics)
+        return dict(self._run.reporter.metrics)
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -308,7 +308,7 @@ class GuidedLoop:
         self._follow(loaders)
         if not self._run.begun:
             self._position.others = OtherLoaders(self._where, self._find_others(loaders))
-            self._run.begin(self._position, autocast=self._autocast(), step=self._position.step)
+            self._run.begin_loop(self._position, autocast=self._autocast(), step=self._position.step)
         if self._in_epochs:
             yield from self._one_epoch()
             return
@@ -349,7 +349,7 @@ class GuidedLoop:
                 batches.append(batch)
             step, position.step = position.step, position.step + 1
             batch = tuple(batches) if len(batches) > 1 else batches[0]
-            self._run.record_batch(batch, position.loaders)
+            self._run.drew(batch, position.loaders)
             yield step, batch
             self._run.boundary()
 
@@ -399,12 +399,7 @@ class SparseCheckpointing(GuidedLoop):
         **settings: Any,
     ) -> None:
         where = type(self).__name__
-        self._found = Parts.of(modules, where)
-        self._found.add_optimizers(optimizers, where)
-        self._found.add_all("scheduler", scheduler, where)
-        self._found.add_all("scaler", scaler, where)
-        scalers = scaler if isinstance(scaler, (list, tuple)) else [scaler]
-        self._found.scales = any(s is not None and s.is_enabled() for s in scalers)
+        self._found = Parts.of(modules, where, optimizers, scheduler, scaler)
         super().__init__(settings, where)
         self._open(Path.cwd(), self._found.module, beginning_of(self._found))
 
@@ -414,5 +409,4 @@ class SparseCheckpointing(GuidedLoop):
 
 def beginning_of(parts: Parts) -> Beginning:
     """What is known of how a loop begins, beside its weights, before it does."""
-    schedulers = [thing for name, thing in parts.stateful.items() if name.startswith("scheduler")]
-    return {"settings": {**of_optimizers(parts.optimizers), **of_schedulers(schedulers)}}
+    return {"settings": {**of_optimizers(parts.optimizers), **of_schedulers(parts.schedulers())}}

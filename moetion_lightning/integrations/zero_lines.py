@@ -15,7 +15,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from moetion_lightning.distributed.default_store import default_world
+from moetion_lightning.distributed.control import default_world
 from moetion_lightning.engine.reporting import show_log_lines
 from moetion_lightning.integrations._after_import import after_import
 from moetion_lightning.integrations._automatic_loop import AutomaticLoop

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.metrics.functional import checkpoint_stall
+from moetion_lightning.metrics.sums import SumMetric
 
 __all__ = ["CheckpointStall"]
 
 
-class CheckpointStall(Metric):
+class CheckpointStall(SumMetric):
     """Seconds that an iteration waits for captures, and their share of its time.
 
     A capture copies the state while the next forward and backward run; the optimizer must wait for what is not copied
@@ -36,10 +34,7 @@ class CheckpointStall(Metric):
         {'seconds_per_iteration': tensor(0.1000, dtype=torch.float64), 'share': tensor(0.0500, dtype=torch.float64)}
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    plot_lower_bound: float = 0.0
 
     stall_seconds: Tensor
     iteration_seconds: Tensor
@@ -47,11 +42,8 @@ class CheckpointStall(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("stall_seconds", "iteration_seconds"):
-            zero = torch.zeros((), dtype=torch.float64)
-            self.add_state(name, default=zero, dist_reduce_fx="sum", persistent=True)
-        none = torch.zeros((), dtype=torch.int64)
-        self.add_state("num_iterations", default=none, dist_reduce_fx="sum", persistent=True)
+        self.add_sums("stall_seconds", "iteration_seconds")
+        self.add_sums("num_iterations", zeros=torch.zeros((), dtype=torch.int64))
 
     def update(self, stall_seconds: float, iteration_seconds: float, num_iterations: int = 1) -> None:
         """Add iterations.
@@ -76,14 +68,3 @@ class CheckpointStall(Metric):
     def compute(self) -> dict[str, Tensor]:
         """``seconds_per_iteration`` and ``share`` in [0, 1], float64; 0 before the first iteration."""
         return checkpoint_stall(self.stall_seconds, self.iteration_seconds, self.num_iterations)
-
-    def plot(
-        self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Draw values, or several ones as a course; needs matplotlib.
-
-        Args:
-            val: Results of ``compute`` or ``forward``; None takes the present one.
-            ax: Where to draw; None makes a figure.
-        """
-        return self._plot(val, ax)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.metrics.functional import effective_training_time_ratio
+from moetion_lightning.metrics.sums import SumMetric
 
 __all__ = ["EffectiveTrainingTimeRatio"]
 
 
-class EffectiveTrainingTimeRatio(Metric):
+class EffectiveTrainingTimeRatio(SumMetric):
     r"""Share of the wall time in which training went forward (ETTR).
 
     .. math:: \text{ETTR} = \frac{\sum \text{useful seconds}}{\sum \text{wall seconds}}
@@ -42,10 +39,7 @@ class EffectiveTrainingTimeRatio(Metric):
         tensor(0.7500, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    plot_lower_bound: float = 0.0
     plot_upper_bound: float = 1.0
 
     useful_seconds: Tensor
@@ -53,9 +47,7 @@ class EffectiveTrainingTimeRatio(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("useful_seconds", "wall_seconds"):
-            zero = torch.zeros((), dtype=torch.float64)
-            self.add_state(name, default=zero, dist_reduce_fx="sum", persistent=True)
+        self.add_sums("useful_seconds", "wall_seconds")
 
     def update(self, useful_seconds: float | Tensor = 0.0, wall_seconds: float | Tensor = 0.0) -> None:
         """Add time.
@@ -76,12 +68,3 @@ class EffectiveTrainingTimeRatio(Metric):
     def compute(self) -> Tensor:
         """The ratio, float64 in [0, 1]; 0 before any time has passed."""
         return effective_training_time_ratio(self.useful_seconds, self.wall_seconds)
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Draw a value, or several ones as a course; needs matplotlib.
-
-        Args:
-            val: Results of ``compute`` or ``forward``; None takes the present one.
-            ax: Where to draw; None makes a figure.
-        """
-        return self._plot(val, ax)

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.metrics.functional import expert_load, expert_load_imbalance
+from moetion_lightning.metrics.sums import SumMetric
 
 __all__ = ["ExpertLoad", "ExpertLoadImbalance"]
 
 
-class ExpertLoad(Metric):
+class ExpertLoad(SumMetric):
     r"""Each expert's share of the tokens of its layer.
 
     .. math:: \text{load}_e = \frac{\text{tokens}_e}{\sum_i \text{tokens}_i}
@@ -43,10 +43,7 @@ class ExpertLoad(Metric):
         tensor([0.2500, 0.2500, 0.5000, 0.0000], dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better: bool | None = None
-    full_state_update = False
-    plot_lower_bound: float | None = 0.0
     plot_upper_bound: float | None = 1.0
     plot_legend_name = "Expert"
 
@@ -61,8 +58,7 @@ class ExpertLoad(Metric):
             )
         self.num_experts = numbers[0] if isinstance(num_experts, int) else tuple(numbers)
         shape = (numbers[0],) if isinstance(num_experts, int) else (len(numbers), max(numbers))
-        zeros = torch.zeros(shape, dtype=torch.int64)
-        self.add_state("tokens", default=zeros, dist_reduce_fx="sum", persistent=True)
+        self.add_sums("tokens", zeros=torch.zeros(shape, dtype=torch.int64))
 
     def update(self, tokens: Tensor) -> None:
         """Add tokens.
@@ -84,7 +80,7 @@ class ExpertLoad(Metric):
         """The shares, float64; 0 for layers without tokens."""
         return expert_load(self.tokens)
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
+    def plot(self, val: Any = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
         """Draw the values: points, courses, or with several layers a map of layers and experts; needs matplotlib.
 
         Args:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.metrics.functional import proportion_of_lost_tokens
+from moetion_lightning.metrics.sums import SumMetric
 
 __all__ = ["ProportionOfLostTokens"]
 
 
-class ProportionOfLostTokens(Metric):
+class ProportionOfLostTokens(SumMetric):
     r"""Share of the tokens whose updates experts have lost in failures (PLT).
 
     .. math:: \text{PLT} = \frac{1}{N_\text{moe}} \sum_i \frac{\sum_j L_{ij}}{T_i \cdot \text{TopK}_i}
@@ -44,10 +42,7 @@ class ProportionOfLostTokens(Metric):
         tensor(0.0200, dtype=torch.float64)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    plot_lower_bound: float = 0.0
     plot_upper_bound: float = 1.0
 
     lost: Tensor
@@ -57,9 +52,7 @@ class ProportionOfLostTokens(Metric):
         super().__init__(**kwargs)
         if num_layers < 1:
             raise ConfigurationError(f"ProportionOfLostTokens(num_layers={num_layers}): expected a number >= 1")
-        for name in ("lost", "total"):
-            zeros = torch.zeros(num_layers, dtype=torch.int64)
-            self.add_state(name, default=zeros, dist_reduce_fx="sum", persistent=True)
+        self.add_sums("lost", "total", zeros=torch.zeros(num_layers, dtype=torch.int64))
 
     def update(self, lost: Tensor | None = None, total: Tensor | None = None) -> None:
         """Add tokens.
@@ -84,12 +77,3 @@ class ProportionOfLostTokens(Metric):
     def compute(self) -> Tensor:
         """The proportion, float64 in [0, 1]; 0 before the first token."""
         return proportion_of_lost_tokens(self.lost, self.total)
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
-        """Draw a value, or several ones as a course; needs matplotlib.
-
-        Args:
-            val: Results of ``compute`` or ``forward``; None takes the present one.
-            ax: Where to draw; None makes a figure.
-        """
-        return self._plot(val, ax)

@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from moetion_lightning.errors import ConfigurationError, RankLostError
+from moetion_lightning.distributed.rank_groups import RankGroups
+from moetion_lightning.errors import ConfigurationError
 
 __all__ = ["PipelineGroups", "PipelineLayout"]
 
@@ -88,8 +89,8 @@ class PipelineLayout:
         return tuple(stage for stage in range(self.num_stages) if self.owner(stage) == place)
 
 
-class PipelineGroups:
-    """The process groups of this rank, and the only place that refers to them.
+class PipelineGroups(RankGroups):
+    """The process groups of this rank.
 
     Args:
         layout: Who is where.
@@ -98,52 +99,25 @@ class PipelineGroups:
     """
 
     def __init__(self, layout: PipelineLayout, global_rank: int, timeout: timedelta | None) -> None:
+        places = range(layout.pipeline_parallel_size)
+        families = {
+            "pipeline": [layout.pipeline_ranks(dp_rank) for dp_rank in range(layout.data_parallel_size)],
+            "replica": [layout.replica_ranks(layout.global_rank(pp_rank, 0)) for pp_rank in places],
+        }
+        super().__init__(global_rank, timeout, families)
         self.layout = layout
-        self.global_rank = global_rank
-        self._timeout = timeout
-        self._pipeline: dist.ProcessGroup | None = None
-        self._replica: dist.ProcessGroup | None = None
-
-    def build(self) -> None:
-        """Make the groups.
-
-        Ranks:
-            All ranks of the job, together; the order of the groups is the same on each.
-        """
-        for dp_rank in range(self.layout.data_parallel_size):
-            ranks = self.layout.pipeline_ranks(dp_rank)
-            group = dist.new_group(list(ranks), timeout=self._timeout)
-            if self.global_rank in ranks:
-                self._pipeline = group
-        for pp_rank in range(self.layout.pipeline_parallel_size):
-            ranks = self.layout.replica_ranks(self.layout.global_rank(pp_rank, 0))
-            group = dist.new_group(list(ranks), timeout=self._timeout)
-            if self.global_rank in ranks:
-                self._replica = group
-
-    def drop(self) -> None:
-        """Forget the groups, so that their sockets can close. Harmless without any."""
-        self._pipeline = self._replica = None
 
     @property
     def pipeline(self) -> dist.ProcessGroup:
         """The ranks of this rank's pipeline."""
-        return self._existing(self._pipeline)
+        return self.group("pipeline")
 
     @property
     def replica(self) -> dist.ProcessGroup:
         """The ranks that run the same stages and average gradients."""
-        return self._existing(self._replica)
+        return self.group("replica")
 
     @property
     def pp_rank(self) -> int:
         """Place of this rank in its pipeline."""
         return self.layout.pp_rank(self.global_rank)
-
-    def _existing(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-        if group is None:
-            raise RankLostError(
-                f"rank {self.global_rank}: the pipeline's groups do not exist (never built, or dropped after a rank "
-                "was lost); call MoEtionStrategy.rebuild_groups() on all ranks first"
-            )
-        return group

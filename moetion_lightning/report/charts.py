@@ -10,7 +10,6 @@ from moetion_lightning.report.drawing import (
     RIGHT,
     WIDTH,
     Scale,
-    bytes_text,
     element,
     figure,
     grid,
@@ -20,6 +19,7 @@ from moetion_lightning.report.drawing import (
 )
 from moetion_lightning.report.history import History
 from moetion_lightning.report.timeline import mark_failures
+from moetion_lightning.units import size_text
 
 __all__ = ["draw_bytes", "draw_load", "draw_ratio", "draw_stalls"]
 
@@ -35,7 +35,7 @@ def draw_stalls(history: History) -> ElementTree.Element:
 
 def draw_bytes(history: History) -> ElementTree.Element:
     """Bytes that were captured of each iteration, and those of a dense checkpoint."""
-    return _bars("bytes", "Bytes captured of each iteration", history.nbytes, bytes_text, float(history.dense_bytes))
+    return _bars("bytes", "Bytes captured of each iteration", history.nbytes, size_text, float(history.dense_bytes))
 
 
 def _bars(

@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 __all__ = [
     "WIDTH",
     "Scale",
-    "bytes_text",
     "element",
     "figure",
     "grid",
@@ -126,11 +125,3 @@ def seconds_text(seconds: float) -> str:
         rest = round(seconds - 60 * int(seconds / 60))
         return f"{int(seconds / 60)} min {rest} s" if 0 < rest < 60 else f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
-
-
-def bytes_text(nbytes: float) -> str:
-    """A size with its unit."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if nbytes >= limit:
-            return f"{nbytes / limit:.3g} {unit}"
-    return f"{nbytes:.0f} B"

@@ -78,12 +78,12 @@ def find_failures(records: Sequence[Record], processes: Mapping[int, Sequence[Pr
     return tuple(_describe(group, records, finished) for group in groups)
 
 
-def _describe(group: Sequence[_Loss], records: Sequence[Record], finished: Sequence[_Finished]) -> Failure:
+def _describe(group: Sequence[_Loss], records: Sequence[Record], finished: Sequence[tuple[float, int]]) -> Failure:
     died = max(loss.died for loss in group)
     ranks = {loss.rank for loss in group}
-    reached = max((r.event.iteration for r in finished if r.time <= died), default=0)
+    reached = max((iteration for time, iteration in finished if time <= died), default=0)
     lost_again = min(loss.lost_again for loss in group)
-    new = [r.time for r in finished if died < r.time <= lost_again and r.event.iteration > reached]
+    new = [time for time, iteration in finished if died < time <= lost_again and iteration > reached]
     until = new[0] if new else lost_again
     after = [r for r in records if died < r.time <= until]
     mine = [r for r in after if r.rank in ranks]
@@ -94,7 +94,7 @@ def _describe(group: Sequence[_Loss], records: Sequence[Record], finished: Seque
     restored = min([s.first_iteration for s in stages] or [a.iteration for a in applied] or [0])
     replayed = len({r.event.iteration for r in mine if isinstance(r.event, ReplayIteration)})
     replayed = max([stage.last_iteration - stage.first_iteration for stage in stages], default=replayed)
-    done = {r.event.iteration for r in _iterations(mine)}
+    done = {iteration for _, iteration in _iterations(mine)}
     verdicts = [stage.verified for stage in stages] + [replay.verified for replay in replays]
     lossy = [r.event for r in mine if isinstance(r.event, PartialExpertsRestored)]
     return Failure(
@@ -116,11 +116,6 @@ def _sources(records: Iterable[Record]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(r.event.tier for r in records if isinstance(r.event, RestoreStarted)))
 
 
-@dataclass(frozen=True)
-class _Finished:
-    time: float
-    event: IterationFinished
-
-
-def _iterations(records: Iterable[Record]) -> list[_Finished]:
-    return [_Finished(r.time, r.event) for r in records if isinstance(r.event, IterationFinished)]
+def _iterations(records: Iterable[Record]) -> list[tuple[float, int]]:
+    """When each was finished."""
+    return [(r.time, r.event.iteration) for r in records if isinstance(r.event, IterationFinished)]

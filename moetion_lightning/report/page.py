@@ -8,13 +8,14 @@ from xml.etree import ElementTree
 
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.report.charts import draw_bytes, draw_load, draw_ratio, draw_stalls
-from moetion_lightning.report.drawing import bytes_text, element, seconds_text
+from moetion_lightning.report.drawing import element, seconds_text
 from moetion_lightning.report.failures import Failure
 from moetion_lightning.report.history import History, tell
 from moetion_lightning.report.lanes import Kind
 from moetion_lightning.report.reading import Reading, read_events
 from moetion_lightning.report.style import STYLE
 from moetion_lightning.report.timeline import KINDS, MOST_LANES, draw_timeline, ranks_text
+from moetion_lightning.units import size_text
 
 __all__ = ["make_page", "write_report"]
 
@@ -80,7 +81,7 @@ def make_page(reading: Reading, name: str) -> str:
         _section(body, "Bytes", _ABOUT_BYTES + (_ABOUT_DENSE if history.dense_bytes else ""), draw_bytes(history))
     if history.tokens:
         _section(body, "Expert load", _ABOUT_LOAD, draw_load(history))
-    _footer(body, reading, history)
+    _footer(body, reading)
     text = ElementTree.tostring(html, encoding="unicode", method="html")
     return f"<!DOCTYPE html>\n{text}\n"
 
@@ -120,7 +121,7 @@ def _tiles(body: ElementTree.Element, history: History) -> None:
         shown.append(("stall", seconds_text(stall), "stall per iteration (mean)"))
     if history.nbytes:
         mean = sum(history.nbytes.values()) / len(history.nbytes)
-        shown.append(("bytes", bytes_text(mean), "captured per iteration (mean)"))
+        shown.append(("bytes", size_text(mean), "captured per iteration (mean)"))
     if history.plt is not None:
         shown.append(("plt", f"{history.plt:.2%}", "proportion of lost tokens"))
     for key, value, label in shown:
@@ -207,7 +208,7 @@ def _section(body: ElementTree.Element, title: str, about: str, svg: ElementTree
     element(body, "div", class_="scroll").append(svg)
 
 
-def _footer(body: ElementTree.Element, reading: Reading, history: History) -> None:
+def _footer(body: ElementTree.Element, reading: Reading) -> None:
     footer = element(body, "footer")
     files = len(reading.files)
     skipped = "no line was skipped" if not reading.num_skipped else f"{reading.num_skipped} lines were skipped"

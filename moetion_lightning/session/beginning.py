@@ -33,6 +33,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from moetion_lightning.core.local import local
+from moetion_lightning.data.parts import length_of
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
 
 __all__ = [
@@ -174,7 +175,7 @@ def of_loaders(loaders: Iterable[Any], *, reloaded: bool = False) -> Beginning:
     """
     known = list(loaders)
     lists: dict[str, list[Any]] = {
-        "batches an epoch": [_length(loader) for loader in known],
+        "batches an epoch": [length_of(loader) for loader in known],
         "batch size": [plain(getattr(loader, "batch_size", None)) for loader in known],
     }
     sizes = {} if reloaded else lists
@@ -310,13 +311,6 @@ def plain(value: object, depth: int = 2) -> Any:
 def _shown(value: Any) -> str:
     text = f"{value:.9g}" if isinstance(value, float) else str(value)
     return text if len(text) <= _MAX_ITEMS else f"{text[:_MAX_ITEMS]}..."
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):  # a stream
-        return None
 
 
 def _arrays(dataset: object, depth: int = 4) -> list[Any]:

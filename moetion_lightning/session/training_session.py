@@ -124,6 +124,11 @@ class TrainingSession:
         """The adapter's part of that state; None if there is none."""
         return None if self._point is None else self._point.run_state()["adapter"]
 
+    def last_step(self, step: int) -> int:
+        """Optimizer steps at the end of the state that was found, given those at its beginning."""
+        point = self._point
+        return step + (point.num_slots - 1 if isinstance(point, RestorePoint) else 0)
+
     def find_again(self) -> RestorePoint | LivePoint | None:
         """Ranks were replaced: agree with all others where to continue, in this process."""
         self._point = self.engine.find_again()

@@ -1,14 +1,20 @@
-"""Gradients averaged over ranks that hold the same parameters, in an order that does not depend on when they came."""
+"""Gradients averaged over ranks that hold the same parameters, and clipped by the norm over all ranks.
+
+Sums are made in an order that does not depend on when values came.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad
 
-__all__ = ["average_gradients"]
+__all__ = ["average_gradients", "clipping_by"]
 
 _BUCKET_BYTES = 64 * 2**20
 
@@ -56,3 +62,27 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
                 bucket = []
         if bucket:
             yield bucket
+
+
+@contextlib.contextmanager
+def clipping_by(norm: Callable[[list[Tensor], float, bool | None], Tensor]) -> Iterator[None]:
+    """While this is open, ``torch.nn.utils.clip_grad_norm_`` clips by another norm of the gradients.
+
+    Whoever else listens for the norm at that place (the recorder of a checkpoint engine) is told this one.
+
+    Args:
+        norm: Gives it, of the gradients, the order of the norm, and torch's ``foreach``.
+    """
+    outer = clip_grad._get_total_norm
+
+    def total_norm(
+        tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> Tensor:
+        gradients = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        return outer([norm(gradients, float(norm_type), foreach)], norm_type, error_if_nonfinite, foreach)
+
+    clip_grad._get_total_norm = total_norm
+    try:
+        yield
+    finally:
+        clip_grad._get_total_norm = outer

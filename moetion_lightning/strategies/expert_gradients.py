@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad, get_total_norm
+from torch.nn.utils import get_total_norm
 
-from moetion_lightning.strategies.averaging import average_gradients
+from moetion_lightning.strategies.averaging import average_gradients, clipping_by
 from moetion_lightning.strategies.expert_layout import ExpertGroups
 
 __all__ = ["ExpertGradients"]
@@ -66,28 +66,18 @@ class ExpertGradients:
     def global_norm(self) -> Iterator[None]:
         """While this is open, ``torch.nn.utils.clip_grad_norm_`` sees the norm over the experts of all ranks.
 
-        Whoever else listens for the norm at that place (the recorder of a checkpoint engine) is told the global one.
-
         Ranks:
             All ranks of the job must make the same calls.
         """
         if self._active or self._groups.layout.expert_parallel_size == 1 or not self._parameters:
             yield
             return
-        outer = clip_grad._get_total_norm
-
-        def total_norm(
-            tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
-        ) -> Tensor:
-            gradients = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-            norm = self._norm(gradients, float(norm_type), foreach)
-            return outer([norm], norm_type, error_if_nonfinite, foreach)
-
-        self._active, clip_grad._get_total_norm = True, total_norm
+        self._active = True
         try:
-            yield
+            with clipping_by(self._norm):
+                yield
         finally:
-            self._active, clip_grad._get_total_norm = False, outer
+            self._active = False
 
     def _norm(self, gradients: Sequence[Tensor], norm_type: float, foreach: bool | None) -> Tensor:
         experts = {id(parameter.grad) for parameter in self._parameters}

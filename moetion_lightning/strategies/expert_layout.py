@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from moetion_lightning.errors import ConfigurationError, RankLostError
+from moetion_lightning.distributed.rank_groups import RankGroups
+from moetion_lightning.errors import ConfigurationError
 
 __all__ = ["ExpertGroups", "ExpertLayout"]
 
@@ -61,8 +62,8 @@ class ExpertLayout:
         return range(start, start + size + (position < larger))
 
 
-class ExpertGroups:
-    """The two process groups of this rank, and the only place that refers to them.
+class ExpertGroups(RankGroups):
+    """The two process groups of this rank.
 
     Args:
         layout: Who is where.
@@ -71,52 +72,25 @@ class ExpertGroups:
     """
 
     def __init__(self, layout: ExpertLayout, global_rank: int, timeout: timedelta | None) -> None:
+        places = range(layout.expert_parallel_size)
+        families = {
+            "expert": [layout.expert_ranks(first) for first in range(0, layout.world_size, len(places))],
+            "replica": [layout.replica_ranks(position) for position in places],
+        }
+        super().__init__(global_rank, timeout, families)
         self.layout = layout
-        self.global_rank = global_rank
-        self._timeout = timeout
-        self._expert: dist.ProcessGroup | None = None
-        self._replica: dist.ProcessGroup | None = None
-
-    def build(self) -> None:
-        """Make the groups.
-
-        Ranks:
-            All ranks of the job, together; the order of the groups is the same on each.
-        """
-        for first in range(0, self.layout.world_size, self.layout.expert_parallel_size):
-            ranks = self.layout.expert_ranks(first)
-            group = dist.new_group(list(ranks), timeout=self._timeout)
-            if self.global_rank in ranks:
-                self._expert = group
-        for position in range(self.layout.expert_parallel_size):
-            ranks = self.layout.replica_ranks(position)
-            group = dist.new_group(list(ranks), timeout=self._timeout)
-            if self.global_rank in ranks:
-                self._replica = group
-
-    def drop(self) -> None:
-        """Forget the groups, so that their sockets can close. Harmless without any."""
-        self._expert = self._replica = None
 
     @property
     def expert(self) -> dist.ProcessGroup:
         """The group that exchanges tokens."""
-        return self._existing(self._expert)
+        return self.group("expert")
 
     @property
     def replica(self) -> dist.ProcessGroup:
         """The group that averages gradients of experts."""
-        return self._existing(self._replica)
+        return self.group("replica")
 
     @property
     def position(self) -> int:
         """Place of this rank in the expert-parallel group."""
         return self.layout.position(self.global_rank)
-
-    def _existing(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-        if group is None:
-            raise RankLostError(
-                f"rank {self.global_rank}: the expert-parallel groups do not exist (never built, or dropped after a "
-                "rank was lost); call MoEtionStrategy.rebuild_groups() on all ranks first"
-            )
-        return group

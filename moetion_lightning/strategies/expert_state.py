@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,29 +12,78 @@ from torch import Tensor
 from moetion_lightning.errors import UnsupportedStateError
 from moetion_lightning.strategies.expert_layout import ExpertGroups
 from moetion_lightning.strategies.expert_parallel import ExpertShards, ShardedLayer
-from moetion_lightning.strategies.optimizer_order import Entries, OptimizerOrder, receive_entries, send_entries
+from moetion_lightning.strategies.optimizer_order import Entries, SpreadState, receive_entries, send_entries
 
-__all__ = ["gather_module_state", "gather_optimizer_state", "local_module_state", "own_rows"]
+__all__ = ["ExpertState"]
 
 
-def _gather_layer(layer: ShardedLayer, own: Entries, groups: ExpertGroups, device: torch.device) -> Entries | None:
-    """The entries of all experts of a layer on global rank 0, None elsewhere. Only the group of rank 0 takes part."""
-    if 0 not in groups.layout.expert_ranks(groups.global_rank):
-        return None
-    if groups.position:
-        send_entries(own, dist.get_global_rank(groups.expert, 0), device)
-        return None
-    parts = [
-        own,
-        *(
-            receive_entries(dist.get_global_rank(groups.expert, p), device)
-            for p in range(1, groups.layout.expert_parallel_size)
-        ),
-    ]
-    if layer.kind == "list":
-        return {name: fields for part in parts for name, fields in part.items()}
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: _joined(name, [part.get(name, {}) for part in parts], layer) for name in names}
+class ExpertState(SpreadState):
+    """The experts of a module, one layer at a time.
+
+    Args:
+        shards: The experts of this rank.
+        groups: The groups of this rank; that of rank 0 gathers.
+        device: A device that the backend can send from.
+    """
+
+    def __init__(self, shards: ExpertShards, groups: ExpertGroups, device: torch.device) -> None:
+        super().__init__(groups.global_rank)
+        self._shards = shards
+        self._groups = groups
+        self._device = device
+        self._fused = {n: layer for layer in shards.layers if layer.kind == "fused" for n in layer.parameters}
+
+    def gather(self, state: dict[str, Any]) -> Any:
+        """See :class:`SpreadState`: in the order of the whole module, with other ranks' experts on the CPU."""
+        found = self.gathered({name: {"": value} for name, value in state.items()})
+        if self._global_rank:
+            return state
+        whole = {**state, **{name: fields[""] for name, fields in found.items()}}
+        names = dict.fromkeys([*self._shards.state_names, *whole])
+        ordered = type(state)((name, whole[name]) for name in names if name in whole)
+        if hasattr(state, "_metadata"):
+            ordered._metadata = state._metadata  # type: ignore[attr-defined]
+        return ordered
+
+    def gathered(self, entries: Entries) -> Entries:
+        """See :class:`SpreadState`."""
+        found: Entries = {}
+        for layer in self._shards.layers:
+            own = {name: entries[name] for name in _state_names(layer, entries)}
+            found.update(self._gathered_layer(layer, own))
+        return found
+
+    def _gathered_layer(self, layer: ShardedLayer, own: Entries) -> Entries:
+        groups, device = self._groups, self._device
+        if 0 not in groups.layout.expert_ranks(groups.global_rank):
+            return {}
+        if groups.position:
+            send_entries(own, dist.get_global_rank(groups.expert, 0), device)
+            return {}
+        others = [dist.get_global_rank(groups.expert, p) for p in range(1, groups.layout.expert_parallel_size)]
+        parts = [own, *(receive_entries(rank, device) for rank in others)]
+        if layer.kind == "list":
+            return {name: fields for part in parts for name, fields in part.items()}
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: _joined(name, [part.get(name, {}) for part in parts], layer) for name in names}
+
+    def load(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        """See :class:`SpreadState`; entries that are of this rank alone already are taken as they are."""
+        own = {name: self.part(name, value) for name, value in state.items()}
+        for layer in self._shards.layers:
+            others = [n for e, n in enumerate(layer.layer.expert_modules) if e not in layer.owned]
+            prefixes = tuple(f"{other}." for other in others)
+            own = {name: value for name, value in own.items() if not name.startswith(prefixes)} if prefixes else own
+        self._shards.module.load_state_dict(own, strict=strict)
+
+    def part(self, name: str, value: Any) -> Any:
+        """Of a fused parameter, or of its optimizer state, the rows of this rank's experts."""
+        layer = self._fused.get(name)
+        if layer is None or not isinstance(value, Tensor) or not value.dim():
+            return value
+        if value.shape[0] != layer.layer.num_experts:
+            return value
+        return value[layer.owned.start : layer.owned.stop].clone()
 
 
 def _joined(name: str, parts: Sequence[dict[str, Any]], layer: ShardedLayer) -> dict[str, Any]:
@@ -55,93 +104,9 @@ def _joined(name: str, parts: Sequence[dict[str, Any]], layer: ShardedLayer) -> 
     return result
 
 
-def gather_module_state(shards: ExpertShards, state: dict[str, Any], groups: ExpertGroups, device: torch.device) -> Any:
-    """The state dict of the whole module, one layer at a time.
-
-    Args:
-        shards: The experts of this rank.
-        state: The module's own ``state_dict()``.
-        groups: The groups of this rank.
-        device: A device that the backend can send from.
-
-    Returns:
-        On global rank 0 the whole state dict, in the order of the whole module, with other ranks' experts on the CPU;
-        elsewhere ``state``.
-
-    Ranks:
-        All ranks of the expert-parallel group of rank 0, together; others return at once.
-    """
-    whole = dict(state)
-    for layer in shards.layers:
-        gathered = _gather_layer(layer, {n: {"": state[n]} for n in _state_names(layer, state)}, groups, device)
-        whole.update({name: fields[""] for name, fields in (gathered or {}).items()})
-    if groups.global_rank:
-        return state
-    ordered = type(state)((n, whole[n]) for n in dict.fromkeys([*shards.state_names, *whole]) if n in whole)
-    if hasattr(state, "_metadata"):
-        ordered._metadata = state._metadata  # type: ignore[attr-defined]
-    return ordered
-
-
 def _state_names(layer: ShardedLayer, names: Iterable[str]) -> list[str]:
     """The state entries that hold experts of a layer."""
     if layer.kind == "fused":
         return [name for name in layer.parameters if name in names]
     prefixes = tuple(f"{name}." for name in layer.layer.expert_modules)
     return [name for name in names if name.startswith(prefixes)]
-
-
-def local_module_state(shards: ExpertShards, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a state dict that belong on this rank.
-
-    Args:
-        shards: The experts of this rank.
-        state: Of the whole module, or already of this rank.
-    """
-    result = dict(state)
-    for layer in shards.layers:
-        if layer.kind == "fused":
-            for name in _state_names(layer, result):
-                result[name] = _own_rows(result[name], layer)
-        else:
-            others = [n for e, n in enumerate(layer.layer.expert_modules) if e not in layer.owned]
-            for name in [n for n in result if n.startswith(tuple(f"{other}." for other in others))] if others else ():
-                del result[name]
-    return result
-
-
-def own_rows(shards: ExpertShards) -> Callable[[str, Any], Any]:
-    """What takes this rank's rows out of a parameter's state, by the parameter's name."""
-    layers = {name: layer for layer in shards.layers if layer.kind == "fused" for name in layer.parameters}
-    return lambda name, value: _own_rows(value, layers[name]) if name in layers else value
-
-
-def _own_rows(value: Any, layer: ShardedLayer) -> Any:
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == layer.layer.num_experts:
-        return value[layer.owned.start : layer.owned.stop].clone()
-    return value
-
-
-def gather_optimizer_state(
-    shards: ExpertShards, order: OptimizerOrder, state: dict[str, Any], groups: ExpertGroups, device: torch.device
-) -> dict[str, Any]:
-    """The optimizer state dict of the whole module, one layer at a time.
-
-    Args:
-        shards: The experts of this rank.
-        order: The optimizer's groups.
-        state: The optimizer's own ``state_dict()``.
-        groups: The groups of this rank.
-        device: A device that the backend can send from.
-
-    Returns:
-        On global rank 0 the whole state dict; elsewhere ``state``.
-
-    Ranks:
-        All ranks of the expert-parallel group of rank 0, together; others return at once.
-    """
-    entries = order.entries(state)
-    for layer in shards.layers:
-        own = {name: entries[name] for name in layer.parameters if name in entries}
-        entries.update(_gather_layer(layer, own, groups, device) or {})
-    return state if groups.global_rank else order.whole(state, entries)

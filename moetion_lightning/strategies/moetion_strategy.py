@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,13 +26,8 @@ from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.strategies.expert_gradients import ExpertGradients
 from moetion_lightning.strategies.expert_layout import ExpertGroups, ExpertLayout
 from moetion_lightning.strategies.expert_parallel import ExpertShards, ShardedLayer, plan_layers
-from moetion_lightning.strategies.expert_state import (
-    gather_module_state,
-    gather_optimizer_state,
-    local_module_state,
-    own_rows,
-)
-from moetion_lightning.strategies.optimizer_order import OptimizerOrder, plain_optimizer
+from moetion_lightning.strategies.expert_state import ExpertState
+from moetion_lightning.strategies.optimizer_order import OptimizerOrder, SpreadState, plain_optimizer
 
 __all__ = ["MoEtionStrategy"]
 
@@ -99,10 +94,6 @@ class MoEtionStrategy(DDPStrategy):
 
     Raises:
         ConfigurationError: A size is not a positive integer, or settings contradict each other.
-
-    Attributes:
-        joins_running_job: Set on the rank that replaces a lost one, before ``Trainer.fit``: its setup then sends and
-            receives no weights (those of the other ranks have moved on) while they call :meth:`rebuild_groups`.
     """
 
     strategy_name = "moetion"
@@ -173,13 +164,11 @@ class MoEtionStrategy(DDPStrategy):
         self.chunks_per_rank = chunks_per_rank
         self.layers = layers
         self.balance = balance
-        self.joins_running_job = False
         self._specs = tuple(specs)
         self._groups: ExpertGroups | None = None
         self._shards: ExpertShards | None = None
         self._gradients: ExpertGradients | None = None
-        self._orders: dict[int, OptimizerOrder] = {}
-        self._local_state = False
+        self._state: ExpertState | None = None
 
     @classmethod
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
@@ -215,25 +204,13 @@ class MoEtionStrategy(DDPStrategy):
             return self.layout.replica_ranks(self.global_rank)
         return tuple(range(self.world_size))
 
-    @contextlib.contextmanager
-    def local_state(self) -> Iterator[None]:
-        """While this is open, state dicts are of this rank only, and nothing is gathered.
-
-        For a checkpoint engine in which every rank keeps its own part.
-        """
-        before, self._local_state = self._local_state, True
-        try:
-            yield
-        finally:
-            self._local_state = before
-
     def rebuild_groups(self) -> None:
         """Make the process groups and the DDP wrapper anew; all tensors stay as they are.
 
         For use after torch.distributed was destroyed and initialised again, because a rank was replaced.
 
         Ranks:
-            All ranks of the job, together; a replacing rank runs its setup (see ``joins_running_job``) meanwhile.
+            All ranks of the job, together.
         """
         if self._groups is not None:
             self._groups.drop()
@@ -252,9 +229,6 @@ class MoEtionStrategy(DDPStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Spread the experts, then set up as DDPStrategy does.
-
-        Args:
-            trainer: The trainer.
 
         Raises:
             ConfigurationError: The module cannot be trained like this; see :func:`plan_layers`.
@@ -283,9 +257,9 @@ class MoEtionStrategy(DDPStrategy):
         self._groups = ExpertGroups(layout, self.global_rank, self._timeout)
         self._groups.build()
         self._shards = ExpertShards(module, layers, self._groups)
-        if not self.joins_running_job:
-            self._shards.broadcast(self.root_device)
+        self._shards.broadcast(self.root_device)
         self._shards.take()
+        self._state = ExpertState(self._shards, self._groups, self.root_device) if self._shards.taken else None
         self._gradients = ExpertGradients(self._shards.expert_parameters(), self._groups)
         object.__setattr__(module, _MARK, self.expert_parallel_size > 1)
         _logger.info(
@@ -296,13 +270,9 @@ class MoEtionStrategy(DDPStrategy):
         )
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Let ``configure_optimizers`` see the parameters of the whole module, then keep this rank's.
-
-        Args:
-            trainer: The trainer.
-        """
-        shards = self._shards
-        if shards is None:
+        """Let ``configure_optimizers`` see the parameters of the whole module, then keep this rank's."""
+        shards, state = self._shards, self._state
+        if shards is None or state is None:
             super().setup_optimizers(trainer)
             return
         shards.show_placeholders(True)
@@ -310,14 +280,11 @@ class MoEtionStrategy(DDPStrategy):
             super().setup_optimizers(trainer)
         finally:
             shards.show_placeholders(False)
-        names = shards.names_by_id()
-        self._orders = {
-            id(plain_optimizer(optimizer)): OptimizerOrder(plain_optimizer(optimizer), names, shards.is_placeholder)
-            for optimizer in self.optimizers
-        }
+        names, plain = shards.names_by_id(), [plain_optimizer(optimizer) for optimizer in self.optimizers]
+        state.orders = {id(o): OptimizerOrder(o, names, shards.is_placeholder) for o in plain}
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        return self._wrapped(model, init_sync=not self.joins_running_job)
+        return self._wrapped(model, init_sync=True)
 
     def _wrapped(self, model: nn.Module | None, *, init_sync: bool) -> DistributedDataParallel:
         assert model is not None
@@ -339,11 +306,7 @@ class MoEtionStrategy(DDPStrategy):
             return super().training_step(*args, **kwargs)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the experts' gradients at once if the module steps its optimizers itself.
-
-        Args:
-            closure_loss: The loss.
-        """
+        """Average the experts' gradients at once if the module steps its optimizers itself."""
         super().post_backward(closure_loss)
         module = self.lightning_module
         if self._gradients is not None and module is not None and not module.automatic_optimization:
@@ -356,14 +319,7 @@ class MoEtionStrategy(DDPStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the last backward pass, average the experts' gradients, clip by the global norm, step.
-
-        Args:
-            optimizer: The optimizer.
-            closure: Runs the last forward and backward pass.
-            model: The module.
-            **kwargs: Further arguments of the step.
-        """
+        """Run the last backward pass, average the experts' gradients, clip by the global norm, step."""
         gradients, module = self._gradients, self.lightning_module
 
         def closure_and_average() -> Any:
@@ -380,62 +336,42 @@ class MoEtionStrategy(DDPStrategy):
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
-    def _spread_state(self) -> tuple[ExpertShards, ExpertGroups] | None:
-        if self._shards is None or self._groups is None or not self._shards.taken:
-            return None
-        return self._shards, self._groups
+    @property
+    def spread_state(self) -> SpreadState | None:
+        """What gathers and cuts apart the state of the module; None while every rank has it whole."""
+        return self._state
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The state dict of the whole module on rank 0, of its own part on any other rank.
 
         Ranks:
-            All ranks of the job, together, unless :meth:`local_state` is open.
+            All ranks of the job, together.
         """
         state: dict[str, Any] = super().lightning_module_state_dict()
-        spread = self._spread_state()
-        if spread is None or self._local_state:
-            return state
-        result: dict[str, Any] = gather_module_state(spread[0], state, spread[1], self.root_device)
-        return result
+        spread = self.spread_state
+        return state if spread is None else spread.gather(state)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state for the whole module on rank 0, for its own part on any other rank.
 
-        Args:
-            optimizer: One of this strategy's optimizers.
-
         Ranks:
-            All ranks of the job, together, unless :meth:`local_state` is open.
+            All ranks of the job, together.
         """
         state: dict[str, Any] = super().optimizer_state(optimizer)
-        spread = self._spread_state()
-        if spread is None or self._local_state:
-            return state
-        order = self._orders[id(plain_optimizer(optimizer))]
-        return gather_optimizer_state(spread[0], order, state, spread[1], self.root_device)
+        spread = self.spread_state
+        return state if spread is None else spread.gather_optimizer(optimizer, state)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load this rank's part of a checkpoint of the whole module.
-
-        Args:
-            checkpoint: An ordinary checkpoint, or one made under :meth:`local_state`.
-            strict: Whether names must match.
-        """
-        if self._spread_state() is not None and self._shards is not None:
-            checkpoint = {**checkpoint, "state_dict": local_module_state(self._shards, checkpoint["state_dict"])}
-        super().load_model_state_dict(checkpoint, strict=strict)
+        """Load this rank's part of a checkpoint of the whole module."""
+        if self.spread_state is None:
+            super().load_model_state_dict(checkpoint, strict=strict)
+        else:
+            self.spread_state.load(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load this rank's part of the optimizers' states.
-
-        Args:
-            checkpoint: An ordinary checkpoint, or one made under :meth:`local_state`.
-        """
-        if self._spread_state() is not None and self._shards is not None:
-            states = [
-                self._orders[id(plain_optimizer(optimizer))].cut(state, own_rows(self._shards))
-                for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"])
-            ]
+        """Load this rank's part of the optimizers' states."""
+        if self.spread_state is not None:
+            states = self.spread_state.cut_optimizers(self.optimizers, checkpoint["optimizer_states"])
             checkpoint = {**checkpoint, "optimizer_states": states}
         super().load_optimizer_state_dict(checkpoint)
 

@@ -1,8 +1,8 @@
-"""One ordinary optimizer checkpoint of a module whose parameters are spread over the ranks, by parameter name."""
+"""One ordinary checkpoint of a module whose parameters are spread over the ranks, by parameter name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from moetion_lightning.distributed.messages import receive_message, send_message
 from moetion_lightning.errors import ConfigurationError, UnsupportedStateError
 
-__all__ = ["Entries", "OptimizerOrder", "plain_optimizer", "receive_entries", "send_entries"]
+__all__ = ["Entries", "OptimizerOrder", "SpreadState", "plain_optimizer", "receive_entries", "send_entries"]
 
 #: Tensors and plain values by field, by the name of the parameter or state entry that they belong to.
 Entries = dict[str, dict[str, Any]]
@@ -119,7 +119,7 @@ class OptimizerOrder:
         """This rank's part of an optimizer state dict.
 
         Args:
-            state: Of the whole module, or already of this rank.
+            state: Of the whole module.
             part: Gives this rank's part of a value of a parameter's state, by the parameter's name.
 
         Raises:
@@ -127,8 +127,6 @@ class OptimizerOrder:
         """
         sizes = [len(group["params"]) for group in state["param_groups"]]
         if sizes != [len(names) for names in self.groups]:
-            if sizes == [len(names) for names in self.local]:
-                return dict(state)
             raise ConfigurationError(
                 f"the checkpoint's optimizer has groups of {sizes} parameters, this run's has "
                 f"{[len(names) for names in self.groups]}: it is of another module or another configure_optimizers"
@@ -153,3 +151,49 @@ class OptimizerOrder:
 def plain_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer without Lightning's wrapper."""
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+class SpreadState:
+    """What of a module's state is whose: gathered on saving, cut apart on loading.
+
+    Args:
+        global_rank: This rank; rank 0 has the whole state of a checkpoint.
+
+    Attributes:
+        orders: By ``id`` of an optimizer: its parameter groups in the whole module.
+    """
+
+    def __init__(self, global_rank: int) -> None:
+        self._global_rank = global_rank
+        self.orders: dict[int, OptimizerOrder] = {}
+
+    def gather(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state dict of the whole module on global rank 0; elsewhere ``state``.
+
+        Ranks:
+            Those that have something of which rank 0 knows nothing, and rank 0, together; others return at once.
+        """
+        raise NotImplementedError
+
+    def gathered(self, entries: Entries) -> Entries:
+        """On global rank 0 the entries of other ranks, elsewhere nothing; as :meth:`gather`."""
+        raise NotImplementedError
+
+    def load(self, state: Mapping[str, Any], *, strict: bool) -> None:
+        """Load this rank's part of a state dict of the whole module."""
+        raise NotImplementedError
+
+    def part(self, name: str, value: Any) -> Any:
+        """This rank's part of a value of a parameter's optimizer state."""
+        return value
+
+    def gather_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer state dict of the whole module on global rank 0; elsewhere ``state``. As :meth:`gather`."""
+        order = self.orders[id(plain_optimizer(optimizer))]
+        entries = order.entries(state)
+        entries.update(self.gathered(entries))
+        return state if self._global_rank else order.whole(state, entries)
+
+    def cut_optimizers(self, optimizers: Iterable[Optimizer], states: Iterable[Mapping[str, Any]]) -> list[Any]:
+        """This rank's part of the optimizers' state dicts."""
+        return [self.orders[id(plain_optimizer(o))].cut(state, self.part) for o, state in zip(optimizers, states)]

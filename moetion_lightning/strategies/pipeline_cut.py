@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,33 +22,16 @@ from moetion_lightning.pipeline.micro_batches import map_tensors, split_batch
 from moetion_lightning.pipeline.probe import make_plan, measure_layers
 from moetion_lightning.pipeline.runner import PipelineRunner
 from moetion_lightning.pipeline.schedules import ScheduleKind, usable_micro_batches
-from moetion_lightning.strategies.optimizer_order import OptimizerOrder, plain_optimizer
+from moetion_lightning.strategies.optimizer_order import plain_optimizer
 from moetion_lightning.strategies.pipeline_gradients import PipelineGradients
 from moetion_lightning.strategies.pipeline_state import PipelineState
 from moetion_lightning.strategies.step_logs import StepLogs
 
-__all__ = ["CUT_MARK", "Cut", "CutSettings", "PendingCut"]
+__all__ = ["CUT_MARK", "Cut", "PendingCut"]
 
 _logger = logging.getLogger(__name__)
 #: Attribute of a module that was cut.
 CUT_MARK = "_moetion_pipeline"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CutSettings:
-    """What the user says of the cut.
-
-    Args:
-        layers: Names of the lists of layers; None: they are found.
-        balance: ``"parameters"``, ``"time"``, or the first layer of each stage.
-        num_stages: Stages of the pipeline.
-        num_micro_batches: Into how many pieces a batch is cut.
-    """
-
-    layers: str | Sequence[str] | None
-    balance: str | Sequence[int]
-    num_stages: int
-    num_micro_batches: int
 
 
 class PendingCut:
@@ -57,24 +39,35 @@ class PendingCut:
 
     Args:
         module: The whole module.
-        settings: How to cut.
+        layers: Names of the lists of layers; None: they are found.
+        balance: ``"parameters"``, ``"time"``, or the first layer of each stage.
+        num_stages: Stages of the pipeline.
+        num_micro_batches: Into how many pieces a batch is cut.
 
     Raises:
         ConfigurationError: The module has no layers to cut between, or too few.
     """
 
-    def __init__(self, module: LightningModule, settings: CutSettings) -> None:
+    def __init__(
+        self,
+        module: LightningModule,
+        layers: str | Sequence[str] | None,
+        balance: str | Sequence[int],
+        *,
+        num_stages: int,
+        num_micro_batches: int,
+    ) -> None:
         self.module = module
-        self._settings = settings
-        self._layers: LayerList = find_layers(module, settings.layers)
+        self._balance, self._num_stages, self._num_micro_batches = balance, num_stages, num_micro_batches
+        self._layers: LayerList = find_layers(module, layers)
         self._bounds: tuple[int, ...] | None = None
-        if len(self._layers) < settings.num_stages:
+        if len(self._layers) < num_stages:
             raise ConfigurationError(
                 f"{type(module).__name__} has {len(self._layers)} layers ({', '.join(self._layers.names)}) for "
-                f"{settings.num_stages} stages: expected at least as many. Use fewer stages, or name finer layers"
+                f"{num_stages} stages: expected at least as many. Use fewer stages, or name finer layers"
             )
-        if not isinstance(settings.balance, str):
-            self._bounds = check_bounds(settings.balance, len(self._layers), settings.num_stages)
+        if not isinstance(balance, str):
+            self._bounds = check_bounds(balance, len(self._layers), num_stages)
 
     def cut(
         self,
@@ -99,9 +92,9 @@ class PendingCut:
             loss_of: Takes the loss out of what the step returns.
             bounds: Those of the run that is continued; None: what the user said.
         """
-        module, settings = self.module, self._settings
+        module, num_stages = self.module, self._num_stages
         size = groups.layout.pipeline_parallel_size
-        micro_batch = _split(module, batch, settings.num_micro_batches, kind, size)[0]
+        micro_batch = _split(module, batch, self._num_micro_batches, kind, size)[0]
         interceptor = Interceptor(self._layers)
         interceptor.install()
         logs = StepLogs(module)
@@ -112,11 +105,11 @@ class PendingCut:
         try:
             with logs.standing_in():
                 bounds = self._bounds if bounds is None else bounds
-                if bounds is None and settings.balance == "time":
-                    bounds = agree(balance(measure_layers(module, interceptor, loss, seed=0), settings.num_stages))
+                if bounds is None and self._balance == "time":
+                    bounds = agree(balance(measure_layers(module, interceptor, loss, seed=0), num_stages))
                 elif bounds is None:
-                    bounds = balance(layer_weights(module, self._layers), settings.num_stages)
-                plan = make_plan(module, interceptor, bounds, settings.num_stages, loss, seed=0)
+                    bounds = balance(layer_weights(module, self._layers), num_stages)
+                plan = make_plan(module, interceptor, bounds, num_stages, loss, seed=0)
         except BaseException:
             interceptor.remove()
             raise
@@ -141,7 +134,6 @@ class Cut:
     Attributes:
         replaying: Whether this rank's stages are being replayed, without the others.
         template: The form of a batch, without its tensors.
-        orders: By ``id`` of an optimizer: its parameter groups in the whole module.
         shared_buffers: Buffers that replicas take from the first of them; None until they have agreed.
     """
 
@@ -183,7 +175,6 @@ class Cut:
         self.gradients = PipelineGradients(self.parameters, self.tied_places, groups)
         self.state = PipelineState(module, places, groups, device)
         self.runner = PipelineRunner(module, interceptor, plan, groups, device, kind, loss_of)
-        self.orders: dict[int, OptimizerOrder] = {}
         self.shared_buffers: list[str] | None = None
         _logger.info(
             "rank %d runs stages %s: %s",
@@ -194,9 +185,10 @@ class Cut:
 
     def prune(self, optimizers: Sequence[Optimizer]) -> None:
         """Take the parameters of other ranks out of the optimizers."""
-        self.orders = {id(plain_optimizer(o)): self.state.order_of(plain_optimizer(o)) for o in optimizers}
+        self.state.orders = {}
+        orders = [self.state.order_of(plain_optimizer(optimizer)) for optimizer in optimizers]
         names = {id(p): name for name, p in self.module.named_parameters()}
-        order = [n for o in self.orders.values() for group in o.groups for n in group]
+        order = [n for o in orders for group in o.groups for n in group]
         self.gradients.set_order([*order, *(n for n in names.values() if n not in set(order))])
 
     def split(self, batch: Any, num_micro_batches: int, kind: ScheduleKind, pipeline_parallel_size: int) -> list[Any]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad
 
 from moetion_lightning.pipeline.layout import PipelineGroups
-from moetion_lightning.strategies.averaging import average_gradients
+from moetion_lightning.strategies.averaging import average_gradients, clipping_by
 
 __all__ = ["PipelineGradients", "TiedExchange"]
 
@@ -91,34 +89,23 @@ class PipelineGradients:
 
     # --- norms -----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def global_norm(self) -> Iterator[None]:
+    def global_norm(self) -> contextlib.AbstractContextManager[None]:
         """While this is open, ``torch.nn.utils.clip_grad_norm_`` sees the norm over the parameters of all stages.
 
         Ranks:
             All ranks of the pipeline must make the same calls.
         """
-        outer = clip_grad._get_total_norm
         self.norms = []
+        return clipping_by(self._next_norm)
 
-        def total_norm(
-            tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
-        ) -> Tensor:
-            gradients = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-            if self.given is not None and len(self.norms) < len(self.given):
-                norm = torch.tensor(self.given[len(self.norms)], dtype=torch.float64).to(
-                    gradients[0] if gradients else torch.empty(0)
-                )
-            else:
-                norm = self._norm(gradients, float(norm_type))
-            self.norms.append(norm)
-            return outer([norm], norm_type, error_if_nonfinite, foreach)
-
-        clip_grad._get_total_norm = total_norm
-        try:
-            yield
-        finally:
-            clip_grad._get_total_norm = outer
+    def _next_norm(self, gradients: list[Tensor], norm_type: float, foreach: bool | None) -> Tensor:
+        if self.given is not None and len(self.norms) < len(self.given):
+            like = gradients[0] if gradients else torch.empty(0)
+            norm = torch.tensor(self.given[len(self.norms)], dtype=torch.float64).to(like)
+        else:
+            norm = self._norm(gradients, norm_type)
+        self.norms.append(norm)
+        return norm
 
     def _norm(self, gradients: Sequence[Tensor], norm_type: float) -> Tensor:
         """The norm of the parameters' norms, in the order of one process: the same bits."""

@@ -11,12 +11,18 @@ from torch.optim import Optimizer
 
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.layout import PipelineGroups
-from moetion_lightning.strategies.optimizer_order import Entries, OptimizerOrder, receive_entries, send_entries
+from moetion_lightning.strategies.optimizer_order import (
+    Entries,
+    OptimizerOrder,
+    SpreadState,
+    receive_entries,
+    send_entries,
+)
 
 __all__ = ["PipelineState"]
 
 
-class PipelineState:
+class PipelineState(SpreadState):
     """What of a module's state is whose.
 
     Args:
@@ -34,6 +40,7 @@ class PipelineState:
         groups: PipelineGroups,
         device: torch.device,
     ) -> None:
+        super().__init__(groups.global_rank)
         self._module = module
         self._places = places
         self._groups = groups
@@ -64,28 +71,18 @@ class PipelineState:
         return (self._of_module.get(owner, 0),) if owner else (0,)
 
     def gather(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state dict of the whole module on global rank 0; elsewhere ``state``.
-
-        Ranks:
-            All ranks of the pipeline of rank 0, together; others return at once.
-        """
-        own = {n: {"": v} for n, v in state.items() if isinstance(v, Tensor) and self._speaks_for(n)}
-        gathered = self._gathered(own)
-        for name, fields in gathered.items():
+        """See :class:`SpreadState`: all ranks of the pipeline of rank 0."""
+        found = self.gathered({name: {"": value} for name, value in state.items() if isinstance(value, Tensor)})
+        for name, fields in found.items():
             state[name] = fields[""]
         return state
-
-    def gather_optimizer(self, order: OptimizerOrder, state: dict[str, Any]) -> dict[str, Any]:
-        """The optimizer state dict of the whole module on global rank 0; elsewhere ``state``. As :meth:`gather`."""
-        entries = order.entries(state)
-        gathered = self._gathered({name: fields for name, fields in entries.items() if self._speaks_for(name)})
-        return state if self._groups.global_rank else order.whole(state, {**entries, **gathered})
 
     def _speaks_for(self, name: str) -> bool:
         return self._holders(name)[0] == self._groups.pp_rank
 
-    def _gathered(self, own: Entries) -> Entries:
+    def gathered(self, entries: Entries) -> Entries:
         """What the other places speak for, on rank 0, on the CPU; one entry at a time, so that no device holds all."""
+        own = {name: fields for name, fields in entries.items() if self._speaks_for(name)}
         layout, rank = self._groups.layout, self._groups.global_rank
         if layout.dp_rank(rank):
             return {}
@@ -120,4 +117,6 @@ class PipelineState:
     def order_of(self, optimizer: Optimizer) -> OptimizerOrder:
         """Take the parameters of other ranks out of an optimizer, and remember their order."""
         names = {id(p): n for n, p in self._module.named_parameters()}
-        return OptimizerOrder(optimizer, names, lambda p: id(p) in names and not self.local(names[id(p)]))
+        order = OptimizerOrder(optimizer, names, lambda p: id(p) in names and not self.local(names[id(p)]))
+        self.orders[id(optimizer)] = order
+        return order

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.layout import PipelineGroups, PipelineLayout
 from moetion_lightning.pipeline.schedules import schedule_kind
 from moetion_lightning.strategies.moetion_strategy import MoEtionStrategy
-from moetion_lightning.strategies.optimizer_order import plain_optimizer
-from moetion_lightning.strategies.pipeline_cut import Cut, CutSettings, PendingCut
+from moetion_lightning.strategies.optimizer_order import SpreadState, plain_optimizer
+from moetion_lightning.strategies.pipeline_cut import Cut, PendingCut
 from moetion_lightning.strategies.pipeline_link import PipelineLink
 from moetion_lightning.strategies.pipeline_refusals import (
     NEED_WHOLE_MODULE,
@@ -123,9 +123,6 @@ class PipelineStrategy(MoEtionStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Check that the module can be cut, and set up without a DDP wrapper.
 
-        Args:
-            trainer: The trainer.
-
         Raises:
             ConfigurationError: The module cannot be trained like this.
         """
@@ -144,10 +141,10 @@ class PipelineStrategy(MoEtionStrategy):
             self._pipeline_groups = PipelineGroups(self.pipeline_layout, self.global_rank, self._timeout)
             self._pipeline_groups.build()
         if fitting:
-            self._prepare_to_cut(trainer, module)
+            self._prepare_to_cut(module)
         elif self.cut is not None:
             self.cut.interceptor.install()
-        if self.cut is None and not self.joins_running_job:
+        if self.cut is None:
             for tensor in [*module.parameters(), *module.buffers()]:
                 dist.broadcast(tensor.detach(), 0)
         if fitting:
@@ -176,7 +173,7 @@ class PipelineStrategy(MoEtionStrategy):
         assert self.cut is not None, "the first training batch makes the cut"
         return self.cut
 
-    def _prepare_to_cut(self, trainer: Trainer, module: LightningModule) -> None:
+    def _prepare_to_cut(self, module: LightningModule) -> None:
         if not module.automatic_optimization:
             raise ConfigurationError(
                 f"{type(module).__name__} sets automatic_optimization = False: under pipeline parallelism the strategy "
@@ -186,19 +183,12 @@ class PipelineStrategy(MoEtionStrategy):
         if self.cut is not None and self.cut.module is module:
             self.cut.interceptor.install()
             return
-        settings = CutSettings(
-            layers=self.layers,
-            balance=self.balance,
-            num_stages=self.pipeline_layout.num_stages,
-            num_micro_batches=self.num_microbatches,
-        )
-        self.cut, self._pending = None, PendingCut(module, settings)
+        stages, pieces = self.pipeline_layout.num_stages, self.num_microbatches
+        self.cut = None
+        self._pending = PendingCut(module, self.layers, self.balance, num_stages=stages, num_micro_batches=pieces)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """``configure_optimizers`` sees the parameters of the whole module.
-
-        Args:
-            trainer: The trainer.
 
         Raises:
             ConfigurationError: There is more than one optimizer, or one that cannot be spread.
@@ -212,13 +202,7 @@ class PipelineStrategy(MoEtionStrategy):
             )
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Move a batch; with the first training batch, cut the module.
-
-        Args:
-            batch: The batch.
-            device: The device.
-            dataloader_idx: Which loader it comes from.
-        """
+        """Move a batch; with the first training batch, cut the module."""
         batch = super().batch_to_device(batch, device, dataloader_idx)
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if self._pending is not None and trainer is not None and trainer.training:
@@ -324,10 +308,6 @@ class PipelineStrategy(MoEtionStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of all micro-batches, on all stages.
 
-        Args:
-            *args: The batch, and what else the module's training_step takes.
-            **kwargs: The same by name.
-
         Returns:
             The mean loss, on every rank (in a dict, if the module's step gives one; nothing else of it).
         """
@@ -341,14 +321,7 @@ class PipelineStrategy(MoEtionStrategy):
         return result
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Give the gradients that the step has computed to the parameters, with the usual hooks around it.
-
-        Args:
-            closure_loss: The loss, for the hooks.
-            optimizer: The optimizer.
-            *args: Unused.
-            **kwargs: Unused.
-        """
+        """Give the gradients that the step has computed to the parameters, with the usual hooks around it."""
         assert self.lightning_module is not None
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
@@ -366,14 +339,7 @@ class PipelineStrategy(MoEtionStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the last micro-batches, average over the replicas, clip by the global norm, step.
-
-        Args:
-            optimizer: The optimizer.
-            closure: Runs the last forward and backward passes.
-            model: The module.
-            **kwargs: Further arguments of the step.
-        """
+        """Run the last micro-batches, average over the replicas, clip by the global norm, step."""
         cut, link = self._cut_now(), self.link
 
         def closure_and_reduce() -> Any:
@@ -410,77 +376,22 @@ class PipelineStrategy(MoEtionStrategy):
     def reduce(
         self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
     ) -> Tensor:
-        """Reduce over the replicas of the pipeline, whose ranks all have the same value.
-
-        Args:
-            tensor: The value of this rank.
-            group: Another group.
-            reduce_op: The operation.
-        """
+        """Reduce over the replicas of the pipeline, whose ranks all have the same value."""
         group = self.pipeline_groups.replica if group is None else group
         return super().reduce(tensor, group=group, reduce_op=reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Whether all ranks of the job, or any of them, have decided so.
-
-        Args:
-            decision: Of this rank.
-            all: All, or any.
-        """
+        """Whether all ranks of the job, or any of them, have decided so."""
         value = torch.tensor(int(decision), device=self.root_device)
         dist.all_reduce(value)
         return int(value) == self.world_size if all else bool(value)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The state dict of the whole module on rank 0, of its own part on any other rank.
-
-        Ranks:
-            All ranks of the job, together, unless :meth:`local_state` is open.
-        """
-        state: dict[str, Any] = DDPStrategy.lightning_module_state_dict(self)
-        return state if self.cut is None or self._local_state else self.cut.state.gather(state)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state for the whole module on rank 0, for its own part on any other rank.
-
-        Args:
-            optimizer: This strategy's optimizer.
-
-        Ranks:
-            All ranks of the job, together, unless :meth:`local_state` is open.
-        """
-        state: dict[str, Any] = DDPStrategy.optimizer_state(self, optimizer)
-        if self.cut is None or self._local_state:
-            return state
-        return self.cut.state.gather_optimizer(self.cut.orders[id(plain_optimizer(optimizer))], state)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load this rank's part of a checkpoint of the whole module.
-
-        Args:
-            checkpoint: An ordinary checkpoint.
-            strict: Whether names must match.
-        """
-        if self.cut is None:
-            DDPStrategy.load_model_state_dict(self, checkpoint, strict=strict)
-        else:
-            self.cut.state.load(checkpoint["state_dict"], strict=strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load this rank's part of the optimizer's state.
-
-        Args:
-            checkpoint: An ordinary checkpoint.
-        """
-        if self.cut is not None:
-            orders = self.cut.orders
-            states = [
-                orders[id(plain_optimizer(o))].cut(s) for o, s in zip(self.optimizers, checkpoint["optimizer_states"])
-            ]
-            checkpoint = {**checkpoint, "optimizer_states": states}
-        DDPStrategy.load_optimizer_state_dict(self, checkpoint)
+    @property
+    def spread_state(self) -> SpreadState | None:
+        """What gathers and cuts apart the state of the module; None while every rank has it whole."""
+        return None if self.cut is None else self.cut.state
 
     # --- end -------------------------------------------------------------------------------------------------------
 

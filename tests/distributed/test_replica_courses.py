@@ -34,12 +34,12 @@ def owner(base: Path) -> Iterator[Rank]:
 
 def test_window_whose_transfer_had_begun_is_not_taken(holder: Rank, owner: Rank, base: Path) -> None:
     with Proxy(holder.address, stop_after=stream_bytes(base) // 2) as proxy:
-        owner.service.set_peers({HOLDER: proxy.address})
-        owner.service.offer(commit(owner.tier, 1))
+        owner.replicator.set_targets({HOLDER: proxy.address})
+        owner.replicator.offer(commit(owner.tier, 1))
         assert proxy.stopped.wait(TIMEOUT)
-        holder.service.refuse_earlier()
+        holder.store.next_course()
         proxy.gate.set()
-        assert owner.service.flush(TIMEOUT)  # a new transfer after the refusal is one of the new course
+        assert owner.flush()  # a new transfer after the refusal is one of the new course
     assert [e.last_iteration for e in owner.of(ReplicationFailed)] == [1]
     assert "ranks were lost while it came" in owner.of(ReplicationFailed)[0].reason
     assert_whole(holder.replica_of(OWNER), 1)
@@ -47,31 +47,31 @@ def test_window_whose_transfer_had_begun_is_not_taken(holder: Rank, owner: Rank,
 
 def test_transfer_is_broken_off_and_not_begun_again(holder: Rank, owner: Rank, base: Path) -> None:
     with Proxy(holder.address, stop_after=stream_bytes(base) // 2) as proxy:
-        owner.service.set_peers({HOLDER: proxy.address})
+        owner.replicator.set_targets({HOLDER: proxy.address})
         for iteration in (1, 2):
-            owner.service.offer(commit(owner.tier, iteration))
+            owner.replicator.offer(commit(owner.tier, iteration))
             assert proxy.stopped.wait(TIMEOUT)
-        owner.service.stop_sending()
-        owner.service.set_peers({HOLDER: holder.address})
-        owner.service.flush(TIMEOUT)
+        owner.replicator.forget()
+        owner.replicator.set_targets({HOLDER: holder.address})
+        with owner.replicator._changed:
+            assert owner.replicator._changed.wait_for(lambda: not owner.tier._needed._pins, TIMEOUT)
     assert owner.of(WindowReplicated) == []
-    assert not owner.tier._needed._pins
-    assert owner.service.acknowledged == {}
+    assert owner.acknowledged == {}
 
 
 def test_what_a_peer_had_taken_before_does_not_count(holder: Rank, owner: Rank) -> None:
     """The window of iteration 2 is given up; the one that takes its name later is not at the peer yet."""
-    owner.service.set_peers({HOLDER: holder.address})
+    owner.replicator.set_targets({HOLDER: holder.address})
     for iteration in (1, 2):
-        owner.service.offer(commit(owner.tier, iteration, keep=True))
-        assert owner.service.flush(TIMEOUT)
-    assert owner.service.holding(2)
-    owner.service.stop_sending()
-    holder.service.refuse_earlier()
-    owner.service.set_peers({HOLDER: holder.address})
-    assert not owner.service.holding(2)
+        owner.replicator.offer(commit(owner.tier, iteration, keep=True))
+        assert owner.flush()
+    assert owner.replicator.holding(2)
+    owner.replicator.forget()
+    holder.store.next_course()
+    owner.replicator.set_targets({HOLDER: holder.address})
+    assert not owner.replicator.holding(2)
     owner.tier.drop(2)
-    owner.service.offer(owner.tier.read_manifest(1))
-    assert owner.service.flush(TIMEOUT)
-    assert owner.service.acknowledged == {HOLDER: 1}
+    owner.replicator.offer(owner.tier.read_manifest(1))
+    assert owner.flush()
+    assert owner.acknowledged == {HOLDER: 1}
     assert holder.replica_of(OWNER).windows() == [1]

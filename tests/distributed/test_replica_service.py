@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -82,7 +83,7 @@ def test_garbage_is_hung_up_on_and_the_server_goes_on(base, holder, data, caplog
                     sock.sendall(data)
                     sock.shutdown(socket.SHUT_WR)
                 assert_hung_up(sock)
-    assert holder.service.listing() == ([], {})
+    assert holder.replicas() == {}
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
     with open_tier(base, OWNER) as tier:
         commit(tier, 1)
@@ -112,19 +113,14 @@ def test_connection_that_proves_nothing_in_time_is_closed(holder, monkeypatch, c
 
 def test_wrong_secret_is_reported_with_the_remedy_and_nothing_is_accepted(base, holder, caplog):
     intruder = Rank(base, OWNER, secret=new_secret())
-    intruder.service.set_peers({HOLDER: holder.address})
-    intruder.service.offer(commit(intruder.tier, 1))
-    assert not intruder.service.flush(0.2)
+    intruder.replicator.set_targets({HOLDER: holder.address})
+    intruder.replicator.offer(commit(intruder.tier, 1))
+    assert not intruder.flush(0.2)
     assert "MOETION_SECRET" in intruder.of(ReplicationFailed)[0].reason
     assert "does not know this job's secret" in caplog.text
-    for call in (
-        lambda: intruder.service.list_peer(holder.address),
-        lambda: intruder.service.fetch(holder.address, HOLDER, 1, intruder.tier),
-        lambda: intruder.service.put_note(holder.address, "journal", b"x"),
-    ):
-        with pytest.raises(ReplicationError, match="MOETION_SECRET"):
-            call()
-    assert holder.service.listing() == ([], {})
+    with pytest.raises(ReplicationError, match="MOETION_SECRET"):
+        intruder.service.fetch(holder.address, HOLDER, 1, intruder.tier)
+    assert holder.replicas() == {}
     intruder.close()
 
 
@@ -133,12 +129,12 @@ def test_replayed_session_is_refused(base, holder):
         commit(tier, 1)
         with Proxy(holder.address) as proxy:
             push(proxy.address, tier, 1)
-    holder.service.forget_windows()
+    holder.store.forget()
     with socket.create_connection(holder.address) as sock:
         with contextlib.suppress(OSError):
             sock.sendall(proxy.recorded)
         assert_hung_up(sock)
-    assert holder.service.listing() == ([], {})
+    assert holder.replicas() == {}
 
 
 @pytest.mark.parametrize(
@@ -153,8 +149,7 @@ def test_replayed_session_is_refused(base, holder):
         {"op": "put", "owner": OWNER, "holder": HOLDER, "manifest_bytes": 1 << 40},
         {"op": "get", "owner": OWNER, "last": 1},
         {"op": "get", "owner": HOLDER, "last": "../../1"},
-        {"op": "put_note", "owner": OWNER, "name": "../../x", "nbytes": 1 << 30},
-        {"op": "get_note", "owner": OWNER, "name": "../../x"},
+        {"op": "list"},
     ],
 )
 def test_senseless_request_of_a_rank_is_refused_with_a_reason(holder, request_):
@@ -162,7 +157,7 @@ def test_senseless_request_of_a_rank_is_refused_with_a_reason(holder, request_):
     connection.send(request_)
     with pytest.raises(RefusedError, match="refused: ."):
         connection.receive_answer()
-    assert holder.service.listing() == ([], {})
+    assert holder.replicas() == {}
 
 
 def test_server_never_listens_on_every_interface(base):
@@ -179,9 +174,9 @@ def test_server_never_listens_on_every_interface(base):
 
 def test_window_is_fetched_from_its_owner_and_from_a_holder(base, holder, owner):
     manifest = commit(owner.tier, 5)
-    owner.service.set_peers({HOLDER: holder.address})
-    owner.service.offer(manifest)
-    assert owner.service.flush(TIMEOUT)
+    owner.replicator.set_targets({HOLDER: holder.address})
+    owner.replicator.offer(manifest)
+    assert owner.flush()
     other = Rank(base, 2)
     for name, address in (("from-owner", owner.address), ("from-holder", holder.address)):
         with open_tier(base / name, OWNER) as into:
@@ -234,38 +229,29 @@ def test_window_that_nobody_has_and_foreign_targets_are_refused(base, holder, ow
 
 
 def test_more_requests_than_threads_are_served_in_turn(holder, owner, monkeypatch):
-    monkeypatch.setattr(replica_server, "_MAX_THREADS", 1)
+    server = holder.service._server
+    monkeypatch.setattr(server, "_free", asyncio.Semaphore(1))
     commit(owner.tier, 1)
     with Proxy(holder.address, stop_after=1000) as proxy:
         first = threading.Thread(target=push, args=(proxy.address, owner.tier, 1))
         first.start()
         assert proxy.stopped.wait(TIMEOUT)
         second = connect(holder.address, KEY, timeout_seconds=TIMEOUT)
-        second.send({"op": "list"})
+        second.send({"op": "get", "owner": HOLDER, "last": 9})
         deadline = time.monotonic() + TIMEOUT
-        while not holder.service._server._waiting and time.monotonic() < deadline:
+        while (len(server._tasks) < 2 or server._resting or server._handshakes) and time.monotonic() < deadline:
             threading.Event().wait(0.005)
-        assert len(holder.service._server._working) == 1
-        assert len(holder.service._server._waiting) == 1
+        assert len(server._working) == 1
+        assert len(server._tasks) == 2
         proxy.gate.set()
-        assert second.receive_answer()["replicas"] == {"1": [[0, 1]]}
+        with pytest.raises(RefusedError, match="missing"):
+            second.receive_answer()
         second.close()
         first.join()
     resting = [connect(holder.address, KEY, timeout_seconds=TIMEOUT) for _ in range(40)]
     for connection in resting:
-        connection.send({"op": "list"})
+        connection.send({"op": "get", "owner": HOLDER, "last": 9})
     for connection in resting:
-        assert connection.receive_answer()["replicas"] == {"1": [[0, 1]]}
+        with pytest.raises(RefusedError, match="missing"):
+            connection.receive_answer()
         connection.close()
-
-
-def test_notes_of_a_rank_survive_it(base, holder, owner):
-    owner.service.keep_note("journal", b"first")
-    owner.service.put_note(holder.address, "journal", b"one")
-    owner.service.put_note(holder.address, "journal", b"two" * 100_000)
-    assert holder.service.get_note(owner.address, OWNER, "journal") == b"first"
-    assert holder.service.get_note(owner.address, OWNER, "other") is None
-    owner.tier.destroy()
-    other = Rank(base, 2)
-    assert other.service.get_note(holder.address, OWNER, "journal") == b"two" * 100_000
-    other.close()

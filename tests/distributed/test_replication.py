@@ -30,6 +30,8 @@ from tests.replica_ranks import (
     Rank,
     assert_whole,
     commit,
+    flush,
+    listed,
     open_tier,
     push,
     stream_bytes,
@@ -62,11 +64,11 @@ def owner(base) -> Iterator[Rank]:
 
 
 def test_committed_windows_arrive_byte_by_byte(holder, owner):
-    owner.service.set_peers({HOLDER: holder.address})
+    owner.replicator.set_targets({HOLDER: holder.address})
     for iteration in (1, 2, 3):
-        owner.service.offer(commit(owner.tier, iteration))
-        assert owner.service.flush(TIMEOUT)
-        assert owner.service.acknowledged == {HOLDER: iteration}
+        owner.replicator.offer(commit(owner.tier, iteration))
+        assert owner.flush()
+        assert owner.acknowledged == {HOLDER: iteration}
         assert holder.replica_of(OWNER).windows()[0] == iteration
         assert_whole(holder.replica_of(OWNER), iteration)
     assert [(e.first_iteration, e.last_iteration, e.peer) for e in owner.of(WindowReplicated)] == [
@@ -74,30 +76,27 @@ def test_committed_windows_arrive_byte_by_byte(holder, owner):
         (1, 2, HOLDER),
         (2, 3, HOLDER),
     ]
-    assert sum(e.nbytes for e in owner.of(WindowReplicated)) == owner.service.replicator.bytes_sent
-    assert holder.service.listing() == ([], {OWNER: [(2, 3), (1, 2)]})
-    assert owner.service.list_peer(holder.address) == ([], {OWNER: [(2, 3), (1, 2)]})
-    assert holder.service.list_peer(owner.address) == ([(2, 3)], {})
+    assert holder.replicas() == {OWNER: [(2, 3), (1, 2)]}
 
 
 def test_all_files_are_private(holder, owner, base):
-    owner.service.set_peers({HOLDER: holder.address})
-    owner.service.offer(commit(owner.tier, 1))
-    assert owner.service.flush(TIMEOUT)
+    owner.replicator.set_targets({HOLDER: holder.address})
+    owner.replicator.offer(commit(owner.tier, 1))
+    assert owner.flush()
     for path in [base, *base.rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_file_that_does_not_change_is_sent_once(holder, owner):
     static = write_snapshot(owner.tier, "static", 7.0, (TensorSpec("frozen", torch.float32, (500_000,)),))
-    owner.service.set_peers({HOLDER: holder.address})
+    owner.replicator.set_targets({HOLDER: holder.address})
     sent = []
     for iteration in (1, 2, 3):
         rest = write_snapshot(owner.tier, f"rest-{iteration}", iteration)
         manifest = make_manifest(iteration, [rest, static], rank=OWNER, world_size=4, static=static.name)
         owner.tier.commit(manifest)
-        owner.service.offer(manifest)
-        assert owner.service.flush(TIMEOUT)
+        owner.replicator.offer(manifest)
+        assert owner.flush()
         sent.append(owner.of(WindowReplicated)[-1].nbytes)
     assert sent[0] > static.nbytes
     assert max(sent[1:]) < static.nbytes / 100
@@ -108,31 +107,31 @@ def test_slow_peer_never_blocks_offers_and_holds_two_windows_at_most(holder, own
     window_bytes = commit(owner.tier, 1).nbytes
     peak_bytes, peak_pins = 0, 0
     with Proxy(holder.address, stop_after=1000) as proxy:
-        owner.service.set_peers({HOLDER: proxy.address})
-        owner.service.offer(owner.tier.read_manifest(1))
+        owner.replicator.set_targets({HOLDER: proxy.address})
+        owner.replicator.offer(owner.tier.read_manifest(1))
         assert proxy.stopped.wait(TIMEOUT)
-        assert not owner.service.busy
+        assert owner.replicator._pending is None
         for iteration in range(2, 8):
-            owner.service.offer(commit(owner.tier, iteration))  # would hang here: nothing moves until the gate opens
-            assert owner.service.busy
+            owner.replicator.offer(commit(owner.tier, iteration))  # would hang here: nothing moves until the gate opens
+            assert owner.replicator._pending is not None
             peak_bytes = max(peak_bytes, owner.tier.used_bytes())
             peak_pins = max(peak_pins, len(owner.tier._needed._pinned))
-        assert owner.service.acknowledged == {}
+        assert owner.acknowledged == {}
         proxy.gate.set()
-        assert owner.service.flush(TIMEOUT)
+        assert owner.flush()
     assert peak_pins == 2
     assert peak_bytes <= 4 * window_bytes  # in flight, pending (the committed one), its predecessor, and one captured
     assert [e.last_iteration for e in owner.of(WindowReplicated)] == [1, 7]
     assert_whole(holder.replica_of(OWNER), 7)
-    assert not owner.service.busy
+    assert owner.replicator._pending is None
     assert not owner.tier._needed._pins
 
 
 def test_closing_breaks_a_hanging_transfer_off_and_unpins(holder, owner):
     with Proxy(holder.address, stop_after=1000) as proxy:
-        owner.service.set_peers({HOLDER: proxy.address})
+        owner.replicator.set_targets({HOLDER: proxy.address})
         for iteration in (1, 2):
-            owner.service.offer(commit(owner.tier, iteration))
+            owner.replicator.offer(commit(owner.tier, iteration))
             assert proxy.stopped.wait(TIMEOUT)
         owner.service.close(completed=False)
         assert not owner.tier._needed._pins
@@ -143,14 +142,14 @@ def test_dead_target_is_reported_and_does_not_stop_the_others(holder, owner, bas
     with socket.create_server(("127.0.0.1", 0)) as listener:
         dead = listener.getsockname()
     other = Rank(base, 2)
-    owner.service.set_peers({3: dead, HOLDER: holder.address, 2: other.address})
-    owner.service.offer(commit(owner.tier, 1))
-    assert not owner.service.flush(0.2)
-    owner.service.offer(commit(owner.tier, 2))
-    assert not owner.service.flush(0.2)
-    owner.service.set_peers({HOLDER: holder.address, 2: other.address})
-    assert owner.service.flush(TIMEOUT)
-    assert owner.service.acknowledged == {HOLDER: 2, 2: 2}
+    owner.replicator.set_targets({3: dead, HOLDER: holder.address, 2: other.address})
+    owner.replicator.offer(commit(owner.tier, 1))
+    assert not owner.flush(0.2)
+    owner.replicator.offer(commit(owner.tier, 2))
+    assert not owner.flush(0.2)
+    owner.replicator.set_targets({HOLDER: holder.address, 2: other.address})
+    assert owner.flush()
+    assert owner.acknowledged == {HOLDER: 2, 2: 2}
     assert {e.peer for e in owner.of(ReplicationFailed)} == {3}
     assert "cannot be reached" in owner.of(ReplicationFailed)[0].reason
     assert "could not be copied to rank 3" in caplog.text
@@ -159,58 +158,58 @@ def test_dead_target_is_reported_and_does_not_stop_the_others(holder, owner, bas
 
 def test_target_that_comes_back_gets_the_window_that_it_missed(holder, owner, base):
     host, port = holder.address
-    owner.service.set_peers({HOLDER: holder.address})
-    owner.service.offer(commit(owner.tier, 1))
-    assert owner.service.flush(TIMEOUT)
+    owner.replicator.set_targets({HOLDER: holder.address})
+    owner.replicator.offer(commit(owner.tier, 1))
+    assert owner.flush()
     holder.close()
-    owner.service.offer(commit(owner.tier, 2))
-    assert not owner.service.flush(0.2)
+    owner.replicator.offer(commit(owner.tier, 2))
+    assert not owner.flush(0.2)
     tier = open_tier(base, HOLDER)
     again = ReplicaService(tier, secret=SECRET, bus=EventBus(), host=host, port=port)
     again.start()
-    assert again.listing() == ([], {OWNER: [(0, 1)]})
-    assert owner.service.flush(TIMEOUT)
-    assert again.listing() == ([], {OWNER: [(1, 2), (0, 1)]})
+    assert listed(again.store.tier_of(OWNER)) == [(0, 1)]
+    assert owner.flush()
+    assert listed(again.store.tier_of(OWNER)) == [(1, 2), (0, 1)]
     again.close(completed=False)
     tier.close()
 
 
 def test_target_that_restarted_meanwhile_is_connected_to_again_at_once(holder, owner, base):
-    owner.service.set_peers({HOLDER: holder.address})
-    owner.service.offer(commit(owner.tier, 1))
-    assert owner.service.flush(TIMEOUT)
+    owner.replicator.set_targets({HOLDER: holder.address})
+    owner.replicator.offer(commit(owner.tier, 1))
+    assert owner.flush()
     holder.close()
     tier = open_tier(base, HOLDER)
     again = ReplicaService(tier, secret=SECRET, bus=EventBus(), host=holder.address[0], port=holder.address[1])
     again.start()
-    owner.service.offer(commit(owner.tier, 2))
-    assert owner.service.flush(TIMEOUT)
+    owner.replicator.offer(commit(owner.tier, 2))
+    assert owner.flush()
     assert owner.of(ReplicationFailed) == []
-    assert again.listing()[1][OWNER][0] == (1, 2)
+    assert listed(again.store.tier_of(OWNER))[0] == (1, 2)
     again.close(completed=False)
     tier.close()
 
 
 def test_new_target_gets_the_newest_window_at_once(holder, owner, base):
-    owner.service.set_peers({HOLDER: holder.address})
-    owner.service.offer(commit(owner.tier, 1))
-    assert owner.service.flush(TIMEOUT)
+    owner.replicator.set_targets({HOLDER: holder.address})
+    owner.replicator.offer(commit(owner.tier, 1))
+    assert owner.flush()
     other = Rank(base, 2)
-    owner.service.set_peers({2: other.address})
-    assert owner.service.flush(TIMEOUT)
-    assert owner.service.acknowledged == {2: 1}
+    owner.replicator.set_targets({2: other.address})
+    assert owner.flush()
+    assert owner.acknowledged == {2: 1}
     assert_whole(other.replica_of(OWNER), 1)
     other.close()
 
 
 def test_window_for_another_rank_is_refused(holder, owner):
-    owner.service.set_peers({2: holder.address})
-    owner.service.offer(commit(owner.tier, 1))
-    assert not owner.service.flush(0.2)
+    owner.replicator.set_targets({2: holder.address})
+    owner.replicator.offer(commit(owner.tier, 1))
+    assert not owner.flush(0.2)
     assert "outdated" in owner.of(ReplicationFailed)[0].reason
-    assert holder.service.listing() == ([], {})
+    assert holder.replicas() == {}
     with pytest.raises(ConfigurationError, match="its own replica"):
-        owner.service.set_peers({OWNER: owner.address})
+        owner.replicator.set_targets({OWNER: owner.address})
 
 
 # --- broken connections -------------------------------------------------------------------------------------------
@@ -371,9 +370,9 @@ def test_forked_child_that_outlives_a_rank_keeps_no_socket_of_it_open(base):
 
 
 def test_completed_run_leaves_no_replica(base, holder, owner):
-    owner.service.set_peers({HOLDER: holder.address})
-    owner.service.offer(commit(owner.tier, 1))
-    assert owner.service.flush(TIMEOUT)
+    owner.replicator.set_targets({HOLDER: holder.address})
+    owner.replicator.offer(commit(owner.tier, 1))
+    assert owner.flush()
     assert len(find_jobs(base)) == 3
     holder.service.close(completed=True)
     assert {info.rank_name for info in find_jobs(base)} == {"rank-00000", "rank-00001"}
@@ -384,6 +383,6 @@ def test_replicator_without_targets_pins_nothing(base):
         replicator = Replicator(tier, KEY, EventBus(), timeout_seconds=TIMEOUT)
         replicator.offer(commit(tier, 1))
         assert not tier._needed._pins
-        assert not replicator.busy
-        assert replicator.flush(0.0)
+        assert replicator._pending is None
+        assert flush(replicator, 0.0)
         replicator.close()

@@ -9,7 +9,7 @@ import pytest
 from tests.runs.drill import Drill, differences, read_events
 
 #: Killed twice: after a window and a half, and again while the next window is captured.
-KILLS = [{"hook": "backward", "step": 8}, {"event": "CaptureProgress", "count": 2, "fields": {"iteration": 12}}]
+KILLS = [{"hook": "backward", "step": 8}, {"event": "CaptureStarted", "copies": 2, "fields": {"iteration": 12}}]
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "module-list": {},

@@ -16,7 +16,7 @@ from tests.runs.drill import Drill, differences, read_events, read_logs
 from tests.runs.ranks import suffix
 
 SPEC: dict[str, Any] = {"block": "fused", "samples": 40}
-KILLS = [{"hook": "backward", "step": 10}, {"event": "RestoreProgress", "count": 2}, {"hook": "backward", "step": 21}]
+KILLS = [{"hook": "backward", "step": 10}, {"event": "RestoreStarted", "copies": 2}, {"hook": "backward", "step": 21}]
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -13,7 +13,7 @@ from tests.runs.drill import Drill, differences, read_events
 #: Killed in the second window, while the next one is captured, and in the last epoch.
 KILLS: list[dict[str, Any]] = [
     {"hook": "backward", "step": 9},
-    {"event": "CaptureProgress", "count": 2, "fields": {"iteration": 12}},
+    {"event": "CaptureStarted", "copies": 2, "fields": {"iteration": 12}},
     {"hook": "backward", "step": 17},
 ]
 

@@ -36,7 +36,7 @@ EVALUATING = {
     },
 }
 #: Killed in mid-epoch, and again while the next window is captured.
-KILLS = [{"hook": "before_step", "step": 8}, {"event": "CaptureProgress", "count": 2, "fields": {"iteration": 13}}]
+KILLS = [{"hook": "before_step", "step": 8}, {"event": "CaptureStarted", "copies": 2, "fields": {"iteration": 13}}]
 
 RUNS: dict[str, dict[str, Any]] = {
     "accumulate-clip-warmup": PLAIN,
@@ -103,7 +103,7 @@ PHASES: dict[str, list[dict[str, Any]]] = {
     "epoch-end": [{"hook": "epoch_end", "step": 11}],
     "while-saving": [{"hook": "saving", "step": 8}],
     "saved": [{"hook": "saved", "step": 8}],
-    "mid-restore": [{"hook": "step_end", "step": 10}, {"event": "RestoreProgress", "count": 3}],
+    "mid-restore": [{"hook": "step_end", "step": 10}, {"event": "RestoreStarted", "copies": 3}],
     "restored": [{"hook": "step_end", "step": 10}, {"event": "RestoreApplied"}],
     "replay": [{"hook": "step_end", "step": 10}, {"event": "ReplayIteration", "count": 2}],
     "replay-done": [{"hook": "step_end", "step": 10}, {"event": "ReplayFinished"}],

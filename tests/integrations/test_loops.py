@@ -12,7 +12,7 @@ PLAIN: dict[str, Any] = {"runner": "tests.runs.loops"}
 FABRIC = {**PLAIN, "framework": "fabric"}
 ACCELERATE = {**PLAIN, "framework": "accelerate"}
 #: Killed twice: after a window and a half, and again while the next window is captured.
-KILLS = [{"hook": "backward", "step": 8}, {"event": "CaptureProgress", "count": 2, "fields": {"iteration": 12}}]
+KILLS = [{"hook": "backward", "step": 8}, {"event": "CaptureStarted", "copies": 2, "fields": {"iteration": 12}}]
 
 LOOPS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
@@ -74,7 +74,7 @@ PHASES: dict[str, list[dict[str, Any]]] = {
     "sealed-no-manifest": [{"event": "SlotSealed", "fields": {"iteration": 12}}],
     "manifest-committed": [{"event": "ManifestWritten", "fields": {"iteration": 12, "committed": True}}],
     "restore-found": [{"hook": "backward", "step": 11}, {"event": "RestoreStarted"}],
-    "mid-restore": [{"hook": "backward", "step": 11}, {"event": "RestoreProgress", "count": 3}],
+    "mid-restore": [{"hook": "backward", "step": 11}, {"event": "RestoreStarted", "copies": 3}],
     "restored": [{"hook": "backward", "step": 11}, {"event": "RestoreApplied"}],
     "replay": [{"hook": "backward", "step": 11}, {"event": "ReplayIteration", "count": 2}],
     "in-replayed-backward": [{"hook": "backward", "step": 11}, {"hook": "backward", "step": 6}],

@@ -196,7 +196,7 @@ def _callback(spec: dict[str, Any], out: Path) -> list[Any]:
     }
     kill = spec["kill"]
     if kill and "event" in kill:
-        given["sinks"] = [KillAt(kill["event"], kill.get("count", 1), **kill.get("fields", {}))]
+        given["sinks"] = [KillAt(kill["event"], kill.get("count", 1), kill.get("copies", 0), **kill.get("fields", {}))]
     return [MoEtionTrainerCallback(**given)]
 
 

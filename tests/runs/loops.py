@@ -150,7 +150,7 @@ def settings(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         given["policy"] = POLICIES[spec["policy"]](**spec["policy_args"])
     kill = spec["kill"]
     if kill and "event" in kill:
-        given["sinks"] = [KillAt(kill["event"], kill.get("count", 1), **kill.get("fields", {}))]
+        given["sinks"] = [KillAt(kill["event"], kill.get("count", 1), kill.get("copies", 0), **kill.get("fields", {}))]
     return given
 
 

@@ -11,7 +11,7 @@ import signal
 import time
 from typing import Any
 
-from moetion_lightning.distributed import replica_client, replica_server, replica_store
+from moetion_lightning.distributed import replica_server, replica_store, replicate
 
 
 def kill_in_transfer(kind: str, count: int = 1) -> None:
@@ -32,17 +32,19 @@ def kill_in_transfer(kind: str, count: int = 1) -> None:
 
         replica_store._receive_file = receive_file
         return
-    module: Any = {"sending": replica_client, "serving": replica_server}[kind]
-    send = module.send_files
+    module: Any = {"sending": replicate, "serving": replica_server}[kind]
+    send, files = module.send_window, replica_store.send_files
 
-    def send_files(connection: Any, tier: Any, manifest: Any, answer: dict[str, Any]) -> None:
-        if not is_time():
-            send(connection, tier, manifest, answer)
-            return
-        send(connection, tier, manifest, {**answer, "need": answer["need"][:1]})
+    def first_file(connection: Any, tier: Any, manifest: Any, answer: dict[str, Any]) -> None:
+        files(connection, tier, manifest, {**answer, "need": answer["need"][:1]})
         os.kill(os.getpid(), signal.SIGKILL)
 
-    module.send_files = send_files
+    def send_window(*args: Any) -> None:
+        if is_time():
+            replica_store.send_files = first_file
+        send(*args)
+
+    module.send_window = send_window
 
 
 def slow_down(seconds: float) -> None:

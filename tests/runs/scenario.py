@@ -198,7 +198,7 @@ def _capturing(spec: dict[str, Any], out: Path) -> list[Any]:
         common["persist_dir"] = str(out / "persist")
     kill = spec["kill"]
     if kill and "event" in kill:
-        sink = KillAt(kill["event"], kill.get("count", 1), **kill.get("fields", {}))
+        sink = KillAt(kill["event"], kill.get("count", 1), kill.get("copies", 0), **kill.get("fields", {}))
         common["sinks"] = [_armed_by(kill["after"], sink) if "after" in kill else sink]
     if spec["slow_sink"]:
         common.setdefault("sinks", []).append(_slow(spec["slow_sink"]))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,8 @@ from torch.distributed import PrefixStore, TCPStore
 from moetion_lightning.cli import main
 from moetion_lightning.config import LaunchedProcess, launched_process
 from moetion_lightning.distributed.generations import announce_loss, newest_generation, read_records
-from moetion_lightning.distributed.launch import derive_job_id, parse_nodes
+from moetion_lightning.distributed.launch import derive_job_id
+from moetion_lightning.distributed.launch_settings import Launch
 from moetion_lightning.distributed.membership import Membership
 from moetion_lightning.distributed.nodes import NodeLease, Place, Roster, check_claim
 from moetion_lightning.distributed.processes import Program, describe_exit
@@ -41,7 +43,6 @@ def process(server: TCPStore, rank: int = 1, generation: int = 0) -> LaunchedPro
     return LaunchedProcess(
         rank=rank,
         world_size=4,
-        local_rank=rank,
         store_host="127.0.0.1",
         store_port=server.port,
         run_id=RUN,
@@ -52,9 +53,9 @@ def process(server: TCPStore, rank: int = 1, generation: int = 0) -> LaunchedPro
 
 
 def test_loss_is_noticed_and_adopted(server: TCPStore, store: PrefixStore) -> None:
-    with Membership(process(server)) as membership:
+    with closing(Membership(process(server))) as membership:
         membership.check()
-        assert (membership.generation, membership.newest, membership.lost()) == (0, 0, None)
+        assert membership.generation == 0
         assert not membership.is_replacement
         assert announce_loss(store, [3, 2], "killed") == 1
         assert membership.wait_for_loss(10.0)
@@ -63,27 +64,24 @@ def test_loss_is_noticed_and_adopted(server: TCPStore, store: PrefixStore) -> No
         assert membership.generation == 0
         assert membership.advance() == 1
         membership.check()
-        assert membership.lost() is None
 
 
 def test_losses_since_the_own_generation_are_merged(server: TCPStore, store: PrefixStore) -> None:
     announce_loss(store, [0], "first")
     announce_loss(store, [2], "second")
-    with Membership(process(server)) as membership:
-        lost = membership.lost()
-        assert lost is not None
-        assert (lost.generation, lost.lost, lost.reason) == (2, (0, 2), "first; second")
-    with Membership(process(server, rank=0, generation=1)) as replacement:
+    with closing(Membership(process(server))) as membership:
+        with pytest.raises(RankLostError, match=r"lost ranks 0, 2 \(first; second\): generation 2 begins"):
+            membership.check()
+    with closing(Membership(process(server, rank=0, generation=1))) as replacement:
         assert replacement.is_replacement
-        assert (replacement.generation, replacement.newest) == (1, 2)
-        lost = replacement.lost()
-        assert lost is not None
-        assert lost.lost == (2,)
+        assert replacement.generation == 1
+        with pytest.raises(RankLostError, match=r"lost ranks 2 \(second\)"):
+            replacement.check()
 
 
 def test_process_that_was_replaced_may_not_go_on(server: TCPStore, store: PrefixStore) -> None:
     announce_loss(store, [1], "node 0 gave no sign of life")
-    with Membership(process(server, rank=1)) as membership:
+    with closing(Membership(process(server, rank=1))) as membership:
         with pytest.raises(RankLostError, match="rank 1 itself was declared lost in generation 1"):
             membership.check()
         with pytest.raises(RankLostError, match="this one must end"):
@@ -91,7 +89,7 @@ def test_process_that_was_replaced_may_not_go_on(server: TCPStore, store: Prefix
 
 
 def test_waiting_ends_without_a_loss(server: TCPStore) -> None:
-    with Membership(process(server)) as membership:
+    with closing(Membership(process(server))) as membership:
         assert not membership.wait_for_loss(0.05)
 
 
@@ -138,11 +136,6 @@ def test_newest_generation_never_goes_back(store: PrefixStore) -> None:
     store.set("moetion/generation/1", "taken by a launcher that died before it told")
     assert announce_loss(store, [0], "killed") == 2
     assert newest_generation(store) == 2
-
-
-def test_without_launcher_there_is_no_membership(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MOETION_STORE", raising=False)
-    assert Membership.from_environment() is None
 
 
 def test_incomplete_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +243,8 @@ def test_different_layouts_are_refused(server: TCPStore) -> None:
 
 @pytest.mark.parametrize(("text", "expected"), [("2", (2, 2)), ("2:3", (2, 3)), ("1:1", (1, 1))])
 def test_nodes(text: str, expected: tuple[int, int]) -> None:
-    assert parse_nodes(text) == expected
+    made = Launch(program=Program(argv=("json",), is_module=True), nnodes=text, rdzv_endpoint="h:1")
+    assert (made.min_nodes, made.max_nodes) == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [("h:1", ("h", 1)), ("[::1]:65535", ("::1", 65535))])

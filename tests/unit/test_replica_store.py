@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moetion_lightning.distributed.replica_store import ReplicaStore, list_windows, send_files
+from moetion_lightning.distributed.replica_store import ReplicaStore, send_files
 from moetion_lightning.distributed.wire import Connection
 from moetion_lightning.errors import (
     ConfigurationError,
@@ -104,7 +104,7 @@ def test_window_is_copied_byte_by_byte_beside_the_own_ones(store, source, own):
     assert replica(store).path == own.base_dir / "job" / "replica-00003-at-00000"
     assert_equal_bytes(source, replica(store), manifest)
     assert own.windows() == []
-    assert store.listing() == ([], {OWNER: [(6, 7)]})
+    assert replica(store).windows() == [7]
 
 
 def test_the_two_newest_replicas_are_kept_and_the_memory_of_older_ones_is_reused(store, source):
@@ -212,7 +212,7 @@ def test_window_of_another_job_is_refused(store, tmp_path):
     with HostMemoryTier(tmp_path / "source", "another", OWNER, 4) as foreign:
         with pytest.raises(ForeignWindowError, match="'another'"):
             copy(store, foreign, commit(foreign, 1))
-    assert store.listing() == ([], {OWNER: []})
+    assert replica(store).windows() == []
 
 
 def test_lack_of_room_is_said_before_anything_is_sent(store, source, monkeypatch):
@@ -244,7 +244,7 @@ def test_reopened_store_takes_its_replicas_over_and_leaves_those_of_other_holder
     with HostMemoryTier(own.base_dir, "job", OWNER, 4, holder=2):
         store.close(completed=False)
         with ReplicaHolder(own) as again:
-            assert again.owners() == [OWNER]
+            assert list(again.tiers()) == [OWNER]
             assert_equal_bytes(source, replica(again), manifest)
 
 
@@ -285,7 +285,7 @@ def test_replicas_are_found_described_and_cleaned_as_other_state_is(store, sourc
 
 def test_everything_is_private(store, source, own):
     copy(store, source, commit(source, 5))
-    store.put_note(OWNER, "journal", b"x")
+    store.keep_note("journal", b"x")
     for path in [own.base_dir, *own.base_dir.rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
@@ -293,7 +293,7 @@ def test_everything_is_private(store, source, own):
 def test_completed_training_and_a_fresh_run_remove_replicas(store, source, own):
     copy(store, source, commit(source, 1))
     store.forget()
-    assert store.listing() == ([], {})
+    assert store.tiers() == {}
     assert not list((own.base_dir / "job").glob("replica-*"))
     copy(store, source, commit(source, 2))
     store.close(completed=True)
@@ -302,37 +302,18 @@ def test_completed_training_and_a_fresh_run_remove_replicas(store, source, own):
         copy(store, source, commit(source, 3))
 
 
-def test_damaged_and_incomplete_windows_are_not_listed(source):
-    commit(source, 1)
-    commit(source, 2, complete=False)
-    commit(source, 3)
-    path = source.path / "windows" / "000000000003.json"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert list_windows(source) == [(0, 1)]
-
-
 def test_notes_are_replaced_whole_and_outlive_the_process(store, own):
-    store.put_note(OWNER, "journal", b"one, and longer")
-    store.put_note(OWNER, "journal", b"two")
-    store.put_note(HOLDER, "journal", b"mine")
+    store.keep_note("journal", b"one, and longer")
+    store.keep_note("journal", b"two")
     store.close(completed=False)
     with ReplicaHolder(own) as again:
-        assert again.get_note(OWNER, "journal") == b"two"
-        assert again.get_note(HOLDER, "journal") == b"mine"
-        assert again.get_note(OWNER, "other") is None
-        assert again.get_note(2, "journal") is None
-
-
-@pytest.mark.parametrize("name", ["", ".hidden", "../up", "a/b", "x" * 65, "new\nline"])
-def test_note_names_never_leave_the_directory(store, name):
-    for call in (lambda: store.put_note(OWNER, name, b""), lambda: store.get_note(OWNER, name)):
-        with pytest.raises(StoreError, match="letters, digits"):
-            call()
+        assert again.own_note("journal") == b"two"
+        assert again.own_note("other") is None
 
 
 def test_note_that_is_too_long_is_refused(store):
     with pytest.raises(StoreError, match="at most"):
-        store.put_note(OWNER, "journal", bytes((16 << 20) + 1))
+        store.keep_note("journal", bytes((16 << 20) + 1))
 
 
 def test_rank_keeps_no_replica_of_itself(tmp_path):

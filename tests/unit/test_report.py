@@ -31,9 +31,10 @@ from moetion_lightning.events import (
     WindowCommitted,
 )
 from moetion_lightning.report import read_events, write_report
-from moetion_lightning.report.drawing import LEFT, RIGHT, WIDTH, bytes_text, round_steps, seconds_text
+from moetion_lightning.report.drawing import LEFT, RIGHT, WIDTH, round_steps, seconds_text
 from moetion_lightning.report.history import History, tell
 from moetion_lightning.report.lanes import Kind
+from moetion_lightning.units import size_text
 
 START = 1_700_000_000.0
 FOUND = OperatorsFound(num_operators=9, num_moe_layers=2, num_experts=6, dense_bytes=1000)
@@ -493,7 +494,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_sizes_and_steps() -> None:
-    assert [bytes_text(n) for n in (12, 1500, 2.5e6, 3e9, 4e12)] == ["12 B", "1.5 kB", "2.5 MB", "3 GB", "4 TB"]
+    assert [size_text(n) for n in (12, 1500, 2.5e6, 3e9, 4e12)] == ["12 B", "1.5 kB", "2.5 MB", "3 GB", "4 TB"]
     assert round_steps(7.0) == [0.0, 2.0, 4.0, 6.0, 8.0]
     assert round_steps(0.0) == [0.0, 1.0]
     for high in (0.003, 1.0, 9.99, 10.0, 123456.0):

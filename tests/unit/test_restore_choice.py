@@ -434,10 +434,10 @@ def test_wrong_reports_are_named(reports: list[RankReport], words: str) -> None:
 
 
 def test_unreadable_report_and_backward_window_are_named() -> None:
-    with pytest.raises(ConfigurationError, match="KeyError: 'live'.*same version"):
+    with pytest.raises(ConfigurationError, match="KeyError: 'journal'.*same version"):
         RankReport.from_json({"rank": 0})
     broken = RankReport(rank=0, shares=(0,)).to_json() | {"memory": [[5, 4]]}
-    with pytest.raises(ConfigurationError, match=r"window 5\.\.4"):
+    with pytest.raises(ConfigurationError, match="expected first <= last"):
         RankReport.from_json(broken)
 
 

@@ -5,12 +5,10 @@ import random
 import time
 from typing import Literal
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetion_lightning.distributed.sharding import ALL_HOLDERS, Assignment, Item, assign, loads
-from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.distributed.sharding import Assignment, Item, assign
 
 WORLD = 6
 
@@ -40,8 +38,6 @@ def test_each_item_has_one_owner_that_holds_it(items: list[Item], method: Litera
     assert len(result.owners) == len(items)
     assert all(owner in item.holders for item, owner in zip(items, result.owners))
     expected = [sum(i.nbytes for i, o in zip(items, result.owners) if o == rank) for rank in range(WORLD)]
-    assert list(result.loads) == loads(items, result.owners, WORLD) == expected
-    assert sum(result.loads) == sum(item.nbytes for item in items)
     assert result.bottleneck_after == max(expected) <= result.bottleneck_before
 
 
@@ -54,7 +50,7 @@ def test_choice_does_not_depend_on_the_order_of_items(
     shuffler.shuffle(shuffled)
     first, second = assign(items, WORLD, method=method), assign(shuffled, WORLD, method=method)
     assert owner_by_item(items, first) == owner_by_item(shuffled, second)
-    assert first.loads == second.loads
+    assert first.bottleneck_after == second.bottleneck_after
 
 
 @given(items_of_many_sets)
@@ -99,20 +95,12 @@ def test_auto_is_the_lighter_one_and_equal_on_a_tie(items: list[Item]) -> None:
     assert assign(items, WORLD) == lighter
 
 
-def test_none_lets_every_holder_capture() -> None:
-    items = [Item(name="a", nbytes=3, holders=(0, 1)), Item(name="b", nbytes=5, holders=(1, 2))]
-    result = assign(items, 4, method="none")
-    assert result == Assignment(
-        owners=(ALL_HOLDERS, ALL_HOLDERS), method="none", loads=(3, 8, 5, 0), bottleneck_before=8, bottleneck_after=8
-    )
-
-
 def test_shards_of_one_name_are_different_state() -> None:
     items = [Item(name="x", nbytes=4, holders=(0, 2)), Item(name="x", nbytes=4, holders=(1, 3))]
     assert assign(items, 4).owners == (0, 1)
 
 
-def test_partial_experts_of_a_mixture_model_adaptive_beats_equal_beats_none() -> None:
+def test_partial_experts_of_a_mixture_model_adaptive_beats_equal_beats_every_holder() -> None:
     """GPT-MoE under PEC: 8 data-parallel ranks, expert-parallel size 4, one expert of each of 6 MoE layers saved."""
     world = 8
     items = []
@@ -122,9 +110,9 @@ def test_partial_experts_of_a_mixture_model_adaptive_beats_equal_beats_none() ->
     for layer in range(0, 12, 2):
         expert_rank = layer // 2 % 4
         items.append(Item(name=f"layers.{layer}.expert", nbytes=48 * 2**20, holders=(expert_rank, expert_rank + 4)))
-    none, equal, adaptive = (assign(items, world, method=m) for m in ("none", "equal", "adaptive"))
-    assert adaptive.bottleneck_after < equal.bottleneck_after < none.bottleneck_after
-    assert none.bottleneck_after == equal.bottleneck_before == adaptive.bottleneck_before
+    equal, adaptive = (assign(items, world, method=m) for m in ("equal", "adaptive"))
+    assert adaptive.bottleneck_after < equal.bottleneck_after < equal.bottleneck_before
+    assert equal.bottleneck_before == adaptive.bottleneck_before
     assert adaptive.bottleneck_after == 400 * 2**20, "the embedding alone is the heaviest"
     assert assign(items, world).method == "adaptive"
 
@@ -137,24 +125,7 @@ def test_auto_keeps_whole_layers_together_where_that_costs_nothing() -> None:
 
 
 def test_nothing_to_capture() -> None:
-    assert assign([], 2) == Assignment(owners=(), method="equal", loads=(0, 0), bottleneck_before=0, bottleneck_after=0)
-
-
-@pytest.mark.parametrize(
-    ("items", "method", "message"),
-    [
-        ([Item(name="a", nbytes=1, holders=())], "auto", "item 'a' has holders=.*from 0 to 3"),
-        ([Item(name="a", nbytes=1, holders=(2, 1))], "auto", "ascending"),
-        ([Item(name="a", nbytes=1, holders=(1, 1))], "auto", "different ranks"),
-        ([Item(name="a", nbytes=1, holders=(3, 4))], "auto", r"holders=\(3, 4\)"),
-        ([Item(name="a", nbytes=-1, holders=(0,))], "auto", "nbytes=-1"),
-        ([Item(name="a", nbytes=1, holders=(0, 1)), Item(name="a", nbytes=2, holders=(0, 1))], "auto", "'a'.*twice"),
-        ([], "best", "method='best'"),
-    ],
-)
-def test_wrong_input_is_named(items: list[Item], method: Literal["auto"], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        assign(items, 4, method=method)
+    assert assign([], 2) == Assignment(owners=(), method="equal", bottleneck_before=0, bottleneck_after=0)
 
 
 def test_thousands_of_ranks_are_quick() -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from moetion_lightning.config import launched_process
 from moetion_lightning.distributed.membership import Membership
 
 
@@ -17,8 +18,9 @@ def raise_error() -> None:
 
 
 def die_after_others() -> None:
-    membership = Membership.from_environment()
-    assert membership is not None
+    process = launched_process()
+    assert process is not None
+    membership = Membership(process)
     store = membership.store()
     while store.add("moetion/finished", 0) == 0:
         time.sleep(0.02)

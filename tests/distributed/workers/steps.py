@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moetion_lightning.config import launched_process
 from moetion_lightning.distributed.control import StoreControl
 from moetion_lightning.distributed.membership import Membership
 from moetion_lightning.errors import RankLostError
@@ -60,12 +61,13 @@ def _lightning_rank() -> int | None:
 
 def main() -> None:
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-    membership = Membership.from_environment()
-    assert membership is not None
+    process = launched_process()
+    assert process is not None
+    membership = Membership(process)
     rank = membership.rank
     seen = {
         "pid": os.getpid(),
-        "started_in": membership.started_in,
+        "started_in": process.generation,
         "rng_untouched": torch.equal(
             torch.get_rng_state(), torch.Generator().manual_seed(torch.initial_seed()).get_state()
         ),
@@ -75,7 +77,7 @@ def main() -> None:
         "env": {k: v for k, v in os.environ.items() if k.startswith(("MOETION", "TORCHELASTIC", "MASTER", "GROUP"))},
         "argv": sys.argv,
         "stdin": sys.stdin.read(),
-        "losses": None if membership.lost() is None else list(membership.lost().lost),
+        "losses": [rank for record in membership._records for rank in record.lost] or None,
     }
     with (folder / f"{rank}.pids").open("a") as file:
         file.write(json.dumps(seen) + "\n")
