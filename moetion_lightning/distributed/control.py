@@ -21,6 +21,7 @@ __all__ = ["Control", "SingleRank", "StoreControl", "default_control", "default_
 
 _FIRST_PAUSE_SECONDS = 1e-4
 _LONGEST_PAUSE_SECONDS = 2e-3
+_SLOWER = 1.1
 _GO, _STOP = "go", "stop"
 _NOTICE_SECONDS = 60.0
 _log = logging.getLogger(__name__)
@@ -154,10 +155,6 @@ class StoreControl:
         prefix = f"{self.scope}/vote{self._votes}"
         if self._store.add(f"{prefix}/count", 1) == self.world_size:
             decision = self._store.compare_set(f"{prefix}/decision", "", _GO)
-            if self._votes > 2:
-                old = f"{self.scope}/vote{self._votes - 2}"
-                self._store.delete_key(f"{old}/count")
-                self._store.delete_key(f"{old}/decision")
         else:
             try:
                 self._wait([f"{prefix}/decision"], topic)
@@ -168,6 +165,10 @@ class StoreControl:
         if bytes(decision) != _GO.encode():
             self._check()
             raise RankLostError(f"rank {self.rank}: a rank was lost before {topic!r}; no rank went on.")
+        if self._votes > 2 and self._votes % self.world_size == self.rank:  # all have read those before
+            old = f"{self.scope}/vote{self._votes - 2}"
+            self._store.delete_key(f"{old}/count")
+            self._store.delete_key(f"{old}/decision")
 
     def remember(self, name: str, value: str) -> None:
         """See :class:`Control`: kept over all generations."""
@@ -189,7 +190,7 @@ class StoreControl:
         self._store.delete_key(f"{old}/all")
 
     def _wait(self, keys: list[str], topic: str) -> None:
-        # Asked again and again: a wait of the store's own could not be broken off.
+        # Asked again and again: a wait of the store's own could not be broken off, and logs when its time is up.
         deadline = time.monotonic() + self._timeout
         pause = _FIRST_PAUSE_SECONDS
         warned = False
@@ -208,7 +209,7 @@ class StoreControl:
                     "hangs or died: see its log."
                 )
             time.sleep(pause)
-            pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
+            pause = min(_SLOWER * pause, _LONGEST_PAUSE_SECONDS)
 
 
 _runs = 0
