@@ -15,7 +15,7 @@ from typing import Any
 
 from moetion_lightning.distributed.rank_report import Window
 from moetion_lightning.engine.restore import RestorePoint
-from moetion_lightning.errors import MoEtionError
+from moetion_lightning.errors import MoEtionError, UnsupportedStateError
 from moetion_lightning.storage.tree import FlatTree, load_tree
 
 __all__ = ["Boundary", "Journal", "LivePoint"]
@@ -124,8 +124,14 @@ class Journal:
             self._changed.wait_for(lambda: self._next is None and not self._busy)
 
     def last(self) -> Boundary | None:
-        """The last boundary of this process."""
-        return None if self._last is None else Boundary.from_bytes(self._last[1].to_bytes())
+        """The last boundary of this process, None if there is none or it cannot be written down."""
+        if self._last is None:
+            return None
+        try:
+            return Boundary.from_bytes(self._last[1].to_bytes())
+        except UnsupportedStateError as error:
+            _log.warning("the run state of boundary %d cannot be gone back to: %s", self._last[0], error)
+            return None
 
     def left_behind(self) -> list[Boundary]:
         """Boundaries that a predecessor of this process noted, as far as they can be read."""

@@ -94,7 +94,7 @@ class FlatTree:
 
 
 def _plain_node(part: Plain) -> dict[str, Any]:
-    return part.node(lambda value: _Flattener(None, None).encode(value, (), 0))
+    return part.node(lambda value: _Flattener(None, None, packs=False).encode(value, (), 0))
 
 
 def flatten_tree(
@@ -167,8 +167,9 @@ def load_tree(data: bytes | Path | str, *, resolve: Resolve | None = None) -> An
 
 
 class _Flattener:
-    def __init__(self, leaf: Leaf | None, cache: TreeCache | None) -> None:
+    def __init__(self, leaf: Leaf | None, cache: TreeCache | None, *, packs: bool = True) -> None:
         self._leaf = leaf
+        self._packs = packs  # long lists into tensors
         self._cache = cache
         self._live: LiveValues | None = None
         self._numbers: dict[int, int] = {}  # of containers that may be referred to again, in the order of their begin
@@ -307,7 +308,7 @@ class _Flattener:
         try:
             if isinstance(value, dict):
                 return self._encode_dict(value, tag, path, depth)
-            if tag == "list" and len(value) >= PACK_ITEMS:
+            if tag == "list" and self._packs and len(value) >= PACK_ITEMS:
                 packed = self._pack(value)
                 if packed is not None:
                     return packed

@@ -43,12 +43,12 @@ class Plain:
             walk: Makes JSON of others.
 
         Raises:
-            UnsupportedStateError: They are of other kinds than before, and may be none that are plain.
+            UnsupportedStateError: Some are of other kinds than before, of which Python's format does not tell.
         """
         if self._node is None:
             value = marshal.loads(self._data)
             copy = _through_json(value, self._data)
-            if copy is None and not _is_plain(value, set(), 0):
+            if copy is None and _holds_bytes(value):
                 cache, path = self._where
                 cache.forget(path)
                 raise UnsupportedStateError(
@@ -80,8 +80,10 @@ class TreeCache:
             data = b""
         if data and data == known:  # types included
             return node, 1
-        # Values of other kinds (arrays become bytes) would be seen when it is written.
-        plain = Plain(data, (self, path)) if data and (count or _is_plain(value, set(), 0)) else None
+        # Arrays, and whatever else has memory of its own, become bytes, which begin with an "s". One that is there in
+        # place of another one is seen when the part is written.
+        trusted = type(node) is Plain and known.count(b"s") == data.count(b"s")
+        plain = Plain(data, (self, path)) if data and (trusted or _is_plain(value, set(), 0)) else None
         if len(self._known) > _MAX_PATHS:  # keys that come and go
             self._known.clear()
         self._known[path] = _MIXED if plain is None else (data, plain, 1)
@@ -127,3 +129,11 @@ def _is_plain(value: Any, seen: set[int], depth: int) -> bool:
     if kind is list:
         return len(value) < PACK_ITEMS and all(_is_plain(item, seen, depth + 1) for item in value)
     return all(_is_plain(k, seen, depth) and _is_plain(v, seen, depth + 1) for k, v in value.items())
+
+
+def _holds_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_bytes(key) or _holds_bytes(item) for key, item in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return any(map(_holds_bytes, value))
+    return isinstance(value, bytes)

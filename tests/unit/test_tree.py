@@ -257,11 +257,28 @@ def test_values_that_become_others_of_the_same_bytes_are_told_apart():
         assert same(through({"x": {"y": value}}, cache), {"x": {"y": value}})
 
 
-def test_a_plain_part_that_begins_to_hold_arrays_is_refused_once():
+@pytest.mark.parametrize(
+    "values",
+    [
+        [None, 1.5, np.float64(1.5), torch.ones(2), 2],
+        [[1.5] * 3, [1.5] * 50, [math.nan] * 50, [(1, 2)] * 50, [np.float32(1)] * 50],
+        [{"a": 1}, {"a": {1, 2}}, {"a": 1 + 2j}, {"a": b"s"}, {"a": bytearray(b"s")}, {"a": np.arange(3)}],
+        [Unchanging(a=np.arange(3)), {"a": np.arange(3)}, {"a": 1}, Unchanging(a=2)],
+        ["s", "t", np.str_("s"), np.bytes_(b"s")],
+    ],
+)
+def test_values_that_become_others_kinds_are_kept_at_once(values):
+    cache = TreeCache()
+    for value in [*values, *values[::-1], *values]:
+        tree = {"x": {"same": "sss", "y": value}}
+        assert same(through(tree, cache), load_tree(dump_tree(tree)))
+
+
+def test_an_array_in_place_of_what_looks_like_one_is_refused_once():
     cache = TreeCache()
     for _ in range(2):
-        assert through({"x": {"y": 1.5}}, cache) == {"x": {"y": 1.5}}
-    changed = {"x": {"y": np.float64(1.5)}}
+        through({"x": {"y": 1.5, "z": "s"}}, cache)
+    changed = {"x": {"y": np.float64(1.5), "z": "t"}}
     with pytest.raises(UnsupportedStateError, match="of other kinds than before"):
         through(changed, cache)
     assert same(in_the_end(changed, cache), changed)
