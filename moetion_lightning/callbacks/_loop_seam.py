@@ -20,6 +20,7 @@ from moetion_lightning.callbacks._epoch_start import EpochStart
 from moetion_lightning.callbacks._logged_results import LoggedResults
 from moetion_lightning.callbacks._run_files import RunFiles
 from moetion_lightning.core.instance_patches import InstancePatches
+from moetion_lightning.core.kept_values import Fresh
 from moetion_lightning.errors import ForeignWindowError, UnsupportedStateError
 from moetion_lightning.storage.tree import dump_tree
 
@@ -206,7 +207,7 @@ class _Counters:
     def read(self) -> dict[str, Any]:
         """The loops' states by name, and the counters of each."""
         state = {name: loop.on_save_checkpoint() for name, loop in self._loops}
-        return {**state, **{key: _read(getattr(loop, name)) for key, loop, name in self._progress}}
+        return Fresh(state, **{key: _read(getattr(loop, name)) for key, loop, name in self._progress})
 
 
 def _read(progress: _BaseProgress) -> dict[str, Any]:

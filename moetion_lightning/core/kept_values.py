@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 from moetion_lightning.core.packed_lists import PackedLists
 
-__all__ = ["ClassFinder", "Kept", "LiveValues", "MissingClassError", "Reviver", "Unchanging", "class_name", "describe"]
+__all__ = [
+    "ClassFinder",
+    "Fresh",
+    "Kept",
+    "LiveValues",
+    "MissingClassError",
+    "Reviver",
+    "Unchanging",
+    "class_name",
+    "describe",
+]
 
 FindClass = Callable[[str], "type | None"]
 _NOTHING: Any = object()
@@ -52,6 +62,10 @@ class Kept:
 
 class Unchanging(dict[str, Any]):
     """A dict that nobody changes any more, nor anything in it: what was once made of it holds."""
+
+
+class Fresh(dict[str, Any]):
+    """A dict that was made for this moment: nothing in it is looked for anywhere else, as the same object."""
 
 
 class LiveValues:

@@ -24,6 +24,7 @@ from moetion_lightning.core.generators import (
 )
 from moetion_lightning.core.kept_values import Unchanging
 from moetion_lightning.core.module_table import module_table
+from moetion_lightning.errors import ForeignWindowError
 
 __all__ = ["Rng", "get_rng", "set_rng", "with_extra_state", "write_buffers"]
 
@@ -119,6 +120,18 @@ class Rng:
         return all(map(torch.equal, first["states"], second["states"]))
 
 
+def _set_numpy(state: Mapping[str, Any]) -> None:
+    owner: Any = np.random.mtrand._rand
+    kind = getattr(np.random, state["bit_generator"])
+    if type(owner._bit_generator) is not kind:  # numpy.random.set_bit_generator was called
+        if not (isinstance(kind, type) and issubclass(kind, np.random.BitGenerator)):
+            raise ForeignWindowError(
+                f"the window holds the state of a numpy.random.{state['bit_generator']}, which is none"
+            )
+        np.random.mtrand.set_bit_generator(kind())
+    np.random.set_state(dict(state))
+
+
 def get_rng(generators: Mapping[str, object] | None = None) -> dict[str, Any]:
     """State of the global generators of python, numpy and torch (all devices), and of the given ones.
 
@@ -142,7 +155,7 @@ def set_rng(state: Mapping[str, Any], generators: Generators | Mapping[str, obje
         Names in the state that no generator was found for.
     """
     random.setstate(unpacked_python(state["python"]["state"]))
-    np.random.set_state(state["numpy"])
+    _set_numpy(state["numpy"])
     torch.set_rng_state(torch.from_numpy(state["torch"]))
     devices = state.get("devices")
     if devices:

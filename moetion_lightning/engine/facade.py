@@ -24,6 +24,7 @@ from moetion_lightning.config import EngineConfig
 from moetion_lightning.core.digests import rng_digests
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.grad_norm import GradNormSeam
+from moetion_lightning.core.kept_values import Fresh
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import PacedDensePolicy, PartialExpertsPolicy, Policy, SparsePolicy, WindowPlan
@@ -526,7 +527,7 @@ class Engine:
             attached = self._need()
             tree, leaf = self._tree(run_state, weights=False)
             header = self._header()
-            extra = {**header.extra, "first_captured_at": time.time()}
+            extra = Fresh(header.extra, first_captured_at=time.time())
             whole = {**fields, "tree": tree, "extra": extra, "copies": list(attached.shares.copies())}
             return flatten_tree(whole, clone=True, leaf=leaf, cache=self._noted)
 

@@ -27,6 +27,7 @@ from moetion_lightning.errors import ForeignWindowError
 
 __all__ = ["EngineState", "build_values", "capture_run_state"]
 
+_KEPT_KEYS = ("params", "param_names")  # of a parameter group
 _TRAINING, _REQUIRES_GRAD = operator.attrgetter("training"), operator.attrgetter("requires_grad")
 _log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def _own_keys(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _read_group(group: Mapping[str, Any], live: LiveState) -> dict[str, Any]:
-    settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    settings = {k: v for k, v in group.items() if k not in _KEPT_KEYS}
     return {"parameters": live.listed(id(group), group["params"]), "settings": settings}
 
 
@@ -181,7 +182,7 @@ class EngineState:
             )
         for optimizer, groups in zip(live.optimizers, self.tree["groups"]):
             while len(optimizer.param_groups) < len(groups):
-                optimizer.param_groups.append({**optimizer.param_groups[-1], "params": []})
+                optimizer.param_groups.append({**getattr(optimizer, "defaults", {}), "params": []})
             del optimizer.param_groups[len(groups) :]
             for group, saved in zip(optimizer.param_groups, groups):
                 group["params"] = [live.parameters[name] for name in json.loads(saved["parameters"])]
@@ -200,6 +201,9 @@ class EngineState:
         _write_metrics(live, self.tree["metrics"])
         for optimizer, groups, extra in zip(live.optimizers, self.tree["groups"], self.tree["optimizer_extra"]):
             for group, saved in zip(optimizer.param_groups, groups):
+                for key in [k for k in group if k not in saved["settings"] and k not in _KEPT_KEYS]:
+                    if key not in getattr(optimizer, "defaults", {}):  # what another version has is left alone
+                        del group[key]
                 for key, value in saved["settings"].items():
                     current = group.get(key)
                     if isinstance(current, Tensor) and isinstance(value, Tensor):

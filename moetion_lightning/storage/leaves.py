@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moetion_lightning.core.kept_values import Unchanging
+from moetion_lightning.core.kept_values import Fresh, Unchanging
 from moetion_lightning.errors import UnsupportedStateError
 from moetion_lightning.storage.format import is_storable, tensor_bytes
 
@@ -37,6 +37,7 @@ CONTAINER_TAGS: dict[type, str] = {
     frozenset: "frozenset",
     deque: "deque",
     dict: "d",
+    Fresh: "d",
     Unchanging: "d",
     defaultdict: "d",
     OrderedDict: "od",

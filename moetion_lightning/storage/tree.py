@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from moetion_lightning.core.kept_values import Kept, LiveValues, Unchanging, describe
+from moetion_lightning.core.kept_values import Fresh, Kept, LiveValues, Unchanging, describe
 from moetion_lightning.core.packed_lists import pack
 from moetion_lightning.errors import CorruptSnapshotError, UnsupportedStateError, VersionError
 from moetion_lightning.storage import leaves
 from moetion_lightning.storage.format import SnapshotLayout, TensorSpec, tensor_bytes
 from moetion_lightning.storage.manifest import parse_json
 from moetion_lightning.storage.posix import read_regular
-from moetion_lightning.storage.tree_cache import PACK_ITEMS, Plain, TreeCache
+from moetion_lightning.storage.tree_cache import Plain, TreeCache
 from moetion_lightning.storage.tree_loader import Resolve, TreeLoader
 
 __all__ = ["FlatTree", "Leaf", "dump_tree", "flatten_tree", "load_tree"]
@@ -34,6 +34,7 @@ Leaf = Callable[[object], Any]
 _MAX_DEPTH = 100  # deeper JSON would meet Python's recursion limit on the way back
 _MAX_FILE_BYTES = 1 << 40
 _STRUCTURE = "tree"
+_PACK_ITEMS = 32  # lists of at least so many numbers, or small tensors of one kind, are stored as one tensor
 _VERSION = 3  # 1 knew neither shared containers nor values of users' classes, 2 no plain parts
 _REMEDY = "Restore from another window or tier."
 
@@ -285,7 +286,7 @@ class _Flattener:
         is_shared = tag not in ("tuple", "frozenset")
         if is_shared and id(value) in self._numbers and id(value) not in self._open:
             return self._same(value)
-        if self._cache is None or self._live is not None or type(value) not in (dict, list, Unchanging):
+        if self._cache is None or self._live is not None or type(value) not in (Fresh, Unchanging):
             return self._walk(value, tag, path, depth)
         known, count = self._cache.find(path, value)
         if known is not None:
@@ -308,7 +309,7 @@ class _Flattener:
         try:
             if isinstance(value, dict):
                 return self._encode_dict(value, tag, path, depth)
-            if tag == "list" and self._packs and len(value) >= PACK_ITEMS:
+            if tag == "list" and self._packs and len(value) >= _PACK_ITEMS:
                 packed = self._pack(value)
                 if packed is not None:
                     return packed

@@ -67,11 +67,16 @@ class Growing(Automatic):
             logits = logits + self.adapter(logits)
         return nn.functional.cross_entropy(logits, batch["target"])
 
+    def on_train_start(self) -> None:
+        self.optimizers().optimizer.param_groups[0]["tag"] = 1.0
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers().optimizer
         if self.global_step == 7 and not hasattr(self, "adapter"):
             self.adapter = nn.Linear(32, 32)
-            self.optimizers().optimizer.add_param_group({"params": list(self.adapter.parameters()), "lr": 0.01})
+            optimizer.add_param_group({"params": list(self.adapter.parameters()), "lr": 0.01})
             self.marker.touch()
+        assert sum("tag" in group for group in optimizer.param_groups) == 1
 
 
 class GrowingUnawares(Growing):

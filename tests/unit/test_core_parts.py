@@ -19,7 +19,7 @@ from moetion_lightning.core.generators import find_generators
 from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.run_state import get_rng, set_rng
-from moetion_lightning.errors import UnsupportedStateError
+from moetion_lightning.errors import ForeignWindowError, UnsupportedStateError
 from moetion_lightning.moe.routing.lost_tokens import LostTokens
 
 # --- compute dtype ---------------------------------------------------------------------------------------------------
@@ -239,6 +239,32 @@ def test_all_generators_come_back() -> None:
     set_rng(state, find_generators({"h": holder}))
     assert rng_digests() == digest
     assert holder.draw() == first
+
+
+def test_another_kind_of_global_generator_comes_back() -> None:
+    np.random.set_bit_generator(np.random.PCG64(3))
+    try:
+        state = get_rng()
+        drawn = np.random.rand(3)
+        np.random.set_bit_generator(np.random.MT19937(4))
+        set_rng(state)
+        assert np.array_equal(np.random.rand(3), drawn)
+    finally:
+        np.random.set_bit_generator(np.random.MT19937(5))
+    with pytest.raises(ForeignWindowError, match="numpy.random.shuffle"):
+        set_rng({**state, "numpy": {**state["numpy"], "bit_generator": "shuffle"}})
+
+
+def test_numpys_state_is_told_from_one_that_looks_the_same() -> None:
+    """A second normal number is kept: it is given without another number being drawn."""
+    np.random.seed(6)
+    np.random.normal()
+    before = get_rng()
+    kept = np.random.normal()
+    assert get_rng()["numpy"]["has_gauss"] != before["numpy"]["has_gauss"]
+    set_rng(before)
+    assert get_rng()["numpy"]["has_gauss"] == before["numpy"]["has_gauss"]
+    assert np.random.normal() == kept
 
 
 def test_generators_of_submodules_are_found() -> None:
