@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from moetion_lightning.core.generators import is_generator
 from moetion_lightning.core.kept_values import ClassFinder, LiveValues, MissingClassError, Reviver
 from moetion_lightning.core.module_table import ModuleTable, module_table
 from moetion_lightning.core.packed_lists import PackedLists
 from moetion_lightning.engine.attribute_stamps import FIXED_TYPES, stamp
-from moetion_lightning.engine.users_classes import UsersClasses
+from moetion_lightning.engine.users_classes import UsersClasses, is_framework
 from moetion_lightning.storage.tree import FlatTree, flatten_tree
 
 __all__ = ["PlainAttributes"]
@@ -157,7 +159,11 @@ class PlainAttributes:
 
     def _on_refused(self, owner: str, name: str, reason: str) -> None:
         value = self._owners[owner].value
-        self._refused[owner, name] = type(vars(value)[name])
+        refused = vars(value)[name]
+        self._refused[owner, name] = type(refused)
+        # Generators are captured as such. Lightning puts a function in place of `forward` for a moment.
+        if is_generator(refused) or (isinstance(refused, FunctionType) and is_framework(refused)):
+            return
         kind = type(value)
         self._say_once(
             f"the attribute {name!r} of {kind.__qualname__} changes while training and cannot be stored "

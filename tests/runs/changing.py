@@ -68,7 +68,7 @@ class Growing(Automatic):
         return nn.functional.cross_entropy(logits, batch["target"])
 
     def on_train_start(self) -> None:
-        self.optimizers().optimizer.param_groups[0]["tag"] = 1.0
+        self.optimizers().optimizer.param_groups[-1]["tag"] = 1.0
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers().optimizer

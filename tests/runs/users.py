@@ -152,6 +152,7 @@ class Users(pl.Callback):
     def __init__(self) -> None:
         self.tracker = Tracker()
         self.handle: Any = None
+        self.late: Any = None
         self.factor = 1.0
 
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
@@ -160,6 +161,8 @@ class Users(pl.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         batch["factor"] = torch.tensor(self.factor + self.start - self.start)
         self.handle = io.StringIO()
+        self.late = self.late or np.random.default_rng(3)  # captured with the other generators
+        batch["factor"] += 0.01 * float(self.late.random())
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tracker.history["loss"].append(float(outputs["loss"]))
