@@ -78,7 +78,8 @@ def main() -> None:
     callbacks, resume_from = checkpoint_callbacks(args)
     module = make_model(args)
     trainer = Trainer(
-        accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="ddp", max_steps=1_000_000, logger=False,
+        accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), max_steps=1_000_000, logger=False,
+        strategy="ddp_find_unused_parameters_true",  # in some steps an expert gets no tokens
         enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, default_root_dir=args.work,
         enable_checkpointing=args.checkpoint == "model-checkpoint",
     )  # fmt: skip

@@ -242,7 +242,8 @@ def run_rank(args: argparse.Namespace) -> None:
     module.clock = blocks.tick
     report(parameters=sum(p.numel() for p in module.parameters()), dense_bytes=dense_bytes(module))
     trainer = Trainer(
-        accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="ddp", precision=args.precision,
+        accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), precision=args.precision,
+        strategy="ddp_find_unused_parameters_true",  # in some steps an expert gets no tokens
         max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         callbacks=copies.callbacks, default_root_dir=args.disk,
     )  # fmt: skip
