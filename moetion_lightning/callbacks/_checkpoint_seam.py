@@ -37,7 +37,6 @@ class CheckpointSeam:
         self._trainer = trainer
         self._patches = patches
         self._placed = InstancePatches()  # only while a checkpoint is restored
-        self._taking = InstancePatches()  # only while one is taken
         self._taken: dict[str, Any] | None = None
         self._other_loops: dict[str, Any] | None = None  # none of which moves while training does
         #: Puts weights into the module where the trainer would load them; None leaves them to the engine.
@@ -60,17 +59,15 @@ class CheckpointSeam:
         connector = self._trainer._checkpoint_connector
         if self._other_loops is None:
             self._other_loops = connector._get_loops_state_dict()
-        seen = {**self._other_loops, "fit_loop": _copy(counters)}
-        undo = self._taking.put(connector, "_get_loops_state_dict", lambda: seen)
+        loops = {**self._other_loops, "fit_loop": _copy(counters)}
         try:
             weights = weights and not gathers_state(self._trainer) and self._weights_are_seen()
-            with contextlib.nullcontext() if weights else self._without_weights():
+            with self._dumping(loops, weights=weights):
                 shown = connector.dump_checkpoint(weights_only=False)
             # Without a callback of ours in the trainer's list (a tuner has taken it away) there was no look before.
             own = self._taken or self._own_part(shown)
         finally:
             self._taken = None
-            undo()
         for key in self._hyper_parameters():
             shown.pop(key, None)
         states = shown.get("optimizer_states")
@@ -138,12 +135,14 @@ class CheckpointSeam:
         return found
 
     @contextlib.contextmanager
-    def _without_weights(self) -> Iterator[None]:
-        """The strategy gives no weights and no optimizer state, which it may have to gather from all ranks."""
+    def _dumping(self, loops: Mapping[str, Any], *, weights: bool) -> Iterator[None]:
+        """The loops' states are known; weights and optimizer state, which may have to be gathered, come if asked."""
         strategy: Any = self._trainer.strategy
         patches = InstancePatches()
-        patches.put(strategy, "lightning_module_state_dict", dict)
-        patches.put(strategy, "optimizer_state", lambda optimizer: {"state": {}, "param_groups": []})
+        patches.put(self._trainer._checkpoint_connector, "_get_loops_state_dict", lambda: loops)
+        if not weights:
+            patches.put(strategy, "lightning_module_state_dict", dict)
+            patches.put(strategy, "optimizer_state", lambda optimizer: {"state": {}, "param_groups": []})
         try:
             yield
         finally:

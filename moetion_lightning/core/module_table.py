@@ -98,9 +98,9 @@ def split_flags(names: Iterable[str], flags: Iterable[bool]) -> dict[str, Any]:
     flags = list(flags)
     count = sum(flags)
     most = 2 * count > len(flags)
-    if count == (len(flags) if most else 0):
-        return {"most": most, "others": []}
-    return {"most": most, "others": [name for name, flag in zip(names, flags) if flag is not most]}
+    all_alike = count in (0, len(flags))
+    others = [] if all_alike else [name for name, flag in zip(names, flags) if flag is not most]
+    return {"most": most, "others": others}
 
 
 def joined_flags(saved: dict[str, Any]) -> Callable[[str], bool]:

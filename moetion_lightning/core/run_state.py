@@ -63,7 +63,7 @@ class _NumpyGlobal:
 _numpy = _NumpyGlobal()
 
 
-_packed: dict[str, Rng] = {}  # the last one whose packed form there is
+_last: tuple[dict[str, Any], Unchanging] = ({}, Unchanging())  # parts and their packed form
 
 
 class Rng:
@@ -90,34 +90,32 @@ class Rng:
         Args:
             generators: States of further generators, by name.
         """
+        global _last
         if self._packed is None:
-            self._packed = self._pack(_packed.get("last"))
-            _packed["last"] = self
+            self._packed = _pack(self.parts, *_last)
+            _last = self.parts, self._packed
         return {**self._packed, "generators": dict(generators)} if generators else self._packed
 
-    def _pack(self, last: Rng | None) -> Unchanging:
-        if last is not None and last._packed is not None:
-            if last._equals(self):
-                return last._packed
-            same = last.parts["python"] == self.parts["python"]
-            python = last._packed["python"] if same else None
-        else:
-            python = None
-        if python is None:
-            python = Unchanging(state=packed_python(self.parts["python"]))
-        packed = Unchanging(self.parts, python=python, torch=self.parts["torch"].numpy())
-        if "devices" in packed:
-            packed["devices"] = {**packed["devices"], "states": [s.numpy() for s in packed["devices"]["states"]]}
-        return packed
 
-    def _equals(self, other: Rng) -> bool:
-        a, b = self.parts, other.parts
-        if a["numpy"] is not b["numpy"] or a["python"] != b["python"] or not torch.equal(a["torch"], b["torch"]):
-            return False
-        first, second = (parts.get("devices", {"kind": "", "states": []}) for parts in (a, b))
-        if first["kind"] != second["kind"] or len(first["states"]) != len(second["states"]):
-            return False
-        return all(map(torch.equal, first["states"], second["states"]))
+def _pack(parts: dict[str, Any], before: dict[str, Any], known: Unchanging) -> Unchanging:
+    """Packed form of parts; what is as it was before is the same object as in their packed form."""
+    if before and _are_equal(parts, before):
+        return known
+    is_same = parts["python"] == before.get("python")
+    python = known["python"] if is_same else Unchanging(state=packed_python(parts["python"]))
+    packed = Unchanging(parts, python=python, torch=parts["torch"].numpy())
+    if "devices" in packed:
+        packed["devices"] = {**packed["devices"], "states": [s.numpy() for s in packed["devices"]["states"]]}
+    return packed
+
+
+def _are_equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    if a["numpy"] is not b["numpy"] or a["python"] != b["python"] or not torch.equal(a["torch"], b["torch"]):
+        return False
+    first, second = (parts.get("devices", {"kind": "", "states": []}) for parts in (a, b))
+    if first["kind"] != second["kind"] or len(first["states"]) != len(second["states"]):
+        return False
+    return all(map(torch.equal, first["states"], second["states"]))
 
 
 def _set_numpy(state: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ import sys
 import sysconfig
 import types
 from collections.abc import Iterable, Iterator
-from types import FunctionType
 
 import numpy as np
 import torch
@@ -42,12 +41,12 @@ _BASE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _STORE_ATTR = dis.opmap["STORE_ATTR"]
 
 
-def is_framework(kind: type | FunctionType) -> bool:
+def is_framework(kind: type | types.FunctionType) -> bool:
     """Whether a class is of a framework that says itself, by ``state_dict``, what the state of its objects is."""
     return _root(kind) in _FRAMEWORKS
 
 
-def _root(kind: type | FunctionType) -> str:
+def _root(kind: type | types.FunctionType) -> str:
     return kind.__module__.split(".")[0]
 
 

@@ -65,8 +65,9 @@ class TreeCache:
             return node, 1
         if not _is_plain(value, 0):  # arrays, and whatever else has memory of its own, became bytes
             return None, 0
-        self.keep(path, data, Plain(data), 1)
-        return self._known[path][1:]
+        plain = Plain(data)
+        self.keep(path, data, plain, 1)
+        return plain, 1
 
     def keep(self, path: tuple[str, ...], value: Any, node: Any, count: int) -> None:
         """Remember what was made.
