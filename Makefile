@@ -6,7 +6,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench gpu docs clean setup
+.PHONY: help demo test test-slurm test-ray check bench gpu docs clean setup
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +17,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.moetion-test-stamp
 DEV_STAMP := $(VENV)/.moetion-dev-stamp
+RAY_STAMP := $(VENV)/.moetion-ray-stamp
 BENCH_STAMP := $(VENV)/.moetion-bench-stamp
 DOCS_STAMP := $(VENV)/.moetion-docs-stamp
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet
@@ -25,15 +26,24 @@ CONSTRAIN = $(shell $(PY) -c 'import sys; print("-c constraints.txt" if sys.vers
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
+# The tests start many interpreters: what one has compiled the others read, also where the environment says otherwise.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## Show the targets
-	@grep -hE '^[a-z]+:.*?## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*?## "} {printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*?## "} {printf "  make %-10s %s\n", $$1, $$2}'
 
 demo: $(STAMP)  ## Train a small MoE, kill it, watch it come back bit for bit
 	@$(PY) -m moetion_lightning demo $(ARGS)
 
 test: $(DOCS_STAMP)  ## Run all tests
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal --durations 15 $(ARGS)
+
+test-slurm: export MOETION_TEST_CLUSTERS = 1
+test-slurm: $(STAMP)  ## Test on a SLURM cluster of this machine (root, and Debian's slurmctld slurmd slurm-client munge)
+	$(PY) -m pytest tests/clusters/test_slurm.py -ra $(ARGS)
+
+test-ray: $(RAY_STAMP)  ## Test on a Ray cluster of this machine; installs ray into the environment
+	$(PY) -m pytest tests/clusters/test_ray.py -ra $(ARGS)
 
 check: $(DEV_STAMP)  ## Lint, type check, fast tests (a few minutes)
 	$(PY) -m ruff check .
@@ -77,6 +87,10 @@ $(STAMP): pyproject.toml constraints.txt | $(PY)
 
 $(DEV_STAMP): $(STAMP)
 	$(PIP) $(CONSTRAIN) -e '.[test,dev]'
+	@touch $@
+
+$(RAY_STAMP): $(STAMP)
+	$(PIP) $(CONSTRAIN) -e '.[test,ray]'
 	@touch $@
 
 $(BENCH_STAMP): $(STAMP)

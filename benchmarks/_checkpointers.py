@@ -57,36 +57,39 @@ class Checkpointer:
 
 
 def _ours(kind: str, places: Places, every: int, clock: HookClock, sinks: list[Any]) -> Checkpointer:
-    from moetion_lightning import DenseInMemoryCheckpoint, SparseExpertCheckpoint
+    from moetion_lightning import DenseInMemoryCheckpoint, GradientLogCheckpoint, SparseExpertCheckpoint
 
     log = CaptureLog(clock)
     common: dict[str, Any] = {"memory_dir": str(places.memory), "job_id": places.job, "sinks": [log, *sinks]}
     window = window_of(kind)
     if window is None:
         callback: Callback = DenseInMemoryCheckpoint(every_n_steps=every, **common)
+    elif kind.startswith("log-"):
+        callback = GradientLogCheckpoint(window=window, **common)
     else:
         callback = SparseExpertCheckpoint(window=window, **common)
     return Checkpointer(
         callbacks=[callback],
         drain=log.drain,
-        bytes_per_iteration=lambda: _mean_of_whole_windows(log),
+        bytes_per_iteration=lambda: _mean_of_whole_windows(log, window if kind.startswith("log-") else None),
         log=log,
     )
 
 
 def window_of(name: str) -> Any:
     """The window of one of ours: a number, "auto", or None for those without."""
-    if not name.startswith("sparse-"):
+    if not name.startswith(("sparse-", "log-")):
         return None
-    choice = name.removeprefix("sparse-")
+    choice = name.partition("-")[2]
     return choice if choice == "auto" else int(choice.removeprefix("w"))
 
 
-def _mean_of_whole_windows(log: CaptureLog) -> float:
+def _mean_of_whole_windows(log: CaptureLog, length: int | None) -> float:
+    """Of a gradient log, whose restore points are of one iteration each, ``length`` is that of a round."""
     if not log.windows or not log.nbytes:
         return 0.0
     first, last = log.windows[-1]
-    length = last - first + 1
+    length = last - first + 1 if length is None else length
     newest = log.nbytes[: len(log.nbytes) // length * length][-length:]
     return sum(newest) / max(1, len(newest))
 

@@ -61,6 +61,38 @@ def checkpoint_callbacks(args: argparse.Namespace) -> tuple[list[Any], Path | No
     return [saver], steps[max(steps)] if steps else None
 
 
+class Updating:
+    """Seconds between the vote for an optimizer step and the note of what follows it.
+
+    A rank that is lost there has left no run state of the iteration, so that all go back to a window; anywhere else
+    the others keep their live state.
+    """
+
+    def __init__(self) -> None:
+        from moetion_lightning.engine.living import Living
+
+        self._since = self._seconds = 0.0
+        vote, note = Living.about_to_update, Living.note
+
+        def about_to_update(living: Living) -> None:
+            vote(living)
+            self._since = time.perf_counter()
+
+        def noted(living: Living, *args: Any, **kwargs: Any) -> None:
+            note(living, *args, **kwargs)
+            if self._since:
+                self._seconds += time.perf_counter() - self._since
+                self._since = 0.0
+
+        patched: Any = Living
+        patched.about_to_update, patched.note = about_to_update, noted
+
+    def take(self) -> float:
+        """Since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 def main() -> None:
     args = parse()
     progress = Progress(args.work / "progress.jsonl")
@@ -83,7 +115,10 @@ def main() -> None:
         enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, default_root_dir=args.work,
         enable_checkpointing=args.checkpoint == "model-checkpoint",
     )  # fmt: skip
-    module.clock = lambda: progress("step", step=trainer.global_step)
+    updating = Updating() if args.checkpoint == "ours" else None
+    module.clock = lambda: progress(
+        "step", step=trainer.global_step, updating=updating.take() if updating is not None else 0.0
+    )
     options: dict[str, Any] = {"ckpt_path": resume_from}
     if resume_from is not None and "weights_only" in inspect.signature(Trainer.fit).parameters:
         options["weights_only"] = False

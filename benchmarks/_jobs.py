@@ -23,7 +23,7 @@ __all__ = ["MODES", "Job", "JobError", "Mode", "end_on_sigterm", "steps_of"]
 
 _SCRIPT = Path(__file__).parent / "_job.py"
 _POLL_SECONDS = 0.02
-_STANDBY = "moetion_lightning.distributed.standby"
+_STANDBY = "--standby"
 #: Without this, restarts under torchrun of torch 2.13 read addresses of dead ranks and hang (gloo).
 _SEPARATE_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 _TORCHRUN = ("torch.distributed.run", "--standalone", "--monitor-interval", "0.1")
@@ -232,7 +232,7 @@ class Job:
         found = []
         for process in self._descendants():
             with contextlib.suppress(psutil.Error):
-                if process.pid not in ranks and _STANDBY in process.cmdline():
+                if process.pid not in ranks and process.cmdline()[-1:] == [_STANDBY]:
                     found.append(process)
         return found
 

@@ -19,8 +19,10 @@ LABELS = {
     "sparse-auto": "ours, W = auto",
     "sparse-w4": "ours, W = 4",
     "sparse-w8": "ours, W = 8",
+    "log-w8": "ours, gradient log, W = 8",
+    "log-w16": "ours, gradient log, W = 16",
 }
-OURS = ("sparse-auto", "sparse-w4", "sparse-w8")
+OURS = ("sparse-auto", "sparse-w4", "sparse-w8", "log-w8", "log-w16")
 NOT_PEERS = ("none", "dense", *OURS)
 _OPTIONAL = {"dlrover": "dlrover", "nvrx": "nvidia_resiliency_ext", "accelerate": "accelerate"}
 

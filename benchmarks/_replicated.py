@@ -60,7 +60,7 @@ class _ReplicaLog:
             if isinstance(event, WindowCommitted):
                 self._committed = event.last_iteration
             elif isinstance(event, WindowReplicated):
-                self._held[event.peer] = event.last_iteration
+                self._held[event.owner] = event.last_iteration
                 self.wire_bytes += event.nbytes
             self._condition.notify_all()
 

@@ -11,8 +11,9 @@ import argparse
 import math
 import random
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--probe-steps", type=int, default=24, help="steps of each calibration")
     parser.add_argument("--seed", type=int, default=0, help="of the failures")
-    parser.add_argument("--timeout", type=float, default=90.0, help="seconds that a start may take")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=90.0,
+        help="seconds that a start may take, or that no step is new before it fails",
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test: the small model, 2 ranks, seconds only")
     parser.add_argument("--work-dir", type=Path, help="where checkpoints are written; default: the temporary directory")
     parser.add_argument("--logs", type=Path, help="keep the output of each job in this folder")
@@ -108,31 +114,53 @@ def run_under_failures(name: str, every: int, args: argparse.Namespace) -> dict[
     seconds = 60 * args.minutes
     schedule = failures(args.mtbf, seconds, args.ranks, args.seed)
     kills: list[dict[str, Any]] = []
-    note = None
     with Job(name, ranks=args.ranks, argv=argv, threads=args.threads, work_dir=args.work_dir, keep_log=log) as job:
         job.until_step(2, args.timeout)
         job.until_ready(args.timeout)
         job.records()
         began, first = time.time(), job.reached()
-        try:
-            for at, rank in [*schedule, (seconds, None)]:
-                _wait(job, began + at)
-                if rank is not None:
-                    kills.append({"planned": at, "rank": rank, "at": _shoot(job, rank, began + seconds, began)})
-        except JobError as error:
-            note = str(error)
+        progress = Progress(job.reached, args.timeout)
+        for at, rank in [*schedule, (seconds, None)]:
+            _wait(job, began + at, progress)
+            if rank is not None:
+                kills.append({"planned": at, "rank": rank, "at": _shoot(job, rank, began + seconds, began)})
         ended = time.time()
         wall = max(seconds, ended - began)
         last = newest_common(job.records(), args.ranks, ended)
         executed = sum(1 for r in steps_of(job.records(), 0) if began < r["time"] <= ended)
     return {
         "name": name, "every": every, "wall_seconds": wall, "first_step": first, "last_step": last, "kills": kills,
-        "executed_by_rank_0": executed, **({} if note is None else {"note": note}),
+        "executed_by_rank_0": executed,
     }  # fmt: skip
 
 
-def _wait(job: Job, when: float) -> None:
-    job.until(lambda: time.time() >= when, when - time.time() + 10, "the time is up")
+class Progress:
+    """Sees that a job stands still: what it reaches then is no result.
+
+    Args:
+        reached: The newest step of all ranks.
+        limit: Seconds without a new one.
+    """
+
+    def __init__(self, reached: Callable[[], int], limit: float) -> None:
+        self._reached, self._limit = reached, limit
+        self._last = reached(), time.monotonic()
+
+    def check(self) -> None:
+        """Raise ``JobError`` if nothing has moved for too long."""
+        reached, now = self._reached(), time.monotonic()
+        if reached != self._last[0]:
+            self._last = reached, now
+        elif now - self._last[1] > self._limit:
+            raise JobError(f"no new step for {self._limit:.0f} s behind step {reached} (see --timeout)")
+
+
+def _wait(job: Job, when: float, progress: Progress) -> None:
+    def over() -> bool:
+        progress.check()
+        return time.time() >= when
+
+    job.until(over, when - time.time() + 10, "the time is up")
 
 
 def _shoot(job: Job, rank: int, deadline: float, began: float) -> float | None:
@@ -204,11 +232,10 @@ def markdown(results: dict[str, Any]) -> str:
         rows.append([
             MODES[row["name"]].label, f"{row['every']} steps", f"{row['ettr']:.2f} ({low:.2f}..{high:.2f})",
             str(len(done)), str(row["last_step"] - row["first_step"]),
-            number(1e3 * row["step_seconds"], "{:.0f}"), row.get("note", "")[:100] or "-",
+            number(1e3 * row["step_seconds"], "{:.0f}"),
         ])  # fmt: skip
     header = [
         "how", "saves every", "effective training time ratio", "failures", "new steps", "undisturbed step, ms",
-        "ended early",
     ]  # fmt: skip
     return f"{about}\n\n{markdown_table(header, rows)}"
 
@@ -219,7 +246,10 @@ def main() -> None:
         print(markdown(load_results("ettr", args.results)))
         return
     end_on_sigterm()
-    results = measure(args)
+    try:
+        results = measure(args)
+    except JobError as error:
+        sys.exit(f"ettr: {error}")
     print(f"\n{markdown(results)}\n\nwritten to {args.results}/ettr.json and ettr.md in {results['seconds']:.0f} s")
 
 

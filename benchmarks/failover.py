@@ -19,7 +19,7 @@ from _report import RESULTS, load_results, machine, machine_line, markdown_table
 from _sizes import add_model_arguments, fill_medium, model_argv
 
 NAMES = ("torchrun-file", "torchrun-ours", "launch-cold", "launch-warm")
-_GOAL = 5.0
+_GOAL = 7.0
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -74,6 +74,7 @@ def one_job(
                 time.sleep(part * _step_seconds(job, rank))
                 found.append(one_kill(job, rank, args))
                 job.until_ready(args.timeout)
+            found[0]["live_share"] = live_share(job)
         except JobError as error:
             found.append({"note": str(error)})
     return found
@@ -83,6 +84,16 @@ def _step_seconds(job: Job, rank: int) -> float:
     """Of the last steps."""
     times = [record["time"] for record in steps_of(job.records(), rank)][-6:]
     return statistics.median(after - before for before, after in zip(times, times[1:]))
+
+
+def live_share(job: Job) -> float:
+    """Part of the time of undisturbed iterations in which a loss lets the others keep their live state."""
+    steps = [steps_of(job.records(), rank) for rank in range(job.ranks)]
+    pairs = [(a, b) for own in steps for a, b in zip(own, own[1:]) if b["pid"] == a["pid"]]
+    median = statistics.median(b["time"] - a["time"] for a, b in pairs)
+    pairs = [(a, b) for a, b in pairs if b["time"] - a["time"] < 3 * median]
+    updating = float(sum(b["updating"] for _, b in pairs))
+    return 1.0 - updating / float(sum(b["time"] - a["time"] for a, b in pairs))
 
 
 def one_kill(job: Job, rank: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -153,6 +164,9 @@ def summarise(rows: Sequence[dict[str, Any]]) -> None:
         row["median"], row["range"] = statistics.median(seconds), [min(seconds), max(seconds)]
         row["recomputed"] = statistics.median(kill["recomputed"] for kill in good)
         row["survivors"] = statistics.median(kill["survivors"] for kill in good)
+        shares = [kill["live_share"] for kill in good if "live_share" in kill]
+        if shares and row["name"].startswith("launch"):
+            row["live_share"] = statistics.median(shares)
         base = [kill["seconds"] for kill in first if "note" not in kill]
         if base:
             times = [b / s for b in base for s in seconds]
@@ -182,16 +196,18 @@ def markdown(results: dict[str, Any]) -> str:
         label = MODES[row["name"]].label + (", every step" if row["name"] == "torchrun-file" else "")
         if "median" not in row:
             notes = [kill["note"] for kill in row["kills"]]
-            rows.append([label, f"failed: {notes[-1][:100]}" if notes else "not yet", *["-"] * 5])
+            rows.append([label, f"failed: {notes[-1][:100]}" if notes else "not yet", *["-"] * 6])
             continue
         low, high = row["range"]
         rows.append([
             label, f"{row['median']:.2f} ({low:.2f}..{high:.2f})", _ratio(row), f"{row['recomputed']:g}",
-            f"{row['survivors']:g} of {results['ranks'] - 1}", str(len(row["kills"]) - row["failed"]),
+            f"{row['survivors']:g} of {results['ranks'] - 1}",
+            f"{row['live_share']:.0%}" if "live_share" in row else "-", str(len(row["kills"]) - row["failed"]),
             str(row["failed"]),
         ])  # fmt: skip
     header = [
         "how", "kill to new step, s", "times faster than the first", "steps executed again", "processes that lived on",
+        "share of an iteration that leaves live state",
         "kills", "not survived",
     ]  # fmt: skip
     parts = [about, markdown_table(header, rows)]

@@ -1,8 +1,8 @@
 """What this package costs the training thread when a model has thousands of experts.
 
 Each row trains one model of tiny experts in the default Trainer, by turns without and with
-``SparseExpertCheckpoint(window=8)``, and prints CPU milliseconds of the training thread per iteration above none, those
-of the capture thread, and CPU seconds from ``fit`` to the first batch above none.
+``SparseExpertCheckpoint(window=8)`` (or ``GradientLogCheckpoint``), and prints CPU milliseconds of the training thread
+per iteration above none, those of the capture thread, and CPU seconds from ``fit`` to the first batch above none.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from moetion_lightning.callbacks import SparseExpertCheckpoint
+from moetion_lightning.callbacks import GradientLogCheckpoint, SparseExpertCheckpoint
 
 SHAPES = {64: (4, 16), 512: (8, 64), 3072: (12, 256), 12032: (47, 256)}  # experts: (layers, experts of a layer)
 WIDTH, HIDDEN, WINDOW = 4, 16, 8
+POLICIES = {"sparse": SparseExpertCheckpoint, "gradient_log": GradientLogCheckpoint}
 
 
 class FusedExperts(nn.Module):
@@ -141,12 +142,12 @@ class CaptureClock(Callback):
             self.per_window = (self._clock.read() - self._first) / (self._count / WINDOW - 2)
 
 
-def run(experts: int, form: str, iterations: int, *, with_captures: bool) -> tuple[Clock, float]:
+def run(experts: int, form: str, iterations: int, policy: str | None) -> tuple[Clock, float]:
     """Train once. Returns the training thread's clock, and the capture thread's CPU seconds per window."""
     folder = Path(tempfile.mkdtemp(prefix="moetion-bench-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     try:
         model, clock, capture = Model(experts, form), Clock(), CaptureClock()
-        ours = [SparseExpertCheckpoint(window=WINDOW, memory_dir=str(folder))] if with_captures else []
+        ours = [POLICIES[policy](window=WINDOW, memory_dir=str(folder))] if policy is not None else []
         trainer = Trainer(
             max_steps=iterations, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, accelerator="cpu", callbacks=[*ours, clock, capture],
@@ -159,12 +160,12 @@ def run(experts: int, form: str, iterations: int, *, with_captures: bool) -> tup
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(experts: int, form: str, rounds: int, iterations: int) -> dict[str, Any]:
+def measure(experts: int, form: str, rounds: int, iterations: int, policy: str) -> dict[str, Any]:
     """One row of the table: medians of paired differences."""
     hooks, starts, captures, steps = [], [], [], []
     for _ in range(rounds):
-        none, _ = run(experts, form, iterations, with_captures=False)
-        ours, capture = run(experts, form, iterations, with_captures=True)
+        none, _ = run(experts, form, iterations, None)
+        ours, capture = run(experts, form, iterations, policy)
         hooks.append((ours.per_iteration() - none.per_iteration()) * 1e3)
         starts.append(ours.started_up - none.started_up)
         captures.append(capture * 1e3)
@@ -172,6 +173,7 @@ def measure(experts: int, form: str, rounds: int, iterations: int) -> dict[str, 
     return {
         "experts": experts,
         "form": form,
+        "policy": policy,
         "step, CPU ms": round(statistics.median(steps), 2),
         "hooks, CPU ms per iteration": round(statistics.median(hooks), 2),
         "capture thread, CPU ms per window": round(statistics.median(captures), 1),
@@ -183,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--forms", nargs="+", choices=("fused", "list"), default=["fused", "list"])
+    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=1 + 10 * WINDOW)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -193,9 +196,10 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(), "rows": []}
     for form in args.forms:
         for experts in sorted(args.experts):
-            results["rows"].append(measure(experts, form, args.rounds, args.iterations))
-            print(results["rows"][-1], flush=True)
-            write(results, args.out)  # the last row takes long
+            for policy in args.policies:
+                results["rows"].append(measure(experts, form, args.rounds, args.iterations, policy))
+                print(results["rows"][-1], flush=True)
+                write(results, args.out)  # the last row takes long
 
 
 def write(results: dict[str, Any], folder: Path) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moetion_lightning.callbacks import (
         DenseInMemoryCheckpoint,
-        DenseReconstruction,
         FaultToleranceMonitor,
+        GradientLogCheckpoint,
         PartialExpertsCheckpoint,
         SparseExpertCheckpoint,
         StageBoundaryLogging,
@@ -28,8 +28,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DenseInMemoryCheckpoint",
-    "DenseReconstruction",
     "FaultToleranceMonitor",
+    "GradientLogCheckpoint",
     "MoESpec",
     "MoEtionError",
     "MoEtionStrategy",
@@ -43,8 +43,8 @@ __all__ = [
 
 _HOMES = {
     "DenseInMemoryCheckpoint": "moetion_lightning.callbacks",
-    "DenseReconstruction": "moetion_lightning.callbacks",
     "FaultToleranceMonitor": "moetion_lightning.callbacks",
+    "GradientLogCheckpoint": "moetion_lightning.callbacks",
     "MoESpec": "moetion_lightning.core.layouts",
     "MoEtionError": "moetion_lightning.errors",
     "MoEtionStrategy": "moetion_lightning.strategies",

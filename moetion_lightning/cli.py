@@ -42,6 +42,7 @@ looking
   inspect     windows, slots, operators, sizes and ages under a path; verifies checksums
   jobs        jobs whose state is in this machine's memory
   clean       remove what dead jobs left there
+  export      an ordinary checkpoint of a restore point, without the training script
   report      one HTML page about a run from its events: time line, failures, effective training time
   demo        train, kill, restart, compare bit for bit with a run that never failed
   demo ranks     kill one rank of several; it is replaced while the others live on
@@ -54,7 +55,6 @@ examples
   moetion explain recipe:qwen3_moe_tiny
   moetion run train.py --my-argument 1
   moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
-  moetion demo
 
 Each command has its own --help.  moetion --version; moetion --print_completion shtab-bash (or -zsh, -fish)
 """
@@ -66,6 +66,7 @@ _OWN = {
     "inspect": ("moetion_lightning.commands.state", "inspect"),
     "jobs": ("moetion_lightning.commands.state", "jobs"),
     "clean": ("moetion_lightning.commands.state", "clean"),
+    "export": ("moetion_lightning.commands.export", "export"),
     "report": ("moetion_lightning.commands.report", "report"),
     "demo": ("moetion_lightning.demo", "main"),
     "run": ("moetion_lightning.commands.run", "run"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,26 +16,34 @@ __all__ = [
     "DEFAULT_MTBF",
     "OF_THE_WINDOW",
     "OTHER_LIGHTNING",
+    "TERMINATED_EXIT_CODE",
     "EngineConfig",
     "LaunchedProcess",
     "TorchrunWorker",
+    "address_from_environment",
     "array_task",
     "automatic_setting",
     "child_environment",
     "default_memory_dir",
+    "exchange_limit_seconds",
     "in_sweep",
     "job_id_from_environment",
     "job_secret_from_environment",
     "launched_devices",
     "launched_process",
     "launched_run",
+    "node_hint",
     "notebook_name",
     "report_channel",
+    "socket_interface",
     "torchrun_worker",
+    "unnumbered_slurm_nodes",
     "update_environment",
     "valid_job_id",
 ]
 
+#: Exit code of a process that SIGTERM has ended in good order (128 + 15), as a shell says it.
+TERMINATED_EXIT_CODE = 143
 #: Seconds between two failures of a large job: Llama 3's 16,384 GPUs saw 466 in 54 days (arXiv 2407.21783).
 DEFAULT_MTBF = 10_000.0
 #: Set this to a recipe's name, a YAML file's path, or "default": every Lightning Trainer then gets these callbacks.
@@ -55,22 +63,32 @@ RESUME_VARIABLE = "MOETION_RESUME"
 MEMORY_DIR_VARIABLE = "MOETION_MEMORY_DIR"
 #: The secret by which the ranks of a job know each other when they copy windows; the same on every rank.
 SECRET_VARIABLE = "MOETION_SECRET"
+#: Address or host name by which other nodes reach this one, where that is not the address of its interface.
+ADDRESS_VARIABLE = "MOETION_ADDRESS"
 
 # By which schedulers tell the tasks of an array of jobs apart.
 _ARRAY_VARIABLES = ("SLURM_ARRAY_TASK_ID", "PBS_ARRAY_INDEX", "PBS_ARRAYID", "SGE_TASK_ID", "LSB_JOBINDEX")
 # By which servers tell a kernel which notebook it serves.
 _NOTEBOOK_VARIABLES = ("JPY_SESSION_NAME", "COLAB_NOTEBOOK_ID")
+# By which schedulers and launchers number the nodes of a job.
+_NODE_VARIABLES = ("SLURM_NODEID", "PET_NODE_RANK", "JOB_COMPLETION_INDEX", "GROUP_RANK")
 # By which agents tell a process that it is one trial of many.
 _SWEEP_VARIABLES = ("WANDB_SWEEP_ID",)
+
+#: Set this to name the interface, subnet or address of this node for traffic between nodes.
+INTERFACE_VARIABLE = "MOETION_INTERFACE"
 
 # Set by `moetion launch` for each process that it starts.
 STORE_VARIABLE = "MOETION_STORE"
 GENERATION_VARIABLE = "MOETION_GENERATION"
 FAILURE_DOMAIN_VARIABLE = "MOETION_FAILURE_DOMAIN"
 LOCAL_ADDRESS_VARIABLE = "MOETION_LOCAL_ADDR"
-REPORT_FD_VARIABLE = "MOETION_REPORT_FD"
+BIND_ADDRESS_VARIABLE = "MOETION_BIND_ADDR"
+REPORT_VARIABLE = "MOETION_REPORT"
 LAUNCHER_PID_VARIABLE = "MOETION_LAUNCHER_PID"
 NODE_TIMEOUT_VARIABLE = "MOETION_NODE_TIMEOUT"
+#: Seconds that a rank waits for the slowest other one where all exchange something.
+EXCHANGE_TIMEOUT_VARIABLE = "MOETION_EXCHANGE_TIMEOUT"
 
 
 def job_id_from_environment() -> str | None:
@@ -81,6 +99,22 @@ def job_id_from_environment() -> str | None:
 def array_task() -> str:
     """Which task of an array of jobs this process belongs to; "" if it belongs to none."""
     return next((f"task {os.environ[name]}" for name in _ARRAY_VARIABLES if os.environ.get(name)), "")
+
+
+def node_hint() -> int | None:
+    """Which node of its job this is, as its scheduler says; None where none does."""
+    return next((int(os.environ[name]) for name in _NODE_VARIABLES if os.environ.get(name, "").isdigit()), None)
+
+
+def unnumbered_slurm_nodes() -> int:
+    """Nodes on which ``srun`` has started this command; 1 without it."""
+    value = os.environ.get("SLURM_STEP_NUM_NODES", "")
+    return int(value) if value.isdigit() else 1
+
+
+def socket_interface() -> str | None:
+    """Names of network interfaces that the environment gives for traffic between nodes, if any."""
+    return os.environ.get(INTERFACE_VARIABLE) or os.environ.get("GLOO_SOCKET_IFNAME") or None
 
 
 def notebook_name() -> str:
@@ -114,6 +148,11 @@ def job_secret_from_environment() -> str | None:
     return os.environ.get(SECRET_VARIABLE) or None
 
 
+def address_from_environment() -> str | None:
+    """By which address other nodes reach this one, if the environment says so."""
+    return os.environ.get(ADDRESS_VARIABLE) or None
+
+
 def child_environment() -> dict[str, str]:
     """A copy of this process's environment, as the base of a child's."""
     return dict(os.environ)
@@ -137,6 +176,7 @@ class LaunchedProcess:
         generation: Generation in which this process was started; 0 at first.
         failure_domain: Label of what fails together with this process.
         local_address: Address of this node by which the other nodes reach it.
+        bind_address: Address of this node's interface, to listen on; the same unless a network translates addresses.
         node_timeout: Seconds after which the loss of a node is announced; 0 in a job of one node.
     """
 
@@ -149,6 +189,7 @@ class LaunchedProcess:
     failure_domain: str
     local_address: str
     node_timeout: float = 0.0
+    bind_address: str = ""
 
 
 def launched_process() -> LaunchedProcess | None:
@@ -171,6 +212,7 @@ def launched_process() -> LaunchedProcess | None:
             failure_domain=os.environ.get(FAILURE_DOMAIN_VARIABLE, ""),
             local_address=os.environ.get(LOCAL_ADDRESS_VARIABLE, "127.0.0.1"),
             node_timeout=float(os.environ.get(NODE_TIMEOUT_VARIABLE, "0")),
+            bind_address=os.environ.get(BIND_ADDRESS_VARIABLE, ""),
         )
     except (KeyError, ValueError) as error:
         raise ConfigurationError(
@@ -185,6 +227,22 @@ def launched_run() -> tuple[str, int]:
     return ("", 0) if process is None else (process.run_id, process.generation)
 
 
+def exchange_limit_seconds() -> float:
+    """How long a rank waits for the others where all exchange something: ``MOETION_EXCHANGE_TIMEOUT``, 1,800 s.
+
+    Raises:
+        ConfigurationError: It is no positive number.
+    """
+    text = os.environ.get(EXCHANGE_TIMEOUT_VARIABLE) or "1800"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < float("inf"):
+        raise ConfigurationError(f"{EXCHANGE_TIMEOUT_VARIABLE}={text!r}: expected seconds, more than 0")
+    return seconds
+
+
 def launched_devices() -> tuple[int, int] | None:
     """Processes on each node, and nodes, as ``moetion launch`` or ``torchrun`` told this process; None without them."""
     names = ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
@@ -193,10 +251,10 @@ def launched_devices() -> tuple[int, int] | None:
     return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_WORLD_SIZE"])
 
 
-def report_channel() -> tuple[int, int] | None:
-    """File descriptor on which this process reports to its launcher, and the launcher's process id, if any."""
-    fd, pid = os.environ.get(REPORT_FD_VARIABLE), os.environ.get(LAUNCHER_PID_VARIABLE)
-    return (int(fd), int(pid)) if fd and pid else None
+def report_channel() -> tuple[str, int] | None:
+    """File by which this process shows its launcher signs of life, and the launcher's process id, if any."""
+    path, pid = os.environ.get(REPORT_VARIABLE), os.environ.get(LAUNCHER_PID_VARIABLE)
+    return (path, int(pid)) if path and pid else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +322,16 @@ class EngineConfig:
             changed them since the window was captured: the "window"'s, or the "script"'s (after the replay).
         on_mismatch: What to do when a replayed iteration differs from the recorded one (non-deterministic training):
             "warn" or "raise".
+        skip_batches: Numbers of batches that are drawn from the training loader and thrown away, not trained on, after
+            a spike of the loss with ``resume=<iteration>``. They count (micro-)batches as they are drawn, from 0 over
+            the whole training: epoch * batches of an epoch + index in it; each rank leaves out its own.
+        keep_rounds: Of a gradient log: how many older rounds of restore points stay, so that ``resume=<iteration>`` can
+            go back to any iteration in them.
+        audit: Of a gradient log: at every iteration one operator is rebuilt from its last capture and the log, and must
+            equal its new capture bit for bit. If it does not: "warn" (and capture it whole from then on) or "raise",
+            before the state is committed. "off": none is.
+        grace_seconds: Seconds after SIGTERM within which committed windows are brought to storage; fewer than the
+            scheduler gives before it kills (Kubernetes, SLURM and torchrun: 30).
         stale_after_seconds: Age after which the host memory of a dead job is reclaimed.
         elementwise_optimizers: Qualified class names of third-party optimizers whose update is elementwise, so that
             experts of a fused parameter may be captured one by one.
@@ -272,8 +340,10 @@ class EngineConfig:
         replicas: Copies of each rank's windows in the memory of ranks on other failure domains; "auto" is 1 where there
             are several domains, else 0.
         failure_domain: What fails together with this rank; None takes its node (or what the launcher was told).
-        interface: Address on which this rank serves its windows to other ranks; None takes loopback on one node, else
-            the address of the node's host name.
+        interface: Interface on which each node serves its windows to the others: names, subnets or addresses with
+            commas between, the first that a node has, as in ``GLOO_SOCKET_IFNAME``. None takes loopback on one machine,
+            else the first interface that is up. ``MOETION_ADDRESS`` says by which address others reach the node, where
+            that is another one.
 
     Raises:
         ConfigurationError: A value is out of range.
@@ -292,6 +362,10 @@ class EngineConfig:
     resume: int | Literal["auto", "newest", "never"] = "auto"
     on_changed_settings: Literal["window", "script"] = "window"
     on_mismatch: Literal["warn", "raise"] = "warn"
+    skip_batches: Sequence[int] = ()
+    keep_rounds: int = 0
+    audit: Literal["warn", "raise", "off"] = "warn"
+    grace_seconds: float = 25.0
     stale_after_seconds: float = 24 * 3600.0
     elementwise_optimizers: Sequence[str] = ()
     sharding: Literal["auto", "equal", "adaptive", "none"] = "auto"
@@ -304,6 +378,8 @@ class EngineConfig:
         said = os.environ.get(RESUME_VARIABLE, "").strip()
         if said:
             object.__setattr__(self, "resume", int(said) if said.isdigit() else said)
+        if _are_numbers(self.skip_batches):
+            object.__setattr__(self, "skip_batches", tuple(sorted(set(self.skip_batches))))
         for name, expected, ok in self._rules():
             if not ok:
                 shown = RESUME_VARIABLE if said and name == "resume" else name
@@ -318,9 +394,13 @@ class EngineConfig:
         resume_ok = self.resume in ("auto", "newest", "never") or _is_count(self.resume)
         yield "resume", '"auto", "newest", "never", or an iteration >= 1', resume_ok
         yield "on_changed_settings", '"window" or "script"', self.on_changed_settings in ("window", "script")
+        yield "skip_batches", "a list of batch numbers (ints >= 0)", _are_numbers(self.skip_batches)
+        yield "keep_rounds", "a number of rounds >= 0", _is_count(self.keep_rounds, at_least=0)
+        yield "audit", '"warn", "raise" or "off"', self.audit in ("warn", "raise", "off")
         yield "on_mismatch", '"warn" or "raise"', self.on_mismatch in ("warn", "raise")
         yield "persist_every_n_windows", "an int >= 1", _is_count(self.persist_every_n_windows)
         yield "keep_persisted", "an int >= 1", _is_count(self.keep_persisted)
+        yield "grace_seconds", "seconds > 0", self.grace_seconds > 0
         yield "stale_after_seconds", "seconds > 0", self.stale_after_seconds > 0
         methods = ("auto", "equal", "adaptive", "none")
         yield "sharding", '"auto", "equal", "adaptive" or "none"', self.sharding in methods
@@ -332,3 +412,11 @@ class EngineConfig:
 
 def _is_count(value: object, at_least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _are_numbers(value: object) -> bool:
+    return (
+        isinstance(value, Collection)
+        and not isinstance(value, str)
+        and all(_is_count(number, at_least=0) for number in value)
+    )

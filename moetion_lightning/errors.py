@@ -7,6 +7,7 @@ what was given, what was expected, where, and what to do.
 from __future__ import annotations
 
 __all__ = [
+    "AuditError",
     "ConfigurationError",
     "CorruptSnapshotError",
     "ForeignWindowError",
@@ -21,6 +22,7 @@ __all__ = [
     "ReplicationError",
     "StateLostError",
     "StoreError",
+    "StrandedRankError",
     "UnsupportedStateError",
     "VersionError",
 ]
@@ -74,12 +76,20 @@ class NonDeterminismError(MoEtionError, RuntimeError):
     """A replayed iteration differs from the recorded one, so the recovered state is not exact."""
 
 
+class AuditError(MoEtionError, RuntimeError):
+    """What a gradient log leads to is not the state that trains, or replicas of a state differ."""
+
+
 class RankLostError(MoEtionError, RuntimeError):
     """A process of the job died, hangs or left; what was being done together cannot be finished."""
 
 
 class StateLostError(RankLostError):
     """State was lost that nothing can bring back; starting processes again does not help."""
+
+
+class StrandedRankError(RankLostError):
+    """This process took a lost rank's place where the others cannot take it back; the job must be started again."""
 
 
 class ReplicationError(MoEtionError, ConnectionError):

@@ -25,12 +25,14 @@ __all__ = [
     "CaptureFinished",
     "CaptureShared",
     "CaptureStarted",
+    "CopiesChanged",
     "Event",
     "EventBus",
     "IterationFinished",
     "JsonlSink",
     "ManifestWritten",
     "Notice",
+    "OperatorAudited",
     "OperatorsFound",
     "PartialExpertsRestored",
     "ProtectionChanged",
@@ -45,6 +47,7 @@ __all__ = [
     "SlotSealed",
     "StageReplayFinished",
     "StageReplayStarted",
+    "StateRebuilt",
     "StepSkipped",
     "TokensCounted",
     "WindowCommitted",
@@ -102,11 +105,15 @@ class CaptureShared(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class IterationFinished(Event):
-    """An optimizer step (with everything that follows it) is complete."""
+    """An optimizer step (with everything that follows it) is complete.
+
+    ``own_seconds``: processor time of the training thread, and its waits for data: not what it waits for other ranks.
+    """
 
     iteration: int
     seconds: float
     stall_seconds: float
+    own_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +141,15 @@ class CaptureFinished(Event):
     num_slots: int
     nbytes: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorAudited(Event):
+    """An operator was rebuilt from the gradient log; `difference` says where its new capture differs, "" if nowhere."""
+
+    iteration: int
+    operator: str
+    difference: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,22 +199,28 @@ class WindowPersisted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class WindowReplicated(Event):
-    """A committed window is committed in the host memory of rank `peer` too; `nbytes` went over the wire."""
+    """A window that rank `owner` has committed is committed here, too; `nbytes` came over the wire."""
 
     first_iteration: int
     last_iteration: int
-    peer: int
+    owner: int
     nbytes: int
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicationFailed(Event):
-    """A window could not be copied to rank `peer`; it is tried again, and training goes on."""
+    """The windows of rank `owner` cannot be copied here now; it is tried again, and training goes on."""
 
-    last_iteration: int
-    peer: int
+    owner: int
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopiesChanged(Event):
+    """How many copies of ranks' windows on other failure domains cannot be made now: 0 when all windows are safe."""
+
+    missing: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +264,19 @@ class ReplayFinished(Event):
     seconds: float
     compared: list[str]
     verified: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateRebuilt(Event):
+    """The state after `iteration` was rebuilt from captures and `steps` logged optimizer steps; nothing ran again.
+
+    `rebuilt` counts the iterations behind the oldest capture.
+    """
+
+    iteration: int
+    rebuilt: int
+    steps: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

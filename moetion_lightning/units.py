@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-__all__ = ["age_text", "aligned", "bytes_text", "size_text", "span_text"]
+__all__ = ["age_text", "aligned", "batches_text", "bytes_text", "size_text", "span_text"]
+
+_SHOWN = 8
 
 
 def bytes_text(nbytes: float) -> str:
@@ -52,3 +54,10 @@ def age_text(seconds: float) -> str:
 def span_text(first: int, last: int) -> str:
     """``5..8``: the iterations of a window."""
     return f"{first}..{last}"
+
+
+def batches_text(numbers: Sequence[int]) -> str:
+    """``batch 3``, ``batches 3, 5``, and from the ninth on how many more."""
+    shown = ", ".join(map(str, numbers[:_SHOWN]))
+    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+    return f"batch{'es' if len(numbers) > 1 else ''} {shown}{more}"

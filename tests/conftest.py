@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import logging
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -68,6 +69,17 @@ def _leaves_no_environment_variable() -> Iterator[None]:
     # `seed_everything` announces its seed to worker processes by this variable: Lightning's own protocol.
     changed -= {"PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
     assert not changed, f"the test changed environment variables: {sorted(changed)}"
+
+
+@pytest.fixture(autouse=True)
+def _puts_signal_handlers_back() -> Iterator[None]:
+    """torch's agent takes signals for good, in whatever process it runs."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @pytest.fixture(autouse=True)

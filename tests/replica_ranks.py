@@ -1,4 +1,4 @@
-"""Ranks with replica services, and a faulty network between them."""
+"""Nodes that serve windows and keep copies, and a faulty network between them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import contextlib
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from moetion_lightning.distributed.replicate import ReplicaService, Replicator, push_window
-from moetion_lightning.distributed.wire import connect, job_key
+from moetion_lightning.distributed.node_windows import NodeWindows
+from moetion_lightning.distributed.replicate import WindowCopies
+from moetion_lightning.distributed.window_server import WindowServer
+from moetion_lightning.distributed.wire import job_key
 from moetion_lightning.events import EventBus
 from moetion_lightning.storage.format import TensorSpec
 from moetion_lightning.storage.host_memory import HostMemoryTier
+from moetion_lightning.storage.manifest import Manifest
+from moetion_lightning.storage.posix import make_private_dir
+from tests.command import until
 from tests.store_windows import make_manifest, write_snapshot
 
 SECRET = "the secret of this job"
@@ -24,10 +30,11 @@ NUM_FILES = 3
 TIMEOUT = 20.0
 
 
-def commit(tier: HostMemoryTier, iteration: int, *, keep: bool = False):
+def commit(tier: HostMemoryTier, iteration: int, *, keep: bool = False, **fields: Any) -> Manifest:
     """A window as the writer makes it: same bytes in every test, and the one before it is dropped."""
     records = [write_snapshot(tier, f"{iteration:04d}-{i}", iteration + i / 10, FILE_SPECS) for i in range(NUM_FILES)]
-    manifest = make_manifest(iteration, records, rank=tier.rank, world_size=tier.world_size, created_at=1.5)
+    fields = {"rank": tier.rank, "world_size": tier.world_size, "created_at": iteration + 0.5, **fields}
+    manifest = make_manifest(iteration, records, **fields)
     previous = [i for i in tier.windows() if i != iteration]
     tier.commit(manifest)
     for older in [] if keep else previous:
@@ -35,72 +42,68 @@ def commit(tier: HostMemoryTier, iteration: int, *, keep: bool = False):
     return manifest
 
 
-def flush(replicator: Replicator, timeout: float) -> bool:
-    """Wait until all that was offered is sent; returns whether every target holds the newest window."""
-    with replicator._changed:
-        replicator._changed.wait_for(lambda: replicator._pending is None and replicator._in_flight is None, timeout)
-        return all(target.acknowledged == replicator._newest for target in replicator._targets.values())
-
-
-def listed(tier: HostMemoryTier) -> list[tuple[int, int]]:
-    """First and last iterations of its windows, newest first."""
-    manifests = [tier.read_manifest(iteration) for iteration in tier.windows()]
-    return [(manifest.first_iteration, manifest.last_iteration) for manifest in manifests]
-
-
 def open_tier(base: Path, rank: int, holder: int | None = None) -> HostMemoryTier:
     return HostMemoryTier(base, "job", rank, 4, holder=holder).open(wait_seconds=5.0)
 
 
 class Rank:
-    """One rank: its tier, its service, and what its bus said."""
+    """One rank, alone on its node: its windows, the server, the copies, and what its bus said.
+
+    Args:
+        base: All nodes' memories; each is a folder in it.
+        rank: The rank.
+        secret: Of the job.
+        timeout: How long the other end of a connection may be silent.
+    """
 
     def __init__(self, base: Path, rank: int, *, secret: str = SECRET, timeout: float = TIMEOUT) -> None:
-        self.events: list = []
-        self.tier = open_tier(base, rank)
-        self.service = ReplicaService(
-            self.tier, secret=secret, bus=EventBus((self.events.append,)), timeout_seconds=timeout
-        )
-        self.replicator, self.store = self.service.replicator, self.service.store
-        self.address = self.service.start()
+        make_private_dir(base)
+        self.base = base / f"node{rank}"
+        self.events: list[Any] = []
+        self.tier = open_tier(self.base, rank)
+        self.copies = WindowCopies(self.tier, EventBus((self.events.append,)), timeout_seconds=timeout)
+        self.copies.key = job_key(secret, "job")
+        self.server = WindowServer(NodeWindows(self.tier, [rank]), "127.0.0.1", timeout_seconds=timeout)
+        self.address = ("127.0.0.1", self.server.port)
+        self.server.start(self.copies.key)
 
-    def flush(self, timeout: float = TIMEOUT) -> bool:
-        return flush(self.replicator, timeout)
+    def take(self, address: Any, *, timeout: float = TIMEOUT) -> int:
+        """Copy the owner's newest window, once, in this thread. Returns the bytes that came over the wire."""
+        connection = self.copies.connect(address)
+        connection._socket.settimeout(timeout)
+        with contextlib.closing(connection):
+            assert self.copies.take_next(connection, OWNER)
+            return connection.bytes_received
 
-    @property
-    def acknowledged(self) -> dict[int, int]:
-        targets = self.replicator._targets.values()
-        return {target.rank: target.acknowledged for target in targets if target.acknowledged is not None}
+    def until_held(self, last: int, owner: int = OWNER) -> None:
+        """Wait until the newest copy is this one."""
+        until(lambda: self.copies.tier(owner).windows()[:1] == [last], f"a copy of window {last} of rank {owner}")
 
-    def replicas(self) -> dict[int, list[tuple[int, int]]]:
-        return {owner: listed(tier) for owner, tier in self.store.tiers().items()}
-
-    def replica_of(self, owner: int) -> HostMemoryTier:
-        return self.store.tier_of(owner)
-
-    def close(self, *, completed: bool = False) -> None:
-        self.service.close(completed=completed)
-        self.tier.close()
-
-    def of(self, kind: type) -> list:
+    def of(self, kind: type) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
+
+    def close(self) -> None:
+        self.copies.close()
+        self.server.close()
+        self.tier.close()
 
 
 class Proxy:
-    """Stands between a client and a server, and can stop, break, alter and record what the client sends.
+    """Stands between a client and a server, and can stop, break, alter and record what the server sends.
 
     Args:
-        target: the server.
-        stop_after: bytes from the client that go on; then ``stopped`` is set and nothing more does until ``gate`` is.
-        break_after: bytes from the client that go on; then both connections are closed.
-        flip: position of a byte from the client that is altered.
+        target: The server.
+        stop_after: Bytes from the server that go on; then ``stopped`` is set and nothing more does until ``gate`` is.
+        break_after: Bytes from the server that go on; then both connections are closed.
+        flip: Position of a byte from the server that is altered.
     """
 
     def __init__(
-        self, target, *, stop_after: int | None = None, break_after: int | None = None, flip: int | None = None
+        self, target: Any, *, stop_after: int | None = None, break_after: int | None = None, flip: int | None = None
     ) -> None:
         self.stopped, self.gate = threading.Event(), threading.Event()
-        self.recorded = bytearray()
+        self.received = 0
+        self.asked = bytearray()
         self._is_closing = False
         self._target, self._stop_after, self._break_after, self._flip = target, stop_after, break_after, flip
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -126,36 +129,36 @@ class Proxy:
                 self._threads.append(thread)
                 thread.start()
 
-    def _upward(self, client: socket.socket, server: socket.socket) -> None:
+    def _downward(self, client: socket.socket, server: socket.socket) -> None:
         done = 0
         with contextlib.suppress(OSError):
-            while data := bytearray(client.recv(4096)):
+            while data := bytearray(server.recv(4096)):
                 if self._flip is not None and done <= self._flip < done + len(data):
                     data[self._flip - done] ^= 1
                 for limit, act in ((self._stop_after, self._wait), (self._break_after, self._break)):
                     if limit is not None and done <= limit < done + len(data):
-                        server.sendall(data[: limit - done])
-                        self.recorded += data[: limit - done]
+                        client.sendall(data[: limit - done])
                         data = data[limit - done :]
                         done = limit
                         act(client, server)
-                server.sendall(data)
-                self.recorded += data
+                client.sendall(data)
                 done += len(data)
+                self.received = done
             if self._break_after is not None and done == self._break_after:
                 self._break(client, server)
         self._break(client, server)
 
-    def _downward(self, client: socket.socket, server: socket.socket) -> None:
+    def _upward(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while data := server.recv(65536):
-                client.sendall(data)
+            while data := client.recv(65536):
+                self.asked += data
+                server.sendall(data)
         self._break(client, server)
 
     def _wait(self, client: socket.socket, server: socket.socket) -> None:
         self.stopped.set()
         self.gate.wait()
-        if self._is_closing:  # what the client had sent already goes no further
+        if self._is_closing:  # what the server had sent already goes no further
             self._break(client, server)
         self._stop_after = None
 
@@ -167,7 +170,7 @@ class Proxy:
     def __enter__(self) -> Proxy:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._is_closing = True
         self.gate.set()
         with contextlib.suppress(OSError):
@@ -182,17 +185,6 @@ class Proxy:
             sock.close()
 
 
-def push(address, tier: HostMemoryTier, iteration: int, *, timeout: float = TIMEOUT) -> int:
-    """Send one window in this thread, once; returns the bytes that went over the wire."""
-    connection = connect(address, KEY, timeout_seconds=timeout)
-    try:
-        with tier.pinned(iteration) as manifest:
-            push_window(connection, tier, manifest, HOLDER)
-        return connection.bytes_sent
-    finally:
-        connection.close()
-
-
 def assert_whole(tier: HostMemoryTier, iteration: int) -> None:
     """The window is there with exactly the bytes that :func:`commit` writes."""
     manifest = tier.read_manifest(iteration)
@@ -205,11 +197,12 @@ def assert_whole(tier: HostMemoryTier, iteration: int) -> None:
 
 
 def stream_bytes(base: Path) -> int:
-    """Bytes that a client sends in a connection that carries window 2."""
-    with open_tier(base / "measure", OWNER) as tier:
-        holder = Rank(base / "measure", HOLDER)
-        commit(tier, 2)
-        with Proxy(holder.address) as proxy:
-            push(proxy.address, tier, 2)
-        holder.close()
-    return len(proxy.recorded)
+    """Bytes that a server sends in a connection that carries window 2."""
+    owner, holder = Rank(base / "measure", OWNER), Rank(base / "measure", HOLDER)
+    commit(owner.tier, 2)
+    with Proxy(owner.address) as proxy:
+        holder.take(proxy.address)
+        total = proxy.received
+    holder.close()
+    owner.close()
+    return total

@@ -4,6 +4,7 @@ import moetion_lightning.strategies  # noqa: F401  so that Trainer(strategy="moe
 from moetion_lightning.callbacks.dense_in_memory_checkpoint import DenseInMemoryCheckpoint
 from moetion_lightning.callbacks.dense_reconstruction import DenseReconstruction
 from moetion_lightning.callbacks.fault_tolerance_monitor import FaultToleranceMonitor
+from moetion_lightning.callbacks.gradient_log_checkpoint import GradientLogCheckpoint
 from moetion_lightning.callbacks.partial_experts_checkpoint import PartialExpertsCheckpoint
 from moetion_lightning.callbacks.sparse_expert_checkpoint import SparseExpertCheckpoint
 from moetion_lightning.callbacks.stage_boundary_logging import StageBoundaryLogging
@@ -12,6 +13,7 @@ __all__ = [
     "DenseInMemoryCheckpoint",
     "DenseReconstruction",
     "FaultToleranceMonitor",
+    "GradientLogCheckpoint",
     "PartialExpertsCheckpoint",
     "SparseExpertCheckpoint",
     "StageBoundaryLogging",

@@ -12,15 +12,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from moetion_lightning.callbacks._before_setup import EarlyCallback
-from moetion_lightning.callbacks._fits import check_trainer, why_idle
+from moetion_lightning.callbacks._fits import check_has_others, check_trainer, why_idle
 from moetion_lightning.callbacks._session import LightningSession
+from moetion_lightning.callbacks._termination_seam import give_exit_code
 from moetion_lightning.callbacks.stage_boundary_logging import StageBoundaryLogging
 from moetion_lightning.config import EngineConfig
 from moetion_lightning.core.layouts import MoESpec
 from moetion_lightning.core.policy import Policy
+from moetion_lightning.distributed import progress
 from moetion_lightning.distributed.groups import current_groups
+from moetion_lightning.distributed.progress import Section
 from moetion_lightning.distributed.torchrun import separate_restarts
-from moetion_lightning.errors import ConfigurationError, RankLostError
+from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.events import Sink
 from moetion_lightning.session import SessionSettings
 
@@ -123,13 +126,9 @@ class EngineCallback(EarlyCallback):
             self._begin(trainer)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        groups = current_groups()
+        progress.begin_stage()
         if stage != "fit":
-            if groups is not None and groups.alone:
-                raise RankLostError(
-                    f"rank {trainer.global_rank} was lost outside of trainer.fit (in {stage}), where a rank cannot be "
-                    "replaced. Start the job again."
-                )
+            check_has_others(trainer)
             return
         check_trainer(trainer, type(self).__name__)
         self.before_setup(trainer)
@@ -161,21 +160,43 @@ class EngineCallback(EarlyCallback):
 
     on_fit_start = _handed_on("on_fit_start")
     on_train_start = _handed_on("on_train_start")
-    on_train_batch_start = _handed_on("on_train_batch_start", 0)
     on_before_backward = _handed_on("on_before_backward", 0)
     on_train_batch_end = _handed_on("on_train_batch_end", 0)
     on_before_optimizer_step = _handed_on("on_before_optimizer_step")
-    on_save_checkpoint = _handed_on("on_save_checkpoint", 0)
     on_train_end = _handed_on("on_train_end")
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        progress.enter(Section.STEP)
+        if self._session is not None:
+            self._session.on_train_batch_start(batch)
+        progress.enter(Section.STEP, trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        progress.enter(Section.STEP if trainer.state.fn == TrainerFn.FITTING else Section.SAVE)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        progress.enter(Section.VALIDATION)
         if self._session is not None and trainer.state.fn == TrainerFn.FITTING:
             self._session.hold()
 
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            progress.count_evaluated()
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        progress.enter(Section.SAVE)
+        if self._session is not None:
+            self._session.on_save_checkpoint(checkpoint)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._session is not None:
+            give_exit_code(exception)
         self._close(completed=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        progress.enter(Section.SAVE)  # whatever the script does between two stages
         # Lightning calls this after a whole fit, and also after an interrupted one that it ends in good order.
         if stage == "fit":
             self._close(completed=trainer.state.status != TrainerStatus.INTERRUPTED and not trainer.received_sigterm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,11 +13,13 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from moetion_lightning.callbacks._evaluation_loaders import EvaluationLoaders
 from moetion_lightning.callbacks._loader_source import LoaderSource
+from moetion_lightning.callbacks._skip_seam import SkipSeam
 from moetion_lightning.core.instance_patches import InstancePatches
 from moetion_lightning.core.run_state import Rng, set_rng
 from moetion_lightning.data import LoaderPosition, Seen, make_resumable, release
 from moetion_lightning.engine.replay_record import BatchDigest, describe_batch
 from moetion_lightning.errors import ForeignWindowError
+from moetion_lightning.session.skipped_batches import SkippedBatches
 
 __all__ = ["DataSeam"]
 
@@ -45,18 +48,21 @@ class DataSeam:
     Args:
         trainer: The trainer; its fit loop is hooked where it has just built its loaders and not yet iterated them.
         record_batch: Gets the batches that a training step draws for itself.
+        skipped: Says which batches are left out, and is told where training is.
     """
 
-    def __init__(self, trainer: Trainer, record_batch: Callable[[BatchDigest], None]) -> None:
+    def __init__(self, trainer: Trainer, record_batch: Callable[[BatchDigest], None], skipped: SkippedBatches) -> None:
         self._trainer = trainer
         self._record_batch = record_batch
         self._digests: deque[BatchDigest] = deque()  # of batches that are drawn, and not begun
         self._positions: list[LoaderPosition] = []
         self._history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
-        self._fetched = 0
+        self._fetched = 0  # batches of the pass that were drawn
+        self._given = 0  # of them, those that Lightning got
         self._followed_before = False
+        self._waited = 0.0
         self._pending: Mapping[str, Any] | None = None
-        self._pending_rng: list[Any] = []
+        self._pending_rng: dict[int, Any] = {}
         #: Whether iterating the loaders has raised an error.
         self.failed = False
         fit_loop = trainer.fit_loop
@@ -66,6 +72,8 @@ class DataSeam:
         self._seen.add({**roots, "datamodule": getattr(trainer, "datamodule", None)})
         self._source = LoaderSource(trainer, fit_loop, self._seen)
         self._evaluation = EvaluationLoaders(trainer, self._seen)
+        self._skips = SkipSeam(trainer, skipped)
+        skipped.where = self._next_number
         original = fit_loop._load_combined_loader_states
 
         def load_combined_loader_states() -> None:
@@ -78,6 +86,7 @@ class DataSeam:
     def remove(self) -> None:
         """Leave the fit loop as it was."""
         self._patches.undo()
+        self._skips.remove()
         self._source.remove()
         self._evaluation.remove()
         for loader in self.loaders().values():
@@ -108,10 +117,11 @@ class DataSeam:
     def iterate(self, combined: CombinedLoader, make: Callable[[], Any]) -> Any:
         """``iter(combined)``."""
         pending, self._pending = self._pending, None
+        self.failed = True
+        self._skips.begin_pass(self._used())
         self._history.clear()
         self._digests.clear()
-        self._fetched = 0
-        self.failed = True
+        self._fetched = self._given = 0
         if pending is not None:
             if len(pending["loaders"]) != len(self._positions):
                 raise ForeignWindowError(
@@ -134,27 +144,64 @@ class DataSeam:
         if pending["consumed"] is not None and hasattr(iterator, "_consumed"):
             iterator._consumed = list(pending["consumed"])
         self._fetched = pending["fetched"]
+        self._skips.restore(pending["skips"])
         # What the dataset draws in this process while it fetches belongs to the batch.
-        self._pending_rng = list(pending["rng"])
+        self._pending_rng = dict(zip(pending["draws"], pending["rng"]))
+        if pending["used"]:
+            self._history.append(self._record(combined))
+            self._draw(lambda: CombinedLoader.__next__(combined))
+            self._given += 1
         return result
 
     def fetch(self, combined: CombinedLoader, draw: Callable[[], Any]) -> Any:
-        """``next(combined)``."""
-        if self._pending_rng:
-            set_rng(self._pending_rng.pop(0))
-        self._history.append(self._record(combined))
-        self._expect(True)  # a shorter loader begins again
+        """``next(combined)``, behind batches that are left out; of the last one also before such."""
+        started = time.perf_counter() - time.thread_time()
         try:
-            batch = draw()
+            return self._fetch(combined, draw)
         finally:
-            self._expect(False)
-        self._fetched += 1
+            self._waited += time.perf_counter() - time.thread_time() - started
+
+    def take_waited(self) -> float:
+        """Seconds of waiting for batches since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def _fetch(self, combined: CombinedLoader, draw: Callable[[], Any]) -> Any:
+        self._skips.check_rest(self._fetched)
+        try:
+            while self._skips.leaves_out(self._fetched):
+                self._throw_away(draw)
+        except StopIteration:
+            self._skips.check_given(self._given, self._fetched)
+            raise
+        self._history.append(self._record(combined))
+        batch = self._draw(draw)
+        self._given += 1
         # On the host still, as the loader gave it: the batch, its number and that of the loader.
         digest = describe_batch(batch[0], self._positions)
         if isinstance(self._trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
             self._record_batch(digest)  # by the step, which has begun
         else:
             self._digests.append(digest)
+        while self._skips.ends_without(self._fetched):
+            self._throw_away(draw)
+        self._skips.tell_fetcher()
+        return batch
+
+    def _throw_away(self, draw: Callable[[], Any]) -> None:
+        self._draw(draw)
+        self._skips.note(self._fetched - 1)
+
+    def _draw(self, draw: Callable[[], Any]) -> Any:
+        rng = self._pending_rng.pop(self._fetched, None)
+        if rng is not None:
+            set_rng(rng)
+        self._expect(True)  # a shorter loader begins again
+        try:
+            batch = draw()
+        finally:
+            self._expect(False)
+        self._fetched += 1
         return batch
 
     def begun(self, batch: object) -> list[BatchDigest]:
@@ -176,35 +223,60 @@ class DataSeam:
             "index": getattr(iterator, "_idx", 0),
             "consumed": None if consumed is None else list(consumed),
             "fetched": self._fetched,
+            "given": self._given,
+            "skips": self._skips.record(),
             "rng": rng,
         }
 
     # --- called by the run state ---------------------------------------------------------------------------------
 
-    def _records(self) -> list[dict[str, Any]]:
-        """From the batch on that the training loop is about to use."""
-        fetcher = self._trainer.fit_loop._data_fetcher
-        ahead = len(fetcher.batches) if isinstance(fetcher, _PrefetchDataFetcher) else 0
-        return [record for record in self._history if record["fetched"] >= self._fetched - ahead - 1]
+    def _records(self, *, after_batch: bool = False) -> list[dict[str, Any]]:
+        """From the batch on that the training loop is about to use, or will fetch after the one that has ended."""
+        first = self._given - self._ahead() - (not after_batch)
+        return [record for record in self._history if record["given"] >= first]
 
-    def snapshot(self) -> dict[str, Any] | None:
-        """The position before the batch was fetched that the training loop is about to use."""
+    def _ahead(self) -> int:
+        """Batches that Lightning has fetched, and not used."""
+        fetcher = self._trainer.fit_loop._data_fetcher
+        return len(fetcher.batches) if isinstance(fetcher, _PrefetchDataFetcher) else 0
+
+    def _used(self) -> int:
+        """Batches of the pass but for those that Lightning has fetched, and not used."""
+        ahead = self._ahead()
+        return next((r["fetched"] for r in self._history if r["given"] == self._given - ahead), self._fetched)
+
+    def _next_number(self) -> int:
+        """Of the batch that the training loop is about to use."""
+        records = self._records()
+        return self._skips.number(records[0]["fetched"] if records else self._fetched)
+
+    def snapshot(self, *, after_batch: bool = False) -> dict[str, Any] | None:
+        """The position before the batch was fetched that the training loop is about to use.
+
+        Args:
+            after_batch: A batch has just ended: before the next one is fetched. At the end of a pass there is none; the
+                last one is drawn again then, and not used.
+        """
         combined = self._trainer.fit_loop._combined_loader
         if combined is None or not isinstance(combined, _FollowedCombinedLoader):
             return None
         if isinstance(self._trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
             records = [self._record(combined)]  # the step fetches for itself: nothing is fetched yet
-            rng: list[dict[str, Any]] = []
+            fetched: list[dict[str, Any]] = []
         else:
-            records = self._records()
-            rng = [record["rng"].packed() for record in records]
+            fetched = records = self._records(after_batch=after_batch)
+        used = after_batch and not records and bool(self._history)
+        if used:
+            fetched = records = [self._history[-1]]
         if not records:
             return None
         first = records[0]
         return {
             "loaders": [position.describe(mark) for position, mark in zip(self._positions, first["marks"])],
-            **{name: first[name] for name in ("index", "consumed", "fetched")},
-            "rng": rng,
+            **{name: first[name] for name in ("index", "consumed", "fetched", "skips")},
+            "used": used,
+            "draws": [record["fetched"] for record in fetched],
+            "rng": [record["rng"].packed() for record in fetched],
             "settled": [position.attributes.now() for position in self._positions],
             "made": self._source.snapshot(),
             "evaluation": self._evaluation.snapshot(),

@@ -8,15 +8,19 @@ from collections.abc import Callable
 from lightning.pytorch import Trainer
 
 from moetion_lightning.callbacks._ranks import leave_groups, wrap_again
+from moetion_lightning.distributed import progress
 from moetion_lightning.distributed.groups import Groups
 from moetion_lightning.engine import Ranks, StageReplayError
-from moetion_lightning.errors import RankLostError
 
 __all__ = ["Elastic"]
 
 _log = logging.getLogger(__name__)
 _NOTICE_SECONDS = 5.0
 _SHORT_NOTICE_SECONDS = 1.0
+
+
+class _Elsewhere(Exception):
+    """Training does not go on from where this process is: the loops are left, and entered again."""
 
 
 class Elastic:
@@ -26,14 +30,24 @@ class Elastic:
         trainer: The trainer.
         groups: Its process groups.
         ranks: The ranks as the engine sees them.
-        restore: All ranks: agree where to continue, and put the adapter's part of that state in place.
+        find: All ranks: agree where to continue. Returns whether that is another place than the one where a process
+            is that has only just begun: its first batch.
+        place: Put the adapter's part of the state that was found in place.
     """
 
-    def __init__(self, trainer: Trainer, groups: Groups, ranks: Ranks, restore: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        groups: Groups,
+        ranks: Ranks,
+        find: Callable[[], bool],
+        place: Callable[[], None],
+    ) -> None:
         self._trainer = trainer
         self._groups = groups
         self._ranks = ranks
-        self._restore = restore
+        self._find = find
+        self._place = place
 
     def run(self, start: Callable[[], None], again: Callable[[], None]) -> None:
         """Train; when a rank is lost, go back with the others to a common state and go on.
@@ -47,7 +61,10 @@ class Elastic:
             try:
                 work()
                 self._ranks.control.all_gather("end", None)  # nobody leaves while another may still need it
+                progress.mark(progress.State.TRAINED)
                 return
+            except _Elsewhere:
+                self._place()
             except StageReplayError as error:
                 _log.warning("rank %d: %s", self._ranks.control.rank, _first_line(error))
                 error.__traceback__ = error.__context__ = error.__cause__ = None
@@ -62,10 +79,22 @@ class Elastic:
             work = again
 
     def meet(self) -> None:
-        """Before the first batch after a loss: all ranks of the new membership build their groups together."""
-        if self._groups.alone:
-            self._groups.join()
-            wrap_again(self._trainer)
+        """Before the first batch, also after a loss: all ranks of the membership have their groups.
+
+        A process that comes to its first batch, and loses ranks while it waits for them there, stays as it is if
+        training begins there: what it has drawn from generators and loaders cannot be taken back.
+        """
+        while self._groups.alone:
+            try:
+                self._groups.join()
+                wrap_again(self._trainer)
+            except Exception as error:
+                if not self._is_loss(error):
+                    raise
+                error.__traceback__ = error.__context__ = error.__cause__ = None
+                if self._find_after_loss():
+                    raise _Elsewhere from None
+        self._groups.start_values.end()
 
     def attempt(self, work: Callable[[], object]) -> None:
         """Do what all ranks do together after a loss; begin anew as long as more are lost meanwhile."""
@@ -73,24 +102,31 @@ class Elastic:
             try:
                 work()
                 return
-            except RankLostError:
-                if not self._newer(_NOTICE_SECONDS):
+            except Exception as error:
+                if not self._is_loss(error):
                     raise
                 self._advance()
 
     def _restore_again(self) -> None:
         """Nobody was lost, and the groups are whole: only the state is not."""
         try:
-            self._restore()
-        except RankLostError:
-            if not self._newer(_NOTICE_SECONDS):
+            self._find()
+        except Exception as error:
+            if not self._is_loss(error):
                 raise
-            self._go_back()
+            self._find_after_loss()
+        self._place()
 
     def _go_back(self) -> None:
+        self._find_after_loss()
+        self._place()
+
+    def _find_after_loss(self) -> bool:
         leave_groups(self._trainer, self._groups)
         self._advance()
-        self.attempt(self._restore)
+        found: list[bool] = []
+        self.attempt(lambda: found.append(self._find()))
+        return found[-1]
 
     def _advance(self) -> None:
         generation = self._groups.membership.advance()
@@ -98,7 +134,7 @@ class Elastic:
         _log.info("rank %d takes part in generation %d of the job", self._ranks.control.rank, generation)
 
     def _newer(self, seconds: float) -> bool:
-        return self._groups.membership.wait_for_loss(seconds)
+        return bool(self._groups.membership.lost(seconds))
 
     def _is_loss(self, error: Exception) -> bool:
         """Whether this is how the loss of a rank shows here; the launcher's word may take a moment."""

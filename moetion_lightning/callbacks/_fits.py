@@ -8,9 +8,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 
 from moetion_lightning.config import OTHER_LIGHTNING
-from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.distributed.groups import current_groups
+from moetion_lightning.errors import ConfigurationError, StrandedRankError
 
-__all__ = ["check_callbacks", "check_trainer", "why_idle"]
+__all__ = ["check_callbacks", "check_has_others", "check_trainer", "why_idle"]
 
 _TUNER = "Use lightning.pytorch.tuner.Tuner before trainer.fit, which is left alone."
 #: Callbacks of Lightning with which a restart in mid-epoch cannot be exact, and what to do.
@@ -48,6 +49,20 @@ def check_callbacks(trainer: Trainer) -> None:
         for kind, remedy in _UNSUPPORTED.items():
             if isinstance(callback, kind):
                 raise ConfigurationError(f"{type(callback).__name__} in Trainer(callbacks=...): {remedy}")
+
+
+def check_has_others(trainer: Trainer) -> None:
+    """Refuse what a process that replaces a lost one would do alone: its collectives have no effect.
+
+    Raises:
+        StrandedRankError: It is alone, and nothing in this stage can bring it to the others.
+    """
+    groups = current_groups()
+    if groups is not None and groups.alone:
+        raise StrandedRankError(
+            f"rank {trainer.global_rank} was lost outside of fit, or in a Trainer without callbacks of this package, "
+            "where a rank cannot be replaced; all ranks have to begin again."
+        )
 
 
 def why_idle(trainer: Trainer) -> str:

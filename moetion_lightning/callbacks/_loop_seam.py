@@ -19,6 +19,7 @@ from moetion_lightning.callbacks._checkpoint_seam import CheckpointSeam
 from moetion_lightning.callbacks._epoch_start import EpochStart
 from moetion_lightning.callbacks._logged_results import LoggedResults
 from moetion_lightning.callbacks._run_files import RunFiles
+from moetion_lightning.callbacks._termination_seam import TerminationSeam
 from moetion_lightning.core.instance_patches import InstancePatches
 from moetion_lightning.core.kept_values import Fresh
 from moetion_lightning.errors import ForeignWindowError, UnsupportedStateError
@@ -40,10 +41,13 @@ class LoopSeam:
         self._trainer = trainer
         self.patches = InstancePatches()
         self._counters: _Counters | None = None
+        #: Whether a validation follows the batch that has ended.
+        self.validates = False
         self.checkpoints = CheckpointSeam(trainer, self.patches)
         self.results = LoggedResults(trainer)
         self.epoch_start = EpochStart(trainer, self.patches)
         self.files = RunFiles(trainer, self.patches)
+        self.termination = TerminationSeam(trainer, self.patches)
 
     def remove(self) -> None:
         """Leave the trainer as it was."""
@@ -82,10 +86,40 @@ class LoopSeam:
         original = fit_loop.run
         self.patches.put(fit_loop, "run", lambda: run(original))
 
-    def counters(self) -> dict[str, Any]:
+    def watch_long_ends(self, note: Callable[[], None]) -> None:
+        """Call ``note`` when a batch is done and something long follows: a validation, or the end of an epoch."""
+        epoch_loop = self._trainer.fit_loop.epoch_loop
+        original = epoch_loop.on_advance_end
+
+        def on_advance_end(data_fetcher: Any) -> None:
+            self.validates = epoch_loop._should_check_val_fx(data_fetcher)
+            if self.validates or epoch_loop._num_ready_batches_reached():
+                note()
+            original(data_fetcher)
+
+        self.patches.put(epoch_loop, "on_advance_end", on_advance_end)
+
+    def end_batch_again(self, data_fetcher: Any, *, validates: bool) -> None:
+        """What follows a batch, for one whose end was restored.
+
+        Args:
+            data_fetcher: Of the epoch loop.
+            validates: Whether a validation is part of it, as was decided then (it may depend on the clock).
+        """
+        epoch_loop = self._trainer.fit_loop.epoch_loop
+        undo = self.patches.put(epoch_loop, "_should_check_val_fx", lambda *args: validates)
+        try:
+            type(epoch_loop).on_advance_end(epoch_loop, data_fetcher)
+        finally:
+            undo()
+
+    def counters(self, *, after_batch: bool = False) -> dict[str, Any]:
         """Progress of the fit loop as of the end of the last batch.
 
         Called in ``on_train_batch_start``, when the next batch is fetched and counted as ready: that is taken back.
+
+        Args:
+            after_batch: No next batch is fetched: the last one has just ended.
         """
         if self._counters is None:
             self._counters = _Counters(self._trainer.fit_loop)
@@ -94,7 +128,7 @@ class LoopSeam:
         progress = state["epoch_loop.batch_progress"]
         for counter in ("total", "current"):
             progress[counter]["ready"] = progress[counter]["completed"]
-        progress["is_last_batch"] = False
+        progress["is_last_batch"] = after_batch and progress["is_last_batch"]
         return state
 
     def extras(self) -> dict[str, Any]:
@@ -111,7 +145,11 @@ class LoopSeam:
         }
 
     def pin_when_loop_starts(
-        self, counters: Mapping[str, Any], extras: Mapping[str, Any], callbacks: Mapping[str, Any]
+        self,
+        counters: Mapping[str, Any],
+        extras: Mapping[str, Any],
+        callbacks: Mapping[str, Any],
+        pinned: Callable[[Any], None] | None = None,
     ) -> None:
         """Put counters, extras and callbacks' states back once more, right before the first batch is fetched.
 
@@ -124,6 +162,7 @@ class LoopSeam:
             counters: What :meth:`counters` gave.
             extras: What :meth:`extras` gave.
             callbacks: States of the trainer's callbacks, by their keys.
+            pinned: Called with the data fetcher when all is in place; None for nothing.
         """
         warnings.filterwarnings("ignore", message=_RESUME_WARNING)
         epoch_loop = self._trainer.fit_loop.epoch_loop
@@ -134,6 +173,8 @@ class LoopSeam:
             original(*args, **kwargs)
             self._pin(counters, extras)
             self._load_again(callbacks)
+            if pinned is not None:
+                pinned(epoch_loop.trainer.fit_loop._data_fetcher)
 
         undo = self.patches.put(epoch_loop, "on_run_start", on_run_start)
 

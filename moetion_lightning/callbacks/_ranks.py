@@ -17,6 +17,7 @@ from moetion_lightning.distributed.control import default_control
 from moetion_lightning.distributed.groups import Groups, current_groups
 from moetion_lightning.distributed.layout import holders, row_offset
 from moetion_lightning.distributed.meshes import can_outlive_groups, drop_groups, rebind
+from moetion_lightning.distributed.messages import sum_over_ranks
 from moetion_lightning.engine import RankLayout, Ranks
 from moetion_lightning.errors import ConfigurationError
 
@@ -49,12 +50,12 @@ def make_ranks(trainer: Trainer, module: LightningModule) -> Ranks:
     return Ranks(
         default_control() if groups is None else groups.control(),
         lambda: _layout(strategy, module, trainer.world_size),
-        local_size=max(1, trainer.world_size // max(1, trainer.num_nodes)),
         domain="" if launched is None else launched.failure_domain,
         address="" if launched is None else launched.local_address,
         elastic=groups is not None,
         replaced=groups is not None and groups.alone,
         link=lambda: getattr(strategy, "link", None),
+        sum_counts=sum_over_ranks,
     )
 
 

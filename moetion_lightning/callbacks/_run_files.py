@@ -74,16 +74,29 @@ class RunFiles:
         Args:
             saved: What :meth:`snapshot` gave.
         """
+        made_here: set[str | None] = {None}
+        if any(callback.dirpath is not None for callback in self._checkpoints()):  # to ask a logger chooses its version
+            made_here.add(self._automatic_folder())
         self._loggers.continue_from(saved["loggers"], saved["step"])
         if saved["root_dir"] == str(self._trainer.default_root_dir):
             for callback, before in self._matching(saved):
-                if callback.dirpath is None and before["dirpath"] is not None:
+                folder = None if callback.dirpath is None else os.path.realpath(callback.dirpath)
+                if folder in made_here and before["dirpath"] is not None:
                     callback.dirpath = before["dirpath"]
                     self._moved.append(callback)
         for callback in self._config_savers():
             if not self._has_same_config(callback):
                 self._keep_config(callback)
             self._patches.put(callback, "overwrite", True)
+
+    def _automatic_folder(self) -> str:
+        """Where ModelCheckpoint writes without ``dirpath``; a validation before this fit has set it already."""
+        root, parts = self._trainer.default_root_dir, ["checkpoints"]
+        for logger in self._trainer.loggers[:1]:
+            root = root if logger.save_dir is None else logger.save_dir
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            parts = [str(logger.name), version, "checkpoints"]
+        return os.path.realpath(os.path.join(root, *parts))
 
     def start_again(self) -> None:
         """An earlier process of this job left no window: the same command line is no error."""

@@ -51,6 +51,8 @@ class LightningRunState:
         self._attributes = PlainAttributes(self._users_objects, say_once)
         self._transfers = TransferHooks(trainer, module, self._attributes, loops.patches)
         self._generators = Generators(self._roots)
+        #: Whether a batch has just ended, and what follows it (a validation, the end of the epoch) has not begun.
+        self.after_batch = False
 
     def begin(self) -> None:
         """Hooks of the beginning of training come next: attributes that change from now on are state."""
@@ -66,7 +68,8 @@ class LightningRunState:
         Args:
             weights: Whether an ordinary checkpoint's weights are in it.
         """
-        checkpoint = self._loops.checkpoints.dump(self._loops.counters(), weights=weights)
+        counters = self._loops.counters(after_batch=self.after_batch)
+        checkpoint = self._loops.checkpoints.dump(counters, weights=weights)
         gradients = {}
         if not self._module.automatic_optimization or is_overridden("optimizer_zero_grad", self._module):
             # Lightning sets gradients to None before it makes new ones; a user's code may keep them.
@@ -82,7 +85,9 @@ class LightningRunState:
             "files": self._loops.files.snapshot(),
             "attributes": self._attributes.capture(),
             "before_transfer": self._transfers.snapshot(),
-            "data": self._data.snapshot(),
+            "data": self._data.snapshot(after_batch=self.after_batch),
+            "after_batch": self.after_batch,
+            "validates": self._loops.validates,
             "gradients": gradients,
             "extra_states": {name: module.get_extra_state() for name, module in with_extra_state(self._module)},
             "buckets": [] if ddp is None else bucket_order(ddp),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -16,6 +18,7 @@ from moetion_lightning.callbacks._fits import check_callbacks
 from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.callbacks._ranks import cuts_at_first_batch, gathers_state, make_ranks
 from moetion_lightning.callbacks._run_state import LightningRunState, write_model
+from moetion_lightning.callbacks._unused_experts import UnusedExperts
 from moetion_lightning.distributed.groups import current_groups
 from moetion_lightning.engine import Engine, LivePoint, RestorePoint
 from moetion_lightning.errors import ConfigurationError, RankLostError
@@ -49,10 +52,11 @@ class LightningSession:
         self._loops = LoopSeam(trainer)
         self._session = TrainingSession(settings, where, trainer.default_root_dir, self._ranks)
         self._data: DataSeam | None = None
+        self._unused: UnusedExperts | None = None
         groups = current_groups()
         self._elastic: Elastic | None = None
         if groups is not None and self._ranks.elastic:
-            self._elastic = Elastic(trainer, groups, self._ranks, self._go_back)
+            self._elastic = Elastic(trainer, groups, self._ranks, self._find_again, self._go_to_found)
             if groups.alone:
                 trainer.num_sanity_val_steps = 0  # the others have checked; here the sharded weights are not whole yet
         try:
@@ -69,10 +73,13 @@ class LightningSession:
         else:
             elastic.attempt(lambda: session.open(beginning))
             loops.guard_training(lambda start: elastic.run(start, loops.run_again))
-        self._data = DataSeam(self._trainer, session.record_batch)
+            if not cuts_at_first_batch(self._trainer):
+                loops.watch_long_ends(self._after_batch)
+        self._data = DataSeam(self._trainer, session.record_batch, session.skipped)
         self._run_state = LightningRunState(self._trainer, self._module, loops, self._data, session.engine.say_once)
         loops.checkpoints.inject(self._choose)
         loops.files.guard(lambda: session.replaying)
+        loops.termination.agree_before_batches(session.drain)
         if session.point is not None:
             loops.files.continue_from(self._run_state.build(session.point)["files"])
         elif session.restarted:
@@ -138,26 +145,55 @@ class LightningSession:
         state = self._run_state.build(point)
         self._need_data().restore(state["data"])
         own = state["checkpoint"]["own"]
-        self._loops.pin_when_loop_starts(own["loops"]["fit_loop"], state["extras"], own["callbacks"])
+        resume = functools.partial(self._end_batch, validates=state["validates"]) if state["after_batch"] else None
+        self._loops.pin_when_loop_starts(own["loops"]["fit_loop"], state["extras"], own["callbacks"], resume)
         self._loops.files.overwrite_undone(point.captured_at)
+        self._loops.checkpoints.load_weights = None  # of a point before this one
         if isinstance(point, RestorePoint) and not gathers_state(self._trainer):
-            self._loops.checkpoints.load_weights = lambda: write_model(self._module, point)
+            self._loops.checkpoints.load_weights = functools.partial(write_model, self._module, point)
         if state["pipeline"]:
             self._trainer.strategy.given_bounds = tuple(state["pipeline"]["bounds"])  # type: ignore[attr-defined]
         checkpoint: dict[str, Any] = state["checkpoint"]
         return checkpoint
 
-    def _go_back(self) -> None:
-        """A rank was replaced: with all others, back to a common state, in this process."""
+    def _find_again(self) -> bool:
+        """Ranks were replaced: with all others, agree where to continue. Returns whether that is another place."""
+        was_placed = self._session.point is not None
         point = self._session.find_again()
-        self._need_data().restart()
-        if point is not None:
-            self._loops.restore_in_place(self._position(point))
-        elif self._session.trained:
+        if point is None and (self._session.trained or was_placed):
             raise RankLostError(
                 "ranks were lost before all ranks had a common window, and their state has no copy: the job starts "
                 "from its beginning."
             )
+        return point is not None
+
+    def _go_to_found(self) -> None:
+        """In this process, to the state that was found."""
+        point = self._session.point
+        self._need_data().restart()
+        if point is not None:
+            self._loops.restore_in_place(self._position(point))
+
+    def _after_batch(self) -> None:
+        """A batch is done, and what follows it takes long: the state is noted, so that nobody goes back behind it."""
+        if self._session.begun:
+            with self._state_after_batch():
+                self._session.engine.after_batch(self._run_state)
+
+    def _end_batch(self, fetcher: Any, *, validates: bool) -> None:
+        """The state after a batch was found: put it in place now, and do what follows the batch."""
+        with self._state_after_batch():
+            self._begin()
+        self._session.engine.restored_after_batch = True
+        self._loops.end_batch_again(fetcher, validates=validates)
+
+    @contextlib.contextmanager
+    def _state_after_batch(self) -> Iterator[None]:
+        self._run_state.after_batch = True
+        try:
+            yield
+        finally:
+            self._run_state.after_batch = False
 
     # --- hooks ---------------------------------------------------------------------------------------------------
 
@@ -196,11 +232,14 @@ class LightningSession:
         self._run_state.begin()
         if not cuts_at_first_batch(self._trainer):
             self._session.check(self._run_state)
+            if self._trainer.world_size > 1 and self._module.automatic_optimization:
+                self._unused = UnusedExperts(self._trainer, self._module, self._session.engine.layers)
 
     def on_train_batch_start(self, batch: Any) -> None:
         """The state is whole: everything of the last batch is done, nothing of the next one has begun."""
         self._between_batches()
         self._loss_known = False
+        self._session.engine.pace.waited_for_data(self._need_data().take_waited())
         for digest in self._need_data().begun(batch):
             self._session.record_batch(digest)
 
@@ -210,7 +249,12 @@ class LightningSession:
             session.boundary()
             if not session.replaying:
                 self._loops.files.write_postponed()
-            return
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Join the others, and put the state in place that was found."""
+        session = self._session
         if cuts_at_first_batch(self._trainer) and not session.attached:
             session.attach(self._module, self._trainer.optimizers)
             session.check(self._run_state)
@@ -238,6 +282,8 @@ class LightningSession:
 
     def on_before_optimizer_step(self) -> None:
         """Gradients are complete. The user's own hooks come after this one and may change weights."""
+        if self._unused is not None:
+            self._unused.check()
         self._session.attempt_step()
         self._session.hold()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import statistics
 import time
 from typing import Any
 
@@ -11,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moetion_lightning.callbacks._base import EngineCallback
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.events import (
+    CopiesChanged,
     Event,
     IterationFinished,
     PartialExpertsRestored,
@@ -28,6 +31,10 @@ from moetion_lightning.metrics.functional import expert_load_imbalance
 
 __all__ = ["FaultToleranceMonitor"]
 
+_log = logging.getLogger(__name__)
+
+_SLOW = 1.5  # times the median
+
 
 class FaultToleranceMonitor(Callback):
     """Logs how much of the time training goes forward, what checkpoints cost it, and how experts are loaded.
@@ -39,7 +46,11 @@ class FaultToleranceMonitor(Callback):
     * ``moetion/stall_seconds_per_iteration``, ``moetion/stall_share``: waiting for captures, and preparing them;
     * ``moetion/committed_step``: last iteration of the newest committed window, -1 before the first;
     * ``moetion/protected``: 1 where a window is there to go back to and captures succeed, else 0;
+    * ``moetion/missing_copies``: copies of windows on other nodes that could not be made; once there was one;
     * ``moetion/expert_imbalance``: tokens of the busiest expert over the mean, of the layer where that is largest;
+    * ``moetion/slowest_rank``, ``moetion/slowest_over_median``: of several ranks, the one with the longest
+      ``own_seconds`` (processor time of the training thread, and its waits for data), and how many times the median of
+      all ranks that is. From 1.5 on it is said in the log. The others wait for it, but it is never ended for that;
     * ``moetion/plt``: proportion of lost tokens, which only ``PartialExpertsCheckpoint`` can make more than 0.
 
     The first step is logged, too: what is known by then. The numbers survive SIGKILL. They are part of the state that
@@ -91,6 +102,7 @@ class FaultToleranceMonitor(Callback):
         self.expert_load: ExpertLoad | None = None
         self.lost_tokens: ProportionOfLostTokens | None = None
         self._layers: tuple[str, ...] = ()
+        self._own: list[float] = []
         self._counted_until = time.time()
         self._num_iterations = 0
         self._logged_step = 0
@@ -129,6 +141,8 @@ class FaultToleranceMonitor(Callback):
             self._protection["moetion/committed_step"] = float(event.last_iteration)
         elif isinstance(event, ProtectionChanged):
             self._protection["moetion/protected"] = float(event.protected)
+        elif isinstance(event, CopiesChanged):
+            self._protection["moetion/missing_copies"] = float(event.missing)
 
     def _iteration_finished(self, event: IterationFinished) -> None:
         now = time.time()
@@ -137,6 +151,7 @@ class FaultToleranceMonitor(Callback):
         self.stall.update(event.stall_seconds, event.seconds)
         self._counted_until = now
         self._num_iterations += 1
+        self._own.append(event.own_seconds)
 
     def _tokens_counted(self, tokens: dict[str, list[int]]) -> None:
         widths = tuple(len(row) for row in tokens.values())
@@ -233,7 +248,24 @@ class FaultToleranceMonitor(Callback):
             "moetion/stall_seconds_per_iteration": float(stall["seconds_per_iteration"]),
             "moetion/stall_share": float(stall["share"]),
         }
+        if trainer.world_size > 1:
+            self._find_slowest(trainer)
         if self.expert_load is not None and self.lost_tokens is not None:
             imbalance = expert_load_imbalance(self.expert_load.tokens, self._widths(self.expert_load))
             self.values["moetion/expert_imbalance"] = float(imbalance.max())
             self.values["moetion/plt"] = float(self.lost_tokens.compute())
+
+    def _find_slowest(self, trainer: Trainer) -> None:
+        own, self._own = statistics.median(self._own or [0.0]), []
+        given = torch.tensor([own], dtype=torch.float32, device=trainer.strategy.root_device)
+        seconds = trainer.strategy.all_gather(given).flatten().tolist()
+        slowest = max(range(len(seconds)), key=seconds.__getitem__)
+        middle = statistics.median_low(seconds)
+        factor = seconds[slowest] / middle if middle > 0 else 1.0
+        self.values |= {"moetion/slowest_rank": float(slowest), "moetion/slowest_over_median": factor}
+        if factor >= _SLOW and trainer.is_global_zero:
+            _log.warning(
+                "rank %d is slow: %.1f ms of processor time and waits for data in an iteration, %.1f times the median "
+                "of all ranks, which wait for it. See its data loading, and what else runs on its processor.",
+                slowest, 1e3 * seconds[slowest], factor,
+            )  # fmt: skip

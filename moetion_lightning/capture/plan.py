@@ -6,6 +6,7 @@ optimizer keeps of a whole parameter (Adam's ``step``) is stored once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from moetion_lightning.capture.copies import copy_tensors, move, write_small
 from moetion_lightning.capture.fence import DeviceFence
 from moetion_lightning.core.operators import Operator, Piece
-from moetion_lightning.core.slot_contents import describe_kept, neighbours_joined
+from moetion_lightning.core.slot_contents import StoredNames, describe_kept, neighbours_joined
 from moetion_lightning.core.state import LiveState, state_of
 from moetion_lightning.errors import UnsupportedStateError
 from moetion_lightning.storage.format import SnapshotLayout, TensorSpec
@@ -117,6 +118,11 @@ class CompiledSlot:
         self._form = _form(tensors)
         self.layout = SnapshotLayout([spec for spec, _, _ in places])
         self._compile(places, tensors)
+
+    @functools.cached_property
+    def names(self) -> StoredNames:
+        """Where operators find what they ask for."""
+        return StoredNames(spec.name for spec in self.layout.specs)
 
     def _compile(self, places: Sequence[tuple[TensorSpec, int, Piece | None]], tensors: Sequence[Tensor]) -> None:
         """Which bytes go where: in one go what is small, and lies as it is stored."""

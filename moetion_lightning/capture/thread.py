@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -43,13 +44,11 @@ def measure_bandwidth(device: torch.device) -> float:
     return target.numel() / max(best, 1e-9)
 
 
-class _Job:
-    def __init__(
-        self, copy: Callable[[], None], finish: Callable[[], None], failed: Callable[[Exception], None]
-    ) -> None:
-        self.copy = copy
-        self.finish = finish
-        self.failed = failed
+class _Job(NamedTuple):
+    copy: Callable[[], None]
+    finish: Callable[[], None]
+    failed: Callable[[Exception], None]
+    copied: threading.Event
 
 
 class CaptureThread:
@@ -84,14 +83,39 @@ class CaptureThread:
                 looks whether user code has changed the sources meanwhile. It is called before an update, and before
                 anybody waits for ``finish``, which may wait for it.
         """
+        if check is not None and self.fence.enabled:
+            self._unchecked.append(check)
+        self._copied = threading.Event()
+        self._queue(_Job(copy, finish, failed, self._copied))
+
+    def submit_beside(
+        self,
+        copy: Callable[[], None],
+        finish: Callable[[], None],
+        failed: Callable[[Exception], None],
+        copied: threading.Event,
+    ) -> None:
+        """Training thread: queue a job whose sources are nobody's state: :meth:`wait_copied` does not wait for it.
+
+        Args:
+            copy: As of :meth:`submit`.
+            finish: As of :meth:`submit`.
+            failed: As of :meth:`submit`.
+            copied: Set when the copies are done, or queued; for :meth:`wait_for`.
+        """
+        self._queue(_Job(copy, finish, failed, copied))
+
+    def wait_for(self, copied: threading.Event) -> None:
+        """Training thread: wait until the copies of one job are done (on CUDA: the device waits for them)."""
+        copied.wait()
+        self.fence.hold_training()
+
+    def _queue(self, job: _Job) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="moetion-capture", daemon=True)
             self._thread.start()
         self.fence.mark_ready()
-        if check is not None and self.fence.enabled:
-            self._unchecked.append(check)
-        self._copied.clear()
-        self._jobs.put(_Job(copy, finish, failed))
+        self._jobs.put(job)
 
     def wait_copied(self) -> float:
         """Training thread: wait until the last job's copies are done. Returns the seconds waited (the stall)."""
@@ -143,7 +167,7 @@ class CaptureThread:
                 job.copy()
                 self.fence.mark_done()
             finally:
-                self._copied.set()
+                job.copied.set()
             self.fence.synchronize()
             job.finish()
         except Exception as error:

@@ -9,17 +9,18 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from moetion_lightning.callbacks import SparseExpertCheckpoint
 from moetion_lightning.callbacks._base import EngineCallback
 from moetion_lightning.callbacks._before_setup import EarlyCallback
+from moetion_lightning.callbacks._fits import check_has_others, why_idle
 from moetion_lightning.config import AUTOMATIC_VARIABLE, OF_THE_WINDOW
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import PREFIX, recipe_path
 
-__all__ = ["Automatic", "callbacks_of", "for_trainer", "loop_settings"]
+__all__ = ["Automatic", "OnlyAsOthersDo", "callbacks_of", "for_trainer", "loop_settings"]
 
 _log = logging.getLogger(__name__)
 _DEFAULT = ("1", "default", "true", "on", "yes")
@@ -80,7 +81,7 @@ def loop_settings(setting: str, source: str = AUTOMATIC_VARIABLE) -> dict[str, A
     if len(capturing) != 1:
         raise ConfigurationError(
             f"{source}={setting!r}: {len(capturing)} of its callbacks capture; expected one of "
-            "SparseExpertCheckpoint, PartialExpertsCheckpoint, DenseInMemoryCheckpoint"
+            "SparseExpertCheckpoint, GradientLogCheckpoint, PartialExpertsCheckpoint, DenseInMemoryCheckpoint"
         )
     return {name: value for name, value in capturing[0].engine_settings().items() if name not in OF_THE_WINDOW}
 
@@ -115,6 +116,20 @@ class Automatic(EarlyCallback):
         for callback in self._callbacks:
             if isinstance(callback, EarlyCallback):
                 callback.before_setup(trainer)
+
+
+class OnlyAsOthersDo(Callback):
+    """In a process that replaces a lost one: no stage runs without the others, whose collectives would do nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what no callback here makes the others take part in.
+
+        Raises:
+            StrandedRankError: This process is alone.
+        """
+        present: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if stage != "fit" or why_idle(trainer) or not any(isinstance(c, EngineCallback) for c in present):
+            check_has_others(trainer)
 
 
 def _path(setting: str) -> Path:

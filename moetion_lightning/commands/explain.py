@@ -227,9 +227,10 @@ def observe_recipe(
 
 
 def _window_settings(callbacks: Any) -> Mapping[str, Any]:
-    """Settings of the window, as a configuration's SparseExpertCheckpoint has them."""
+    """Settings of the window, as a configuration's callback has them."""
+    kinds = ("SparseExpertCheckpoint", "GradientLogCheckpoint")
     for entry in callbacks if isinstance(callbacks, list) else [callbacks]:
-        if isinstance(entry, Mapping) and str(entry.get("class_path", "")).endswith("SparseExpertCheckpoint"):
+        if isinstance(entry, Mapping) and str(entry.get("class_path", "")).endswith(kinds):
             given = entry.get("init_args") or {}
             return {name: given[name] for name in OF_THE_WINDOW if name in given}
     return {}

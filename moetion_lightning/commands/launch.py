@@ -7,8 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from moetion_lightning.commands.arguments import add_program
-from moetion_lightning.errors import ConfigurationError, LaunchError
+from moetion_lightning.errors import ConfigurationError
 
 __all__ = ["launch", "rendezvous"]
 
@@ -27,32 +26,19 @@ def launch(args: Sequence[str]) -> int:
         args: Arguments after ``moetion launch``.
 
     Returns:
-        0 when all ranks ended with 0; 1 when the job failed; 128 and the signal's number when it was stopped by one.
+        The exit status: see :mod:`moetion_lightning.distributed.exits`.
     """
-    from moetion_lightning.distributed import launch as launching
-    from moetion_lightning.distributed.launch_settings import Launch
-    from moetion_lightning.distributed.processes import Program
+    from moetion_lightning.distributed.exits import JobEndedError
+    from moetion_lightning.distributed.launch import add_options
+    from moetion_lightning.distributed.launch import launch as run
 
-    parser = argparse.ArgumentParser(
-        prog="moetion launch",
-        usage="moetion launch [OPTIONS] SCRIPT [ARGUMENTS]\n       moetion launch [OPTIONS] -m MODULE [ARGUMENTS]",
-        description=_LAUNCH_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    Launch.add_options(parser)
-    add_program(parser, "what each rank runs")
-    options = parser.parse_args(args)
-    program = Program(argv=(options.script, *options.arguments), is_module=options.module)
-    settings = Launch.of(program, options)
+    options = add_options("moetion launch", _LAUNCH_DESCRIPTION).parse_args(args)
     _log_to_stderr()
-    stop = launching.StopSignal()
-    stop.install()
     try:
-        launching.launch(settings, stop)
-    except LaunchError as error:
+        run(options)
+    except JobEndedError as error:
         print(f"moetion launch: {error}", file=sys.stderr)
-        return 1 if stop.number is None else 128 + stop.number
+        return error.code
     return 0
 
 
@@ -80,7 +66,6 @@ def rendezvous(args: Sequence[str]) -> int:
             f"--host {options.host} --port {options.port}: {error}; expected an address of this machine and a free port"
         ) from error
     stop = StopSignal()
-    stop.install()
     print(f"serving at {format_endpoint(options.host, store.port)}", flush=True)
     stop.wait()
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from moetion_lightning.commands.arguments import add_program
 from moetion_lightning.config import AUTOMATIC_VARIABLE, automatic_setting, update_environment
-from moetion_lightning.distributed.worker import execute
+from moetion_lightning.distributed.rank import execute
 from moetion_lightning.errors import ConfigurationError, MoEtionError
 
 __all__ = ["run"]

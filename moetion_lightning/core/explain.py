@@ -19,6 +19,7 @@ from moetion_lightning.core.layouts import MoELayer, MoESpec
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.partition import build_operators
 from moetion_lightning.core.policy import PolicyContext, Sizes, SparsePolicy
+from moetion_lightning.core.policy_table import HEADER, policy_table
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.core.window_memory import memory_table
 from moetion_lightning.errors import ConfigurationError
@@ -67,6 +68,7 @@ class Explanation:
         slot_bytes: Bytes captured in each iteration of the window.
         dense_bytes: Bytes of one dense checkpoint of the same state.
         compute_bytes: Bytes of its weights as the forward consumes them.
+        gradient_bytes: Bytes of its gradients.
         reason: Why the window has this length.
         layers: The MoE layers.
         static: Parameters that never train, in no window.
@@ -78,6 +80,7 @@ class Explanation:
     slot_bytes: tuple[int, ...]
     dense_bytes: int
     compute_bytes: int
+    gradient_bytes: int
     reason: str
     layers: tuple[MoELayer, ...]
     static: tuple[str, ...]
@@ -181,6 +184,7 @@ def explain(
         slot_bytes=schedule.slot_bytes,
         dense_bytes=schedule.dense_bytes,
         compute_bytes=sum(compute.values()),
+        gradient_bytes=sum(live.weight(name).numel() * live.parameters[name].element_size() for name in trainable),
         reason=plan.changed.partition("; ")[2],
         layers=found,
         static=ops.static,
@@ -243,10 +247,18 @@ def format_explanation(explanation: Explanation, *, max_rows: int | None = 60) -
         "",
         "GiB of host memory for windows, of a rank that captures all of this:",
         *_memory(explanation),
+        "",
+        "The policies beside each other, for the same rank:",
+        *aligned([HEADER, *_policies(explanation)], right={1, 2}),
     ]
     return "\n".join(
         [*aligned([header, *lines], right=(0, 3, 4, 5, 6)), *summary, *(f"note: {note}" for note in explanation.notes)]
     )
+
+
+def _policies(explanation: Explanation) -> list[tuple[str, ...]]:
+    dense, compute, gradients = explanation.dense_bytes, explanation.compute_bytes, explanation.gradient_bytes
+    return policy_table(dense, compute, gradients, max(2, explanation.window))
 
 
 def _memory(explanation: Explanation) -> list[str]:

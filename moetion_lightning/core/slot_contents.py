@@ -28,6 +28,7 @@ from moetion_lightning.core.rebuilding import Rebuilder
 from moetion_lightning.core.state import LiveState, state_of
 
 __all__ = [
+    "StoredNames",
     "StoredTensors",
     "TensorLoader",
     "describe_kept",
@@ -64,22 +65,55 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
     return [Piece(parameter=pieces[0].parameter, start=start, stop=stop) for start, stop in ranges]
 
 
+class StoredNames:
+    """Where the tensors that operators ask for are among stored ones: rows of a joined piece are found in it.
+
+    Args:
+        names: The names of the stored tensors.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        self._joined: dict[tuple[str, str, str], list[tuple[int, int, str]]] = {}
+        for name in self._names:
+            kind, parameter, rows, path = _parsed(name)
+            if rows is not None:
+                self._joined.setdefault((kind, parameter, path), []).append((*rows, name))
+        for ranges in self._joined.values():
+            ranges.sort(key=lambda entry: entry[0])
+
+    def find(self, name: str) -> tuple[str, int | None, int | None]:
+        """The stored tensor by a name, and the rows of it.
+
+        Raises:
+            KeyError: Nothing is stored by that name.
+        """
+        if name in self._names:
+            return name, None, None
+        kind, parameter, rows, path = _parsed(name)
+        if rows is not None:
+            ranges = self._joined.get((kind, parameter, path), [])
+            at = bisect.bisect_right(ranges, rows[0], key=lambda entry: entry[0]) - 1
+            if at >= 0 and rows[1] <= ranges[at][1]:
+                start, _, stored = ranges[at]
+                return stored, rows[0] - start, rows[1] - start
+            whole = f"s:{parameter}:{path}"
+            if kind == "s" and whole in self._names:  # of the whole parameter, stored once
+                return whole, None, None
+        raise KeyError(name)
+
+
 class StoredTensors:
-    """The tensors of slots by the names that operators ask for: rows of a joined piece are found in it.
+    """The tensors of slots by the names that operators ask for.
 
     Args:
         tensors: The stored tensors by name.
+        names: Of the same; None: they are looked at here.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], names: StoredNames | None = None) -> None:
         self._tensors = tensors
-        self._joined: dict[tuple[str, str, str], list[tuple[int, int, Tensor]]] = {}
-        for name, tensor in tensors.items():
-            kind, parameter, rows, path = _parsed(name)
-            if rows is not None:
-                self._joined.setdefault((kind, parameter, path), []).append((*rows, tensor))
-        for ranges in self._joined.values():
-            ranges.sort(key=lambda entry: entry[0])
+        self._names = StoredNames(tensors) if names is None else names
 
     def load(self, name: str) -> Tensor:
         """A stored tensor, or rows of one.
@@ -87,19 +121,9 @@ class StoredTensors:
         Raises:
             KeyError: Nothing is stored by that name.
         """
-        found = self._tensors.get(name)
-        if found is not None:
-            return found
-        kind, parameter, rows, path = _parsed(name)
-        if rows is not None:
-            ranges = self._joined.get((kind, parameter, path), [])
-            at = bisect.bisect_right(ranges, rows[0], key=lambda entry: entry[0]) - 1
-            if at >= 0 and rows[1] <= ranges[at][1]:
-                start, _, tensor = ranges[at]
-                return tensor[rows[0] - start : rows[1] - start]
-            if kind == "s" and f"s:{parameter}:{path}" in self._tensors:  # of the whole parameter, stored once
-                return self._tensors[f"s:{parameter}:{path}"]
-        raise KeyError(name)
+        stored, start, stop = self._names.find(name)
+        tensor = self._tensors[stored]
+        return tensor if start is None else tensor[start:stop]
 
 
 def _parsed(name: str) -> tuple[str, str, tuple[int, int] | None, str]:

@@ -79,6 +79,8 @@ class LiveState:
         self.table = module_table(module)
         self.table.refresh()
         self.optimizers: tuple[Optimizer, ...] = inner_optimizers(optimizers)
+        #: How many of the optimizers were given; those behind them work inside these.
+        self.num_given = len(optimizers)
         self.parameters: dict[str, nn.Parameter] = {}
         #: The optimizers, by index, that update a parameter or keep something of it.
         self.owners: dict[str, tuple[int, ...]] = {}
@@ -89,8 +91,9 @@ class LiveState:
         #: Counts how often something was found in another form than before: its size may have changed.
         self.forms = 0
         self._held = held
-        self._declared = frozenset(elementwise)
-        self._elementwise_names = ELEMENTWISE_NAMES | self._declared
+        #: Optimizers that the user says to be elementwise, by qualified name.
+        self.declared = frozenset(elementwise)
+        self._elementwise_names = ELEMENTWISE_NAMES | self.declared
         #: Wrappers that show their inner optimizer's state as theirs.
         self.aliases: frozenset[int] = frozenset()
         self._tables: tuple[tuple[str, ...], ...] = ()
@@ -126,8 +129,15 @@ class LiveState:
         """
         self._look()
 
+    def _show_shards(self) -> None:
+        """FSDP2 modules show whole weights in place of their shards behind a forward without a backward."""
+        parts: list[tuple[str, Any]] = [*self.table.where(_is_sharded)]
+        for _, part in parts:
+            part.reshard()
+
     def _look(self) -> None:
         self.generation += 1
+        self._show_shards()
         self.table.refresh()
         held = self._held
         named = [(n, p) for n, p in self.table.parameters.items() if held is None or n in held]
@@ -213,6 +223,7 @@ class LiveState:
 
     def outdated(self) -> bool:
         """Whether parameters of the module, or tables of an optimizer or optimizers in it, came or went."""
+        self._show_shards()
         if self.table.refresh() or (self._lazy and self._initialised()):
             return True
         if len(inner_optimizers(self.optimizers)) > len(self.optimizers):
@@ -234,7 +245,7 @@ class LiveState:
         """Classes of optimizers in use that only the user says to be elementwise: a wrong word makes replays differ."""
         kinds = [type(optimizer) for optimizer in self.optimizers]
         named = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds if kind not in ELEMENTWISE_OPTIMIZERS]
-        return sorted(set(named) & self._declared - ELEMENTWISE_NAMES)
+        return sorted(set(named) & self.declared - ELEMENTWISE_NAMES)
 
     def couples_parameters(self) -> list[str]:
         """Names of optimizer classes whose update of one parameter depends on the state of others."""
@@ -269,6 +280,15 @@ class LiveState:
             }
             self._coupled_shards = sorted(found)
         return self._coupled_shards
+
+    def updates_apart(self) -> bool:
+        """Whether every optimizer is known to update each parameter from that parameter's gradient and state alone."""
+        return all(self._updates_elementwise(o) or type(o) in CLOSURE_FIRST_OPTIMIZERS for o in self.optimizers)
+
+    @property
+    def has_inner(self) -> bool:
+        """Whether an optimizer works inside another one."""
+        return len(self.optimizers) > self.num_given
 
     def shares_parameters(self, first: int, second: int) -> bool:
         """Whether two optimizers have a parameter in common, and neither is made of the other."""
@@ -383,6 +403,10 @@ class LiveState:
             if index not in self.aliases and not state_of(self.optimizers[index]):
                 nbytes += parameter.numel() * _OPTIONAL_STATE_BYTES_PER_ELEMENT
         return nbytes + sum(_bytes_in(value) for _, _, value in self.tables(name))
+
+
+def _is_sharded(module: Any) -> bool:
+    return callable(getattr(module, "reshard", None)) and callable(getattr(module, "unshard", None))
 
 
 def state_of(optimizer: Optimizer) -> Mapping[Any, Any]:

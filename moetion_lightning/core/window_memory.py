@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moetion_lightning.core.schedule import window_bytes
 
-__all__ = ["gib_text", "held_windows", "longest_window", "memory_table"]
+__all__ = ["gib_text", "held_windows", "log_bytes", "longest_window", "memory_table"]
 
 
 def longest_window(full_bytes: int, compute_bytes: int, max_window: int, capacity_bytes: int) -> int:
@@ -34,6 +34,22 @@ def held_windows(num_owners: int = 0, *, persist_every: int | None = None) -> in
     """
     own = 2 if persist_every is None else 3 if persist_every == 1 else 4
     return own + 3 * num_owners
+
+
+def log_bytes(full_bytes: int, gradient_bytes: int, window: int, keeps: int = 1) -> int:
+    """Host memory that a gradient log of one rank takes at most.
+
+    Full captures of all slots, for each slot the gradients of the iterations since its capture, the iteration being
+    written, those of older restore points, and another full capture of everything (when training begins again).
+
+    Args:
+        full_bytes: Master weights and optimizer state of what the rank captures.
+        gradient_bytes: Gradients of the same.
+        window: Iterations of a round.
+        keeps: Restore points that stay.
+    """
+    each = full_bytes // window + gradient_bytes * (window - 1) // window
+    return 2 * full_bytes + gradient_bytes * (window - 1) // 2 + keeps * each
 
 
 def memory_table(

@@ -1,86 +1,65 @@
-"""The agent of a node: starts its ranks, and starts a dead one again without touching the others."""
+"""The agent of a node: starts its ranks, and starts a dead or hung one again without touching the others."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from torch.distributed.launcher.api import LaunchConfig
 
-from moetion_lightning.config import GENERATION_VARIABLE
-from moetion_lightning.distributed.generations import FINISHED_KEY, announce_loss
-from moetion_lightning.distributed.heartbeat import LOST_EXIT
-from moetion_lightning.distributed.launch_settings import Launch
-from moetion_lightning.distributed.processes import Child, Program, describe_exit, end_all
-from moetion_lightning.errors import LaunchError
+from moetion_lightning.config import GENERATION_VARIABLE, LAUNCHER_PID_VARIABLE, REPORT_VARIABLE
+from moetion_lightning.distributed.bounded_store import StoreSilentError
+from moetion_lightning.distributed.exits import NO_PROGRESS, STATE_LOST, STRANDED, JobEndedError, describe_exit
+from moetion_lightning.distributed.generations import FINISHED_KEY, OVER_KEY, announce_loss
+from moetion_lightning.distributed.guard import Guard
+from moetion_lightning.distributed.lease import check_claim
+from moetion_lightning.distributed.progress import STACKS_SIGNAL, Report, Section, State
+from moetion_lightning.distributed.rendezvous import NodeRendezvous
+from moetion_lightning.distributed.standby import RANK_MODULE, StandbyPool
+from moetion_lightning.distributed.torch_elastic import BeginAgainError, SingleRankAgent, end_session
+from moetion_lightning.distributed.watchdog import Limits, Sign, Watch, behind_all
 
 __all__ = ["Agent"]
 
 _log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.05
-_GRACE_SECONDS = 15.0
-_REFILL_SECONDS = 5.0
-_STANDBY_FAILURES = 3
+_STACKS_SECONDS = 2.0
+_KILL_SECONDS = 20.0  # a process in uninterruptible sleep (a wedged device, a dead NFS server) does not end
+_FRUITLESS = 5  # starts of one rank in a row without progress
+_SAME_ERROR = 2  # starts before the first step that end by the same error,
+_SAME_ERROR_LATER = 3  # and in a row, without progress, after it
+_LIVED_SECONDS = 300.0  # stands for progress in scripts that do not say where they are
+_ERROR_LINES = 12
+_BEGINNING = 0, -1  # of a script that has not said where it is: stage and iteration
 
 
-class StandbyPool:
-    """Processes that have imported everything and wait to become a rank.
+class Stop(Protocol):
+    """A signal that asks this process to end, taken and looked at."""
 
-    Args:
-        size: Number of processes to keep.
-        env: Their environment.
-    """
+    def install(self) -> None: ...
+    def check(self) -> None: ...
 
-    def __init__(self, size: int, env: Mapping[str, str]) -> None:
-        self._size = size
-        self._env = env
-        self._children: list[Child] = []
-        self._refill_at = 0.0
-        self._failures = 0
 
-    def tend(self) -> None:
-        """Notice who is ready or dead, and start new ones when it is time."""
-        for child in list(self._children):
-            was_ready = child.is_ready
-            child.listen(0.0)
-            if child.is_ready and not was_ready:
-                self._failures = 0
-                _log.info("process %d stands by", child.pid)
-            status = child.ended()
-            if status is not None:
-                self._children.remove(child)
-                self._failures += 1
-                self.rest()
-                _log.warning("process %d, which stood by, ended: %s", child.pid, describe_exit(status))
-                if self._failures == _STANDBY_FAILURES:
-                    _log.warning("%d of them ended in a row: no more are started", self._failures)
-        if self._failures < _STANDBY_FAILURES and time.monotonic() >= self._refill_at:
-            while len(self._children) < self._size:
-                self._children.append(Child.stand_by(self._env))
+@dataclass
+class _Rank:
+    """What is known of a local rank."""
 
-    def take(self, program: Program, env: Mapping[str, str]) -> Child | None:
-        """Turn a ready process into a rank; None if none is ready."""
-        for child in [c for c in self._children if c.is_ready]:
-            self._children.remove(child)
-            self.rest()
-            if child.give_order(program, env):
-                return child
-            child.kill()
-        return None
-
-    def rest(self) -> None:
-        """Start none for a while: a recovery needs the processor."""
-        self._refill_at = time.monotonic() + _REFILL_SECONDS
-
-    def close(self) -> None:
-        """End all."""
-        for child in self._children:
-            child.kill()
-        self._children.clear()
+    report: Report
+    watch: Watch
+    started: float
+    is_done: bool = False
+    shot: str = ""  # why
+    shot_at: float = 0.0
+    tries: int = 0  # since the last progress
+    last_error: str = ""
+    same_errors: int = 0
 
 
 @dataclass
@@ -89,153 +68,370 @@ class _Loss:
 
     reasons: dict[int, str] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+    error_file: str = ""
+    is_stranded: bool = False
 
 
-class Agent:
+class Agent(SingleRankAgent):
     """Runs the ranks of one node until all are done.
 
     Args:
-        settings: What to run.
-        environment: Of all processes of the node.
-        first_rank: Global rank of local rank 0.
-        store: The run's store, for this object alone.
-        stop_reason: Asked in each look; a text ends everything.
-        refuse: Asked before a loss is announced; a text means that these ranks are not this node's any more.
+        config: torchrun's settings.
+        program: What the ranks run: arguments of :mod:`~.rank`.
+        handler: The rendezvous.
+        standby: Number of processes that stand by.
+        limits: How long ranks may be silent.
+        guard: Ends what is left if this process is killed.
+        stop: Raises when this process is to end.
     """
 
     def __init__(
         self,
-        settings: Launch,
-        environment: Mapping[str, str],
-        first_rank: int,
-        store: Store,
+        config: LaunchConfig,
+        program: Sequence[str],
+        handler: NodeRendezvous,
         *,
-        stop_reason: Callable[[], str | None],
-        refuse: Callable[[], str | None],
+        standby: int,
+        limits: Limits,
+        guard: Guard,
+        stop: Stop,
     ) -> None:
-        self._settings = settings
-        self._environment = environment
-        self._first_rank = first_rank
-        self._store = store
-        self._stop_reason = stop_reason
-        self._refuse = refuse
-        self._standbys = StandbyPool(settings.standby, environment)
-        self._workers: dict[int, Child] = {}
-        self._restarts: Counter[int] = Counter()
+        super().__init__(config, (*RANK_MODULE, *program), handler)
+        self._max_restarts = config.max_restarts
+        self._nodes = handler
+        self._stop = stop
+        self._limits = limits
+        self._guard = guard
+        self._standbys = StandbyPool(standby, guard)
+        self._ranks: dict[int, _Rank] = {}
+        self._deaths: Counter[int] = Counter()
+        self._failures = self._starts_alone = 0
+        self._furthest = _BEGINNING
+        self._has_failed = self._is_over = False
+        self._looked_at = 0.0
+        self._generation = 0
 
-    def run(self, generation: int) -> None:
-        """Start all ranks, and look after them until each has ended with exit code 0.
+    # --- starting --------------------------------------------------------------------------------------------------
 
-        Args:
-            generation: The generation in which they start: 0, or the one in which this node replaces a lost one.
+    def variables(self, local_rank: int) -> Mapping[str, str]:
+        """Of a rank's first process."""
+        return self._new(local_rank, Report(), self._generation)
 
-        Raises:
-            LaunchError: The job cannot go on, or must stop. All ranks are ended then.
-        """
+    def _new(self, local_rank: int, report: Report, generation: int) -> dict[str, str]:
+        rank = _Rank(report, Watch(report, self._limits), time.monotonic())
+        before = self._ranks.get(local_rank)
+        if before is not None:
+            rank.tries, rank.last_error, rank.same_errors = before.tries, before.last_error, before.same_errors
+            before.report.close()
+        self._ranks[local_rank] = rank
+        own = {GENERATION_VARIABLE: str(generation), REPORT_VARIABLE: report.path}
+        return own | {LAUNCHER_PID_VARIABLE: str(os.getpid())}
+
+    def _first_generation(self) -> int:
+        """That in which this node's ranks start: 0, or the one in which they replace those of a lost node."""
+        handler, spec = self._nodes, self._worker_group.spec
+        place = handler.place
+        if place is None or place.taken_over is None:
+            return 0
+        first = place.slot * spec.local_world_size
+        reason = f"node {place.slot} ({place.taken_over}) gave no sign of life for {handler.node_timeout:g} s"
+        if handler.store.add(FINISHED_KEY, 0) or handler.store.check([OVER_KEY]):
+            reason += ", after training had ended"
+            if handler.begin_again(reason):
+                _log.warning("%s: all ranks begin again from the newest state", reason)
+                raise BeginAgainError
+            handler.fail(reason)
+            raise JobEndedError(f"{reason}: start the job again, it goes on from its state")
+        generation = announce_loss(handler.store, range(first, first + spec.local_world_size), reason)
+        _log.warning("%s: this launcher runs its ranks, in generation %d", reason, generation)
+        return generation
+
+    def _start_workers(self, worker_group: Any) -> dict[int, Any]:
+        self._is_over, self._starts_alone = False, 0
         try:
-            for local_rank in range(self._settings.nproc_per_node):
-                self._workers[local_rank] = self._start(local_rank, generation)
-            self._look_after()
-        finally:
-            self._standbys.close()
-            end_all(list(self._workers.values()), _GRACE_SECONDS)
+            self._generation = self._first_generation()
+        except BeginAgainError:
+            self._rendezvous(worker_group)
+            return self._start_workers(worker_group)
+        self._looked_at = time.monotonic()
+        pids: dict[int, Any] = super()._start_workers(worker_group)
+        self._stop.install()  # torch has put its own handlers in its place
+        for pid in pids.values():
+            self._guard.add(pid)
+        return pids
 
-    def _start(self, local_rank: int, generation: int) -> Child:
-        env = self._rank_environment(local_rank, generation)
-        return Child.start(self._settings.program, {**self._environment, **env})
+    # --- looking after them ----------------------------------------------------------------------------------------
 
-    def _rank_environment(self, local_rank: int, generation: int) -> dict[str, str]:
-        return {
-            "RANK": str(self._rank(local_rank)),
-            "LOCAL_RANK": str(local_rank),
-            GENERATION_VARIABLE: str(generation),
-        }
-
-    def _look_after(self) -> None:
-        looked_at = time.monotonic()
-        while self._workers:
-            time.sleep(_POLL_SECONDS)
-            reason = self._stop_reason()
-            if reason is not None:
-                raise LaunchError(reason)
-            now = time.monotonic()
-            loss = self._collect(now - looked_at)
-            looked_at = now
+    def look_after(self) -> bool:
+        """Notice who ended or hangs, and start them again. Returns whether all are done."""
+        now = time.monotonic()
+        elapsed, self._looked_at = now - self._looked_at, now
+        self._stop.check()
+        reason = self._nodes.stop_reason()
+        if reason is not None:
+            self._end_at_once()
+            raise JobEndedError(reason)
+        try:
+            loss = self._collect(elapsed, now)
             if loss.reasons:
                 self._replace(loss)
-            self._standbys.tend()
+            else:
+                self._shoot_hung()
+        except StoreSilentError:
+            self._end_at_once()
+            raise
+        self._standbys.tend()
+        return all(rank.is_done for rank in self._ranks.values())
 
-    def _collect(self, elapsed_seconds: float) -> _Loss:
+    def _collect(self, elapsed: float, now: float) -> _Loss:
         loss = _Loss()
-        for local_rank, child in list(self._workers.items()):
-            child.listen(elapsed_seconds)
-            hung = child.silent_seconds > self._settings.hang_timeout
-            if hung:
-                child.kill()
-            status = child.ended()
+        for local_rank, rank in self._ranks.items():
+            if rank.is_done:
+                continue
+            process = self.processes[local_rank]
+            rank.watch.look(elapsed)
+            status = process.proc.poll()
             if status is None:
+                if rank.shot and now - rank.shot_at > _KILL_SECONDS:
+                    raise JobEndedError(
+                        f"process {process.proc.pid} of rank {self.rank(local_rank)} ({rank.shot}) does not end by "
+                        f"SIGKILL within {_KILL_SECONDS:g} s: it sleeps in the kernel, as with a wedged device or file "
+                        "system. This node leaves the job; look at it, or restart it, before it is used again.",
+                        only_here=True,
+                    )
+                limit = self._limits.least[Section.STEP]
+                if rank.watch.done > limit and not rank.shot:
+                    self._shoot(local_rank, f"did not end within {limit:g} s after its program had returned")
                 continue
-            if status == 0 or child.is_done:  # what ends a process whose program has returned changes nothing
-                del self._workers[local_rank]
-                self._store.add(FINISHED_KEY, 1)
+            end_session(process)
+            self._guard.remove(process.proc.pid)
+            self._note_progress(rank, now)
+            if status == 0 or rank.report.state == State.DONE:  # what ends it then changes nothing
+                rank.is_done = True
+                self._nodes.store.add(FINISHED_KEY, 1)
                 continue
-            silent = f"hung: no heartbeat for {self._settings.hang_timeout:g} s"
-            loss.reasons[local_rank] = silent if hung else describe_exit(status)
-            loss.errors[local_rank] = child.error
-            if status == LOST_EXIT:
-                raise LaunchError(f"rank {self._rank(local_rank)} cannot go on.\n{self._last_lines(loss)}")
+            self._judge(local_rank, rank, rank.report.exit_code or status, loss)
+        for rank in self._ranks.values():
+            self._note_progress(rank, now)
         return loss
 
-    def _replace(self, loss: _Loss) -> None:
-        reason = "; ".join(f"rank {self._rank(r)}: {text}" for r, text in loss.reasons.items())
-        self._check_may_replace(loss, reason)
-        self._standbys.rest()
-        generation = announce_loss(self._store, [self._rank(r) for r in loss.reasons], reason)
-        for local_rank, text in loss.reasons.items():
-            env = self._rank_environment(local_rank, generation)
-            taken = self._standbys.take(self._settings.program, env)
-            child = taken or self._start(local_rank, generation)
-            self._workers[local_rank] = child
-            how = "which stood by" if taken else "started anew"
-            _log.warning(
-                "rank %d: %s; goes on as process %d, %s, in generation %d (restart %d of at most %d)",
-                self._rank(local_rank),
-                text,
-                child.pid,
-                how,
-                generation,
-                self._restarts.total(),
-                self._settings.max_restarts,
+    def _note_progress(self, rank: _Rank, now: float) -> None:
+        """An iteration that no rank had come to before, or a long life: what failed before is over."""
+        at = rank.report.stage, rank.report.iteration
+        lived = at == _BEGINNING and now - rank.started > _LIVED_SECONDS
+        if at > self._furthest or (lived and rank.tries):
+            self._furthest = max(self._furthest, at)
+            self._has_failed = False
+            for other in self._ranks.values():
+                other.tries = other.same_errors = 0
+        if rank.report.state == State.TRAINED and not self._is_over and not self._is_alone():
+            self._is_over = True
+            self._nodes.store.set(OVER_KEY, "1")
+
+    def _is_alone(self) -> bool:
+        """Whether the job has one rank: nobody goes on without it, and it can begin again at any time."""
+        return self._worker_group.workers[0].world_size == 1
+
+    def _judge(self, local_rank: int, rank: _Rank, status: int, loss: _Loss) -> None:
+        error_file = self.context.error_files[local_rank]
+        error, signature = _read_error(error_file)
+        loss.reasons[local_rank] = rank.shot or describe_exit(status)
+        loss.errors[local_rank] = error
+        loss.error_file = loss.error_file or (error_file if error else "")
+        loss.is_stranded |= status == STRANDED
+        self._deaths[local_rank] += 1
+        signature = signature or describe_exit(status)
+        rank.same_errors = rank.same_errors + 1 if signature == rank.last_error else 1
+        rank.last_error = signature
+        name = f"rank {self.rank(local_rank)}"
+        if status == STATE_LOST:
+            raise JobEndedError(f"{name} cannot go on.\n{self._last_lines(loss)}", STATE_LOST, loss.error_file)
+        has_begun = self._furthest >= (1, 0)
+        if status > 0 and rank.same_errors >= (_SAME_ERROR_LATER if has_begun else _SAME_ERROR):
+            where = "at the same place" if has_begun else "before its first step"
+            raise JobEndedError(
+                f"{name} ended {rank.same_errors} times {where} by the same error ({signature}): "
+                f"the script fails by itself.\n{self._last_lines(loss)}",
+                NO_PROGRESS,
+                loss.error_file,
+            )
+        if rank.tries >= _FRUITLESS:
+            raise JobEndedError(
+                f"{name}: {loss.reasons[local_rank]}: {rank.tries + 1} starts in a row made no progress.\n"
+                + self._last_lines(loss),
+                NO_PROGRESS,
+                loss.error_file,
             )
 
+    def _replace(self, loss: _Loss) -> None:
+        reason = "; ".join(f"rank {self.rank(r)}: {text}" for r, text in loss.reasons.items())
+        self._check_may_replace(loss, reason)
+        self._check_others_live(loss, reason)
+        self._standbys.rest()
+        for rank in self._ranks.values():
+            rank.watch.disturb()
+        generation = self._announce(loss, reason)
+        for local_rank, text in loss.reasons.items():
+            self._ranks[local_rank].tries += 1
+            process, how = self._start_again(local_rank, generation)
+            _log.warning(
+                "rank %d: %s; goes on as process %d, %s, in generation %d (failure %d of at most %d)",
+                self.rank(local_rank),
+                text,
+                process.proc.pid,
+                how,
+                generation,
+                self._failures,
+                self._max_restarts,
+            )
+
+    def _announce(self, loss: _Loss, reason: str) -> int:
+        if self._is_alone():
+            self._starts_alone += 1  # it begins as the first process did, with keys of its own
+            return 0
+        return announce_loss(self._nodes.store, [self.rank(r) for r in loss.reasons], reason)
+
+    def _start_again(self, local_rank: int, generation: int) -> tuple[SubprocessHandler, str]:
+        variables: dict[str, str] = {}
+        if self._starts_alone:
+            variables["TORCHELASTIC_RUN_ID"] = f"{self._nodes.run_id}.{self._starts_alone}"
+        given = self.prepare(local_rank, {**variables, GENERATION_VARIABLE: str(generation)})
+        env = {name: value for name, value in given.env.items() if name != REPORT_VARIABLE}  # it has one of its own
+        argv = given.args[len(RANK_MODULE) :]
+        taken = self._standbys.take({"env": env, "argv": argv, "stdout": given.stdout, "stderr": given.stderr})
+        if taken is not None:
+            process: SubprocessHandler = taken[0]
+            self._new(local_rank, taken[1], generation)
+        else:
+            own = self._new(local_rank, Report(), generation)
+            process = self.start(local_rank, replace(given, env={**given.env, **own}))
+        self._guard.add(process.proc.pid)
+        self.replace(local_rank, process)
+        return process, "started anew" if taken is None else "which stood by"
+
     def _check_may_replace(self, loss: _Loss, reason: str) -> None:
-        refused = self._refuse()
+        handler = self._nodes
+        refused = check_claim(handler.store, handler.place) if handler.place is not None else None
         if refused is not None:
-            raise LaunchError(refused)
-        done = self._store.add(FINISHED_KEY, 0)
+            raise JobEndedError(refused)
+        # Ranks that die of one another's death are one failure; a rank that dies once more is another one.
+        if not self._has_failed or (any(self._ranks[r].tries for r in loss.reasons) and not loss.is_stranded):
+            self._failures += 1
+        self._has_failed = True
+        if self._failures > self._max_restarts:
+            counts = ", ".join(f"rank {self.rank(r)}: {n}" for r, n in sorted(self._deaths.items()))
+            raise JobEndedError(
+                f"{reason}: more than {self._max_restarts} failures on this node (--max-restarts). "
+                f"Deaths by rank: {counts}.\n" + self._last_lines(loss),
+                error_file=loss.error_file,
+            )
+
+    def _check_others_live(self, loss: _Loss, reason: str) -> None:
+        """Whether single ranks can join the others; if not, all begin again if they can."""
+        handler = self._nodes
+        done = handler.store.add(FINISHED_KEY, 0)
         if done:
-            raise LaunchError(
-                f"{reason}, after {done} ranks had already finished: the job cannot be completed together any more. "
-                "Start the same command again; it continues from the newest state.\n" + self._last_lines(loss)
+            when = f"after {done} ranks had already finished"
+        elif handler.store.check([OVER_KEY]):
+            when = "after training had ended"
+        elif loss.is_stranded:
+            when = "and the others cannot take it back"
+        else:
+            return
+        if handler.begin_again(f"{reason}, {when}"):
+            _log.warning(
+                "%s, %s: all ranks begin again from the newest state (failure %d of at most %d)",
+                reason,
+                when,
+                self._failures,
+                self._max_restarts,
             )
-        self._restarts.update(loss.reasons.keys())
-        if self._restarts.total() > self._settings.max_restarts:
-            counts = ", ".join(f"rank {self._rank(r)}: {n}" for r, n in sorted(self._restarts.items()))
-            raise LaunchError(
-                f"{reason}: more than {self._settings.max_restarts} restarts on this node (--max-restarts). "
-                f"Deaths by rank: {counts}.\n" + self._last_lines(loss)
-            )
+            for local_rank in loss.reasons:
+                self._ranks[local_rank].tries += 1
+            raise BeginAgainError
+        raise JobEndedError(
+            f"{reason}, {when}: the job cannot be completed together any more. "
+            "Start the same command again; it continues from the newest state.\n" + self._last_lines(loss),
+            error_file=loss.error_file,
+        )
 
     def _last_lines(self, loss: _Loss) -> str:
         parts = []
         for local_rank, text in loss.errors.items():
             lines = text or "(no Python error was reported; see its output above)"
-            parts.append(f"last lines of rank {self._rank(local_rank)}:\n" + _indent(lines))
+            indented = "\n".join(f"    {line}" for line in lines.splitlines())
+            parts.append(f"last lines of rank {self.rank(local_rank)}:\n{indented}")
         return "\n".join(parts)
 
-    def _rank(self, local_rank: int) -> int:
-        return self._first_rank + local_rank
+    # --- hangs -----------------------------------------------------------------------------------------------------
+
+    def _shoot_hung(self) -> None:
+        living = {r: rank for r, rank in self._ranks.items() if not rank.is_done}
+        lease = self._nodes.lease
+        standings = {r: rank.watch.standing() for r, rank in living.items()}
+        if lease is not None:
+            lease.standings = list(standings.values())
+        if any(rank.shot for rank in living.values()):
+            return  # the others may have waited for it
+        if not any(standing[-1] >= Sign.SILENT for standing in standings.values()):
+            return
+        try:
+            elsewhere = [] if lease is None else lease.others()
+        except StoreSilentError:
+            return  # the lease has a limit of its own
+        hung = behind_all(standings, elsewhere)
+        for local_rank, why in [(r, living[r].watch.complaint() or "") for r in hung]:
+            self._shoot(local_rank, why)
+
+    def _shoot(self, local_rank: int, why: str) -> None:
+        rank, process = self._ranks[local_rank], self.processes[local_rank]
+        stacks = _stacks(process, rank.report)
+        _log.warning("rank %d: %s; its stacks:\n%s", self.rank(local_rank), why, stacks)
+        rank.shot, rank.shot_at = why, time.monotonic()
+        end_session(process)
+        for other in self._ranks.values():
+            other.watch.disturb()
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def _end_at_once(self) -> None:
+        """Others may take this node's place soon: nothing of it may go on then."""
+        for process in self.processes.values():
+            end_session(process)
+
+    def _shutdown(self, *args: Any, **kwargs: Any) -> None:
+        self._standbys.close()
+        super()._shutdown(*args, **kwargs)
+        for process in self.processes.values():
+            if process.proc.poll() is not None:
+                self._guard.remove(process.proc.pid)
+        for rank in self._ranks.values():
+            rank.report.close()
 
 
-def _indent(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
+def _stacks(process: SubprocessHandler, report: Report) -> str:
+    before = report.stacks()
+    if report.beats or report.ticks:
+        process.proc.send_signal(STACKS_SIGNAL)
+    deadline = time.monotonic() + _STACKS_SECONDS
+    text = ""
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        now = report.stacks().removeprefix(before)
+        if now and now == text:  # all of it is there
+            return now
+        text = now
+    return text or "(none: the process does not answer; it is stopped, or sleeps in the kernel)"
+
+
+def _read_error(path: str) -> tuple[str, str]:
+    """The last lines of the error that a rank wrote down, and its kind and text in one line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            message = json.load(file)["message"]
+    except (OSError, ValueError, KeyError):
+        return "", ""
+    if isinstance(message, str):
+        return message, message
+    lines = str(message["extraInfo"]["py_callstack"]).splitlines()
+    return "\n".join(lines[-_ERROR_LINES:]), str(message["message"])

@@ -1,144 +1,244 @@
 """The control plane: small values that all ranks must agree on, outside the training's process groups.
 
-It talks to a :class:`torch.distributed.Store` only, so that it still works while a process group is broken, and every
-wait looks every few milliseconds whether a rank was lost meanwhile.
+It talks to a store only, so that it still works while a process group is broken. Nothing is asked again and again: a
+rank waits for a key, and the thread that watches the job ends the wait when a rank is lost. Where a node has several
+ranks they meet in a store of the node's own, and one of them talks to the run's store.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
-import time
-from collections.abc import Callable
-from typing import Any, Protocol
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
+from moetion_lightning.config import exchange_limit_seconds, launched_devices
+from moetion_lightning.distributed.bounded_store import BoundedStore, ControlStore, PlainStore, bounded
+from moetion_lightning.distributed.control_protocol import Merge
+from moetion_lightning.distributed.node_store import NodePlace, NodeStore
+from moetion_lightning.distributed.stable_store import STORE_ERRORS
+from moetion_lightning.distributed.store_values import (
+    STOP,
+    arrival_keys,
+    arrive,
+    put_value,
+    take_value,
+    value_keys,
+)
+from moetion_lightning.distributed.waits import Waits
 from moetion_lightning.errors import RankLostError
 
-__all__ = ["Control", "SingleRank", "StoreControl", "default_control", "default_world"]
+__all__ = ["StoreControl", "default_control", "default_world"]
 
-_FIRST_PAUSE_SECONDS = 1e-4
-_LONGEST_PAUSE_SECONDS = 2e-3
-_SLOWER = 1.1
-_GO, _STOP = "go", "stop"
-_NOTICE_SECONDS = 60.0
-_log = logging.getLogger(__name__)
-
-
-class Control(Protocol):
-    """What the engine needs of the other ranks."""
-
-    @property
-    def rank(self) -> int:
-        """This process."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks of the job."""
-
-    def all_gather(self, topic: str, value: Any) -> list[Any]:
-        """Every rank's value (JSON), by rank. All ranks call it in the same order with the same topic.
-
-        Raises:
-            RankLostError: A rank was lost, or did not answer in time.
-        """
-
-    def vote(self, topic: str) -> None:
-        """Go on only if every rank has come this far; otherwise no rank does.
-
-        Raises:
-            RankLostError: A rank was lost before it arrived.
-        """
-
-    def remember(self, name: str, value: str) -> None:
-        """Keep a value where every later process of this run finds it. One rank calls it."""
-
-    def recall(self, name: str) -> str:
-        """What :meth:`remember` kept last; "" for nothing."""
-
-
-class SingleRank:
-    """A job of one process."""
-
-    rank = 0
-    world_size = 1
-
-    def vote(self, topic: str) -> None:
-        """Goes on."""
-
-    def all_gather(self, topic: str, value: Any) -> list[Any]:
-        """The value itself, as the others would see it."""
-        return [json.loads(json.dumps(value))]
-
-    def remember(self, name: str, value: str) -> None:
-        """Nobody comes later."""
-
-    def recall(self, name: str) -> str:
-        """Nothing."""
-        return ""
+_GO = "go"
+#: In a node's store: the run's store knows the decision.
+_ASK = "ask"
+_CALL_SECONDS = 60.0
 
 
 class StoreControl:
-    """Gathers through a store: each rank writes its value, rank 0 reads all and writes the list.
+    """Exchanges through a store.
 
-    A gather costs each rank two requests and rank 0 one for each rank, so that thousands of ranks are served.
+    The first rank of each node collects the values of its node, rank 0 those of the nodes, and the result goes back the
+    same way. What is decided (a vote, the result of an exchange) is decided once, by compare-and-set in the run's
+    store: the node's store holds copies only, and a rank that cannot read one there asks the run's.
+
+    Keys, all below ``scope``; written in the run's store and, where there is one, in the node's:
+
+    ==================== ============================== ================================ ==============================
+    key                  writer                         reader                           lifetime
+    ==================== ============================== ================================ ==============================
+    ``{n}/{i}``          member ``i`` of exchange ``n``  the first member                until exchange ``n + 2``
+    ``{n}/all``          the first member, or a watcher  all members                     until exchange ``n + 2``
+    ``vote{n}/count{w}`` each member, its bit            the same request's answer       until vote ``n + 2``
+    ``vote{n}/full{w}``  who fills a word of 60 bits     who fills another word          until vote ``n + 2``
+    ``vote{n}/decision`` the last member, or a watcher   all members                     until vote ``n + 2``
+    ``vote{n}/for``      (node) who speaks for the node  ranks of the node               until vote ``n + 2``
+    ``node{k}``          first rank of node ``k``: port  ranks of the node               as long as the store
+    ==================== ============================== ================================ ==============================
 
     Args:
         store: A store of this object's own (another thread's waits would block this one's).
         rank: This rank.
         world_size: Number of ranks.
         scope: Prefix of all keys: differs for each membership (generation) of the job.
-        check: Called while waiting; raises when waiting is useless.
+        check: Called before waiting, and when a wait was ended; raises when waiting is useless.
+        local_size: Ranks of each node, which follow each other.
         timeout_seconds: How long to wait for the slowest rank.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: ControlStore | Store,
         rank: int,
         world_size: int,
         *,
         scope: str,
         check: Callable[[], None] = lambda: None,
+        local_size: int = 1,
         timeout_seconds: float = 1800.0,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._store = store
         self.scope = scope
+        self._store = store if isinstance(store, BoundedStore | PlainStore) else PlainStore(store)
         self._check = check
-        self._timeout = timeout_seconds
+        self._waits = Waits(rank, check, timeout_seconds)
+        #: Ends the wait of this rank's main thread, from the thread that watches the job, after ``check`` raises.
+        self.interrupt = self._waits.interrupt
+        self._place = NodePlace.of(rank, world_size, local_size)
+        self._node: NodeStore | None = None
         self._serial = 0
         self._votes = 0
+        self._used: deque[tuple[ControlStore, list[str]]] = deque()  # keys of the last exchanges
+
+    def close(self) -> None:
+        """End this rank's connections; whoever waits gets an error."""
+        self._store.close()
+        if self._node is not None:
+            self._node.client.close()
+
+    # --- exchanges -----------------------------------------------------------------------------------------------
 
     def all_gather(self, topic: str, value: Any) -> list[Any]:
-        """See :class:`Control`."""
+        """See :class:`.control_protocol.Control`."""
+        return list(self._exchange(topic, value, lambda values: values))
+
+    def all_reduce(self, topic: str, value: Any, merge: Merge) -> Any:
+        """See :class:`.control_protocol.Control`."""
+        return merge(self._exchange(topic, value, lambda values: [merge(values)]))
+
+    def meet(self, topic: str, seconds: float) -> bool:
+        """See :class:`.control_protocol.Control`."""
+        limit, self._waits.seconds = self._waits.seconds, seconds
+        try:
+            self._exchange(topic, None, lambda values: [None])
+        except (RankLostError, *STORE_ERRORS):
+            return False
+        finally:
+            self._waits.seconds = limit
+        return True
+
+    def _exchange(self, topic: str, value: Any, join: Callable[[list[Any]], list[Any]]) -> list[Any]:
         self._check()
         self._serial += 1
-        prefix = f"{self.scope}/{self._serial}"
-        mine = json.dumps([topic, value])
         if self.world_size == 1:
-            return [json.loads(mine)[1]]
-        if self.rank == 0:
-            keys = [f"{prefix}/{rank}" for rank in range(1, self.world_size)]
-            self._wait(keys, topic)
-            answers = [mine, *(bytes(v).decode() for v in self._store.multi_get(keys))]
-            self._store.set(f"{prefix}/all", json.dumps([json.loads(a) for a in answers]))
-            self._forget(prefix)
-        else:
-            self._store.set(f"{prefix}/{self.rank}", mine)
-            self._wait([f"{prefix}/all"], topic)
-        gathered = json.loads(bytes(self._store.get(f"{prefix}/all")).decode())
-        for rank, (theirs, _) in enumerate(gathered):
+            return list(json.loads(json.dumps([value])))
+        try:
+            result = self._meet_all(topic, json.dumps([{topic: self.rank}, join([value])]), join)
+        except (_StoppedError, *STORE_ERRORS) as error:
+            result = self._ask(error, topic)
+        topics, values = json.loads(result)
+        for theirs, rank in topics.items():
             if theirs != topic:
                 raise RankLostError(
                     f"rank {rank} exchanges {theirs!r} while rank {self.rank} exchanges {topic!r}: the ranks run "
                     "different code, or one of them skipped a step. Start the same script with the same settings on "
                     "every rank."
                 )
-        return [answer for _, answer in gathered]
+        return list(values)
+
+    def _meet_all(self, topic: str, mine: str, join: Callable[[list[Any]], list[Any]]) -> str:
+        node, place = self._join_node(topic), self._place
+        if node is None or place is None:
+            return self._meet(
+                self._store, self.rank, self.world_size, topic, lambda texts: _join([mine, *texts], join), mine
+            )
+
+        def among_nodes(texts: list[str]) -> str:
+            own = _join([mine, *texts], join)
+            return self._meet(
+                self._store, place.node, place.num_nodes, topic, lambda more: _join([own, *more], join), own
+            )
+
+        return self._meet(node.client, place.index, place.size, topic, among_nodes, mine)
+
+    def _meet(
+        self,
+        store: ControlStore,
+        index: int,
+        size: int,
+        topic: str,
+        conclude: Callable[[list[str]], str],
+        mine: str,
+    ) -> str:
+        """Exchange on one level.
+
+        Args:
+            store: Where its members meet.
+            index: This member.
+            size: Members.
+            topic: What is exchanged.
+            conclude: Makes the result of the other members' texts; called by the first member.
+            mine: This member's text.
+        """
+        key = f"{self.scope}/{self._serial}"
+        if index:
+            put_value(store, f"{key}/{index}", mine)
+            self._waits.wait(store, [f"{key}/all"], topic, STOP)
+            return _read(store, f"{key}/all")
+        try:
+            keys = [f"{key}/{member}" for member in range(1, size)]
+            self._waits.wait(store, keys, topic, STOP)
+            found = dict(zip(keys, store.multi_get(keys)))
+            if STOP.encode() in found.values():
+                raise _StoppedError
+            result = conclude([take_value(store, name, first) for name, first in found.items()])
+            told = put_value(store, f"{key}/all", result)
+            if not told:
+                raise _StoppedError
+        except BaseException:
+            with contextlib.suppress(*STORE_ERRORS):  # the others shall not wait for it
+                store.compare_set(f"{key}/all", "", STOP)
+            raise
+        self._used.append((store, [*(n for name, first in found.items() for n in value_keys(name, first)), *told]))
+        if len(self._used) > 2 * (1 if self._place is None else 2):
+            self._forget()
+        return result
+
+    def _ask(self, error: BaseException, topic: str) -> str:
+        """This rank could not finish an exchange: what the run's store says of it; nothing, if nobody finished it."""
+        key = f"{self.scope}/{self._serial}/all"
+        place = self._place
+        try:
+            first = self._store.compare_set(key, "", STOP)
+            if place is not None and place.index == 0 < place.node:  # rank 0 shall not wait for this node
+                self._store.compare_set(f"{self.scope}/{self._serial}/{place.node}", "", STOP)
+            if first != STOP.encode():
+                return take_value(self._store, key, first)
+        except STORE_ERRORS:  # of no help
+            pass
+        if isinstance(error, RankLostError):
+            raise error
+        self._check()
+        said = f" ({error})" if str(error) else ""
+        raise RankLostError(f"rank {self.rank}: a rank was lost before all had exchanged {topic!r}{said}.") from error
+
+    def _join_node(self, topic: str) -> NodeStore | None:
+        if self._place is None or self._node is not None:
+            return self._node
+        key = f"{self.scope}/node{self._place.node}"
+        if self._place.index == 0:
+            self._node = NodeStore(self._place, None)
+            if not put_value(self._store, key, str(self._node.port)):
+                raise _StoppedError
+        else:
+            self._waits.wait(self._store, [key], topic, STOP)
+            self._node = NodeStore(self._place, int(_read(self._store, key)))
+        return self._node
+
+    def _forget(self) -> None:
+        """Who collects removes what everybody has read: the exchange before the last one."""
+        store, names = self._used.popleft()
+        for name in names:
+            store.delete_key(name)
+
+    # --- votes ---------------------------------------------------------------------------------------------------
 
     def vote(self, topic: str) -> None:
         """Go on only if every rank has come this far; otherwise no rank does.
@@ -152,64 +252,96 @@ class StoreControl:
         if self.world_size == 1:
             return
         self._votes += 1
-        prefix = f"{self.scope}/vote{self._votes}"
-        if self._store.add(f"{prefix}/count", 1) == self.world_size:
-            decision = self._store.compare_set(f"{prefix}/decision", "", _GO)
-        else:
+        key = f"{self.scope}/vote{self._votes}"
+        try:
+            go = self._arrive_and_wait(key, topic)
+        except (_StoppedError, *STORE_ERRORS) as error:
             try:
-                self._wait([f"{prefix}/decision"], topic)
-            except RankLostError:
-                if bytes(self._store.compare_set(f"{prefix}/decision", "", _STOP)) != _GO.encode():
-                    raise
-            decision = self._store.get(f"{prefix}/decision")
-        if bytes(decision) != _GO.encode():
+                go = self._decide(key, STOP) == _GO
+                if self._node is not None:  # the others of this node shall not wait for it
+                    with contextlib.suppress(*STORE_ERRORS):
+                        self._node.client.compare_set(f"{key}/decision", "", _ASK)
+            except STORE_ERRORS as silent:
+                self._check()
+                raise RankLostError(f"rank {self.rank} cannot vote on {topic!r}: {silent}") from silent
+            if not go and isinstance(error, RankLostError):
+                raise
+        if not go:
             self._check()
             raise RankLostError(f"rank {self.rank}: a rank was lost before {topic!r}; no rank went on.")
-        if self._votes > 2 and self._votes % self.world_size == self.rank:  # all have read those before
-            old = f"{self.scope}/vote{self._votes - 2}"
-            self._store.delete_key(f"{old}/count")
-            self._store.delete_key(f"{old}/decision")
+        if self._votes > 2:  # all have read the one before the last
+            with contextlib.suppress(*STORE_ERRORS):  # what was decided stands
+                self._forget_vote(f"{self.scope}/vote{self._votes - 2}")
+
+    def _arrive_and_wait(self, key: str, topic: str) -> bool:
+        """Arrive, and learn what was decided."""
+        node = self._join_node(topic)
+        if node is None:
+            return self._vote_among(key, self.rank, self.world_size, topic)
+        client, place = node.client, node.place
+        speaks = arrive(client, key, place.index, place.size) and (
+            client.compare_set(f"{key}/for", "", str(place.index)) == str(place.index).encode()
+        )
+        if not speaks:
+            self._waits.wait(client, [f"{key}/decision"], topic, _ASK)
+            told = client.compare_set(f"{key}/decision", "", _ASK).decode()
+            return (self._decide(key, STOP) if told == _ASK else told) == _GO
+        go = self._vote_among(key, place.node, place.num_nodes, topic)
+        client.compare_set(f"{key}/decision", "", _GO if go else _ASK)
+        return go
+
+    def _vote_among(self, key: str, index: int, size: int, topic: str) -> bool:
+        if arrive(self._store, key, index, size):
+            return self._decide(key, _GO) == _GO
+        self._waits.wait(self._store, [f"{key}/decision"], topic, STOP)
+        return self._decide(key, STOP) == _GO
+
+    def _decide(self, key: str, wanted: str) -> str:
+        """What was decided, by this rank if by none before."""
+        return self._store.compare_set(f"{key}/decision", "", wanted).decode()
+
+    def _forget_vote(self, old: str) -> None:
+        place = self._place
+        if place is not None and self._node is not None and self._votes % place.size == place.index:
+            for name in (*arrival_keys(old, place.size), f"{old}/for", f"{old}/decision"):
+                self._node.client.delete_key(name)
+        if self._votes % self.world_size == self.rank:
+            size = self.world_size if place is None else place.num_nodes
+            for name in (*arrival_keys(old, size), f"{old}/decision"):
+                self._store.delete_key(name)
+
+    # --- for later processes -------------------------------------------------------------------------------------
 
     def remember(self, name: str, value: str) -> None:
-        """See :class:`Control`: kept over all generations."""
+        """See :class:`.control_protocol.Control`: kept over all generations."""
         self._store.set(f"moetion/remembered/{name}", value)
 
     def recall(self, name: str) -> str:
-        """See :class:`Control`."""
+        """See :class:`.control_protocol.Control`."""
         key = f"moetion/remembered/{name}"
-        return bytes(self._store.get(key)).decode() if self._store.check([key]) else ""
+        return self._store.get(key).decode() if self._store.check([key]) else ""
 
-    def _forget(self, prefix: str) -> None:
-        """Rank 0 removes what everybody has read: the exchange before the last one."""
-        serial = self._serial - 2
-        if serial < 1:
-            return
-        old = f"{self.scope}/{serial}"
-        for rank in range(1, self.world_size):
-            self._store.delete_key(f"{old}/{rank}")
-        self._store.delete_key(f"{old}/all")
 
-    def _wait(self, keys: list[str], topic: str) -> None:
-        # Asked again and again: a wait of the store's own could not be broken off, and logs when its time is up.
-        deadline = time.monotonic() + self._timeout
-        pause = _FIRST_PAUSE_SECONDS
-        warned = False
-        while not self._store.check(keys):
-            self._check()
-            if not warned and time.monotonic() > deadline - self._timeout + _NOTICE_SECONDS:
-                warned = True
-                _log.warning(
-                    "rank %d has waited %.0f s for the others (%s). If this does not end, the ranks do not run the "
-                    "same steps: with DDP and experts that get no tokens, find_unused_parameters=True is needed.",
-                    self.rank, _NOTICE_SECONDS, topic,
-                )  # fmt: skip
-            if time.monotonic() > deadline:
-                raise RankLostError(
-                    f"rank {self.rank} waited {self._timeout:.0f} s for the others to exchange {topic!r}. One of them "
-                    "hangs or died: see its log."
-                )
-            time.sleep(pause)
-            pause = min(_SLOWER * pause, _LONGEST_PAUSE_SECONDS)
+class _StoppedError(Exception):
+    """Something was decided against this rank's exchange."""
+
+
+def _read(store: ControlStore, key: str) -> str:
+    first = store.multi_get([key])[0]
+    if first == STOP.encode():
+        raise _StoppedError
+    return take_value(store, key, first)
+
+
+def _join(texts: Sequence[str], join: Callable[[list[Any]], list[Any]]) -> str:
+    payloads = [json.loads(text) for text in texts]
+    topics: dict[str, int] = {}
+    for theirs, _ in payloads:
+        for topic, rank in theirs.items():
+            topics.setdefault(topic, rank)
+    if len(topics) > 1:  # values of different things do not merge
+        return json.dumps([topics, []])
+    return json.dumps([topics, join([value for _, values in payloads for value in values])])
 
 
 _runs = 0
@@ -225,9 +357,20 @@ def default_world() -> tuple[int, int]:
 def default_control() -> StoreControl:
     """A control plane for each training run of a job that something else has started; all ranks make as many.
 
-    It is on the store of the default process group.
+    It is on the store of the default process group, under a name that its first rank gives it there.
     """
     global _runs
     _runs += 1
     store: Any = _get_default_store()
-    return StoreControl(store.clone(), *default_world(), scope=f"moetion/run{_runs}")
+    rank, world_size = default_world()
+    key = f"moetion/run{_runs}"
+    name = bytes(store.compare_set(key, "", uuid.uuid4().hex) if rank == 0 else store.get(key)).decode()
+    devices = launched_devices()
+    return StoreControl(
+        bounded(store, f"moetion/{name}", _CALL_SECONDS),
+        rank,
+        world_size,
+        scope="control",
+        local_size=1 if devices is None else devices[0],
+        timeout_seconds=exchange_limit_seconds(),
+    )

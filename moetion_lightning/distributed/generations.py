@@ -15,12 +15,12 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-
-from torch.distributed.distributed_c10d import Store
+from typing import Any, Protocol
 
 __all__ = [
     "FINISHED_KEY",
     "GENERATION_KEY",
+    "OVER_KEY",
     "GenerationRecord",
     "announce_loss",
     "merge_records",
@@ -31,6 +31,15 @@ __all__ = [
 GENERATION_KEY = "moetion/generation"
 #: Number of ranks that ended with exit code 0.
 FINISHED_KEY = "moetion/finished"
+#: Exists when a rank has left training: none can be replaced any more.
+OVER_KEY = "moetion/over"
+
+
+class Store(Protocol):
+    """Of torch's stores, or of one with deadlines."""
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
+    def multi_get(self, keys: list[str], /) -> list[Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

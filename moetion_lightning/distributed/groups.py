@@ -8,12 +8,15 @@ In a process that ``moetion launch`` started, :func:`install` stands between the
   nothing. The program's own start (which is collective, and which the survivors do not repeat) runs through, until the
   process joins the others at the place where they wait for it.
 * :meth:`Groups.leave` and :meth:`Groups.join` take a process out of a broken membership and into the next one.
+* When ranks are lost, the thread that watches the job frees this process from any collective and any exchange.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -21,15 +24,18 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import distributed_c10d
 
-from moetion_lightning.config import launched_process
+from moetion_lightning.config import exchange_limit_seconds, launched_devices, launched_process
+from moetion_lightning.distributed.communicators import Communicators, join_seconds, replace_everywhere
 from moetion_lightning.distributed.control import StoreControl
-from moetion_lightning.distributed.membership import Membership
-from moetion_lightning.errors import LaunchError
+from moetion_lightning.distributed.membership import Membership, StoreMembership
+from moetion_lightning.distributed.start_values import StartValues
+from moetion_lightning.errors import StrandedRankError
 
 __all__ = ["Groups", "current_groups", "install"]
 
-_JOIN_SECONDS = 60.0
-_OBJECT_COLLECTIVES = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
+_STORE_SECONDS = 300.0
+#: A newcomer may take so many times as long to its first exchange as this process did.
+_PATIENCE = 3.0
 
 _current: Groups | None = None
 
@@ -44,7 +50,7 @@ def install() -> None:
     global _current
     process = launched_process()
     if _current is None and process is not None:
-        _current = Groups(Membership(process))
+        _current = Groups(StoreMembership(process), store_port=process.store_port)
         _current.install()
 
 
@@ -53,23 +59,43 @@ class Groups:
 
     Args:
         membership: Watches the job.
+        store_port: Port of the run's store.
     """
 
-    def __init__(self, membership: Membership) -> None:
+    def __init__(self, membership: Membership, *, store_port: int = 0) -> None:
         self.membership = membership
-        #: Whether collectives do nothing, because this process has not joined the others yet.
-        self.alone = False
         #: Set by what will call :meth:`join`: without it a replacement must not begin alone.
         self.joins = False
         self._joined = False
         self._original: Callable[..., Any] = dist.init_process_group
-        self._objects = {name: getattr(dist, name) for name in _OBJECT_COLLECTIVES}
+        self._replacement = self.init
+        #: What the ranks agree on when they start.
+        self.start_values = StartValues(membership.store, membership.rank, membership.world_size)
         self._given: dict[str, Any] = {}
         self._control: StoreControl | None = None
+        self._communicators = Communicators([store_port])
+        self._guard = threading.Lock()
+        self._generation = -1  # of the groups
+        self._began = time.monotonic()
+        self._start_seconds = 0.0
+
+    @property
+    def alone(self) -> bool:
+        """Whether collectives have no effect, because this process has not joined the others yet."""
+        return self.start_values.alone
 
     def install(self) -> None:
-        """Put :meth:`init` in place of torch's function."""
-        dist.init_process_group = distributed_c10d.init_process_group = self.init
+        """Put :meth:`init` in place of torch's function, and take notice of all groups."""
+        self.start_values.stand_between()
+        replace_everywhere("init_process_group", self._original, self._replacement)
+        self._communicators.install()
+        self.membership.watch(self._free)
+
+    def remove(self) -> None:
+        """Take :meth:`install` back."""
+        replace_everywhere("init_process_group", self._replacement, self._original)
+        self._communicators.remove()
+        self.start_values.remove()
 
     def init(self, backend: str | None = None, init_method: str | None = None, *args: Any, **kwargs: Any) -> None:
         """What a program calls as ``torch.distributed.init_process_group``."""
@@ -79,7 +105,7 @@ class Groups:
         self._given = {**kwargs, "backend": backend}
         if self.membership.is_replacement and not self._joined:
             if not self.joins:
-                raise LaunchError(
+                raise StrandedRankError(
                     f"rank {self.membership.rank} was lost and started again, but nothing in this script can bring it "
                     "to the others: `moetion launch` needs one of moetion_lightning's callbacks in the Trainer. Add "
                     "SparseExpertCheckpoint(), or start the script with torchrun, which restarts all ranks."
@@ -89,20 +115,40 @@ class Groups:
             self._init_together()
 
     def control(self) -> StoreControl:
-        """The control plane of the current generation, over a connection of its own."""
+        """The control plane of the current generation, over a connection of its own.
+
+        Ranks wait for each other as long as ``MOETION_EXCHANGE_TIMEOUT`` says, and for a newcomer at least three times
+        as long as this process took to its own first exchange.
+        """
         member = self.membership
         scope = f"moetion/control/{member.generation}"
         if self._control is None or self._control.scope != scope:
-            store = member.store()
-            self._control = StoreControl(store, member.rank, member.world_size, scope=scope, check=member.check)
+            devices = launched_devices()
+            fresh = StoreControl(
+                member.store(),
+                member.rank,
+                member.world_size,
+                scope=scope,
+                check=member.check,
+                local_size=1 if devices is None else devices[0],
+                timeout_seconds=max(exchange_limit_seconds(), _PATIENCE * self._start_seconds),
+            )
+            self._start_seconds = self._start_seconds or time.monotonic() - self._began
+            old, self._control = self._control, fresh
+            if old is not None:
+                old.close()
         return self._control
 
     def leave(self) -> None:
-        """Give up all groups, so that ranks that still wait for this one notice; be alone from now on."""
+        """Give up all groups, so that ranks that still wait for this one notice; be alone from now on.
+
+        Raises:
+            RankLostError: This process cannot go on: its accelerator is in an error state.
+        """
         gc.collect()  # references from frames that an exception has left
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self._communicators.give_up()
         gc.collect()
+        self._communicators.check_device()
         self._init_alone()
 
     def join(self) -> None:
@@ -112,20 +158,38 @@ class Groups:
             RankLostError: Another rank was lost meanwhile.
         """
         self.control().all_gather("join", None)
-        dist.destroy_process_group()
-        self._talk_to_others()
+        self._communicators.give_up()
+        self.start_values.be_alone(False)
         self._init_together(short=True)
         self._joined = True
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _free(self, newest: int) -> None:
+        """On the watching thread: end everything that waits for ranks of generations before this one."""
+        with self._guard:
+            older = self._generation < newest
+        if older:
+            self._communicators.abort()
+        control = self._control
+        if control is not None and self.membership.newest >= newest:  # its check raises now
+            control.interrupt()
 
     def _init_together(self, *, short: bool = False) -> None:
         member = self.membership
         given = dict(self._given)
         timeout = given.pop("timeout", None)
         wanted = timeout if timeout is not None else distributed_c10d.default_pg_timeout
-        given["timeout"] = min(wanted, timedelta(seconds=_JOIN_SECONDS)) if short else wanted
-        store = PrefixStore(f"moetion/groups/{member.generation}", member.store())
+        limit = timedelta(seconds=join_seconds(member.world_size))
+        given["timeout"] = min(wanted, limit) if short else wanted
+        with self._guard:
+            self._generation = member.generation
+        own = member.store()
+        with self._communicators.connecting():
+            # torch's own client: its calls have no deadline, and the watching thread ends its connection.
+            store = PrefixStore(f"moetion/groups/{member.generation}", own.torch_store(_STORE_SECONDS))
+        own.close()
+        member.check()  # what is lost from now on finds these groups
         self._original(**{**given, "store": store, "rank": member.rank, "world_size": member.world_size})
         if short:
             distributed_c10d._set_pg_timeout(wanted)
@@ -134,39 +198,5 @@ class Groups:
         from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 
         member = self.membership
-        self.alone = True
-        for name in _OBJECT_COLLECTIVES:
-            setattr(dist, name, _ALONE[name])
+        self.start_values.be_alone(True)
         self._original("fake", store=FakeStore(), rank=member.rank, world_size=member.world_size)
-
-    def _talk_to_others(self) -> None:
-        self.alone = False
-        for name, function in self._objects.items():
-            setattr(dist, name, function)
-
-
-def _keep(objects: Sequence[Any], *args: Any, **kwargs: Any) -> None:
-    """Broadcast: every rank has what it has."""
-
-
-def _fill(objects: list[Any], value: Any, *args: Any, **kwargs: Any) -> None:
-    """All-gather: the others would have given the same."""
-    objects[:] = [value] * len(objects)
-
-
-def _gather(value: Any, objects: list[Any] | None = None, *args: Any, **kwargs: Any) -> None:
-    if objects is not None:
-        objects[:] = [value] * len(objects)
-
-
-def _scatter(output: list[Any], given: list[Any] | None = None, *args: Any, **kwargs: Any) -> None:
-    if given:
-        output[0] = given[0]
-
-
-_ALONE: dict[str, Callable[..., None]] = {
-    "broadcast_object_list": _keep,
-    "all_gather_object": _fill,
-    "gather_object": _gather,
-    "scatter_object_list": _scatter,
-}

@@ -1,21 +1,28 @@
-"""Launching a job: finds or serves the stable store, claims a place, and runs its ranks by an agent."""
+"""Launching a node's share of a job: torchrun's settings, with our rendezvous and our agent."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.run import config_from_args, get_args_parser, parse_min_max_nnodes
 
 from moetion_lightning.config import (
+    BIND_ADDRESS_VARIABLE,
     FAILURE_DOMAIN_VARIABLE,
     JOB_ID_VARIABLE,
     LOCAL_ADDRESS_VARIABLE,
@@ -25,222 +32,241 @@ from moetion_lightning.config import (
     child_environment,
     job_id_from_environment,
     job_secret_from_environment,
+    socket_interface,
+    unnumbered_slurm_nodes,
+    update_environment,
+    valid_job_id,
 )
 from moetion_lightning.distributed.agent import Agent
-from moetion_lightning.distributed.generations import FINISHED_KEY, announce_loss
-from moetion_lightning.distributed.launch_settings import Launch
-from moetion_lightning.distributed.nodes import NodeLease, Place, Roster, check_claim
-from moetion_lightning.distributed.processes import Program
-from moetion_lightning.distributed.stable_store import (
-    STORE_ERRORS,
-    connect_store,
-    format_endpoint,
-    host_store,
-    join_or_host,
-    parse_endpoint,
-)
-from moetion_lightning.errors import LaunchError, MoEtionError
+from moetion_lightning.distributed.bounded_store import StoreSilentError
+from moetion_lightning.distributed.communicators import nccl_environment
+from moetion_lightning.distributed.exits import FAILED, JobEndedError
+from moetion_lightning.distributed.guard import Guard
+from moetion_lightning.distributed.rendezvous import BACKEND, NodeRendezvous
+from moetion_lightning.distributed.stable_store import STORE_ERRORS, format_endpoint
+from moetion_lightning.distributed.watchdog import Limits, parse_limits
+from moetion_lightning.errors import ConfigurationError, LaunchError
 
-__all__ = ["StopSignal", "derive_job_id", "launch"]
+__all__ = ["StopSignal", "add_options", "derive_job_id", "launch"]
 
 _log = logging.getLogger(__name__)
 
-_LOOPBACK = "127.0.0.1"
-_CONNECT_SECONDS = 300.0
+
+def add_options(prog: str, description: str) -> argparse.ArgumentParser:
+    """Torchrun's parser with our options; ``PET_*`` variables give defaults as there."""
+    parser = get_args_parser()
+    parser.prog, parser.description = prog, description
+    parser.formatter_class, parser.allow_abbrev = argparse.RawDescriptionHelpFormatter, False
+    # A default that a PET_ variable gave is text; torch's own are numbers.
+    if parser.get_default("max_restarts") == 0:
+        parser.set_defaults(max_restarts=10)
+    parser.set_defaults(node_rank=None)
+    ours = parser.add_argument_group("more than torchrun has")
+    ours.add_argument("--standby", type=int, default=0, metavar="K", help="processes that stand by, all imported (0)")
+    ours.add_argument(
+        "--hang-timeout",
+        metavar="SECONDS",
+        help="shoot a rank whose main thread is silent for so long and that is behind the others: a number, or "
+        "SECTION=SECONDS,... (start=900,step=60,validation=300,save=900; or ten times the longest silence seen)",
+    )
+    ours.add_argument(
+        "--node-timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="a spare replaces a node silent so long",
+    )
+    ours.add_argument("--failure-domain", metavar="LABEL", help="what fails together with this node (host name)")
+    ours.add_argument(
+        "--interface",
+        metavar="NAME",
+        help="interface, subnet or address of this node (GLOO_SOCKET_IFNAME)",
+    )
+    ours.add_argument("--job-id", metavar="ID", help="identity of the job (from user, directory, script, arguments)")
+    return parser
 
 
-class StopSignal:
-    """Notes the signal that asks this launcher to end."""
+def derive_job_id(words: Sequence[str], *, is_module: bool) -> str:
+    """The identity of a command: the same user, directory, script and arguments give the same one.
 
-    def __init__(self) -> None:
-        self.number: int | None = None
-
-    def install(self) -> None:
-        """Take SIGTERM, SIGINT and SIGHUP of this process, except those that it was started to ignore (nohup)."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.number = number
-
-    def reason(self) -> str | None:
-        """In words; None if there was none."""
-        return None if self.number is None else f"stopped by {signal.Signals(self.number).name}"
-
-    def wait(self) -> None:
-        """Sleep until there is one."""
-        while self.number is None:
-            time.sleep(0.2)  # goes on after a handler returned
-
-    def pause(self, seconds: float) -> None:
-        """Sleep.
-
-        Raises:
-            LaunchError: The launcher is to end.
-        """
-        time.sleep(seconds)
-        reason = self.reason()
-        if reason is not None:
-            raise LaunchError(reason)
-
-
-def derive_job_id(program: Program) -> str:
-    """The identity of a command: the same user, directory, script and arguments give the same one."""
-    name = Path(program.argv[0]).stem if not program.is_module else program.argv[0]
+    Args:
+        words: Script or module, and its arguments.
+        is_module: Whether the first one is a module.
+    """
+    name = words[0] if is_module else Path(words[0]).stem
     name = "".join(c if c.isalnum() or c in "_-" else "_" for c in name)[:40] or "python"
-    parts = [str(os.getuid()), os.getcwd(), sys.executable, "-m" if program.is_module else "", *program.argv]
+    parts = [str(os.getuid()), os.getcwd(), sys.executable, "-m" if is_module else "", *words]
     return f"{name}-{hashlib.blake2b(chr(0).join(parts).encode(), digest_size=8).hexdigest()}"
 
 
-def launch(settings: Launch, stop: StopSignal) -> None:
+class StopSignal:
+    """Raises torch's ``SignalException`` at the first signal that asks this process to end; later ones are ignored.
+
+    Args:
+        names: The signals, as of ``--signals-to-handle``; what this process was started to ignore (nohup) stays so.
+    """
+
+    def __init__(self, names: str = "SIGTERM,SIGINT,SIGHUP") -> None:
+        numbers = [getattr(signal, name.strip(), None) for name in names.split(",")]
+        self._taken = [number for number in numbers if number and signal.getsignal(number) != signal.SIG_IGN]
+        self._number: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Take the signals; torch's agent does so, too, with a handler that raises whatever is going on."""
+        for number in self._taken:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self._number is None:
+            self._number = signal.Signals(number)
+            self.check()
+
+    def check(self) -> None:
+        """Raise if there was a signal: Python ignores what a handler raises inside some functions."""
+        if self._number is not None:
+            raise SignalException(f"stopped by {self._number.name}", self._number)
+
+    def wait(self) -> None:
+        """Take the signals, and sleep until there is one."""
+        with contextlib.suppress(SignalException):
+            self.install()
+            while True:
+                self.pause(1.0)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, unless there was a signal."""
+        self.check()
+        time.sleep(seconds)
+
+
+def launch(options: argparse.Namespace) -> None:
     """Run a node's share of a job until it is done.
 
     Args:
-        settings: What to run.
-        stop: Notes the signals that end this launcher.
+        options: What the parser of :func:`add_options` has found.
 
     Raises:
-        LaunchError: The job failed or was stopped; no process of it is left on this node.
-        ConfigurationError: A setting does not fit the job's other launchers.
+        JobEndedError: The job failed or was stopped; no process of it is left on this node.
+        ConfigurationError: A setting is wrong, or does not fit the job's other launchers.
     """
-    if settings.rdzv_endpoint is None:
-        address = settings.local_addr or _LOOPBACK
-        server = host_store(address)
-        host, port, is_host = address, server.port, True
-    else:
-        host, port = parse_endpoint(settings.rdzv_endpoint)
-        hosted = join_or_host(host, port, _CONNECT_SECONDS, stop.pause)
-        is_host = hosted is not None
-        server = hosted or connect_store(host, port)
-        address = settings.local_addr or _address_towards(host, port)
+    job_id = _job_id(options)
+    params, limits = _check(options, job_id), Limits(parse_limits(options.hang_timeout))
     try:
-        _Node(settings, stop, server, host, port, address).run(is_host=is_host)
-    except MoEtionError:
+        config, _, _ = config_from_args(options)
+    except (ValueError, AssertionError) as error:
+        raise ConfigurationError(str(error)) from error
+    if config.nproc_per_node < 1:
+        raise ConfigurationError(f"--nproc-per-node {options.nproc_per_node!r}: expected at least 1")
+    params.config |= {**config.rdzv_configs} | {"ranks_per_node": config.nproc_per_node}
+    stop = StopSignal(config.signals_to_handle)
+    stop.install()
+    handler: NodeRendezvous | None = None
+    guard = Guard()
+    try:
+        handler = NodeRendezvous(params, in_place=True, pause=stop.pause)
+        update_environment(_environment(options, handler, job_id, handler.nodes * config.nproc_per_node))
+        program = [*(["-m"] if options.module else []), options.training_script, *options.training_script_args]
+        agent = Agent(config, program, handler, standby=options.standby, limits=limits, guard=guard, stop=stop)
+        _run(agent, handler)
+    except SignalException as end:
+        raise JobEndedError(str(end), 128 + end.sigval) from None
+    except (LaunchError, ConfigurationError):
         raise
     except STORE_ERRORS as error:
         line = str(error).splitlines()[0]
-        raise LaunchError(
-            f"the rendezvous at {format_endpoint(host, port)} does not answer any more ({line})"
-        ) from error
+        raise JobEndedError(f"the rendezvous does not answer any more ({line})") from error
+    finally:
+        if handler is not None:
+            handler.shutdown()
+        guard.close()
+        if options.log_dir is None and config.logs_specs is not None:  # made for the error files alone
+            shutil.rmtree(config.logs_specs.root_log_dir, ignore_errors=True)
 
 
-class _Node:
-    """One launcher's share of a job."""
-
-    def __init__(self, settings: Launch, stop: StopSignal, store: Store, host: str, port: int, address: str) -> None:
-        self._settings = settings
-        self._stop = stop
-        self._host = host
-        self._port = port
-        self._address = address
-        self._job_id = settings.job_id or job_id_from_environment() or derive_job_id(settings.program)
-        self._roster = Roster(
-            store,
-            self._job_id,
-            num_nodes=settings.min_nodes,
-            ranks_per_node=settings.nproc_per_node,
-            node_timeout=settings.node_timeout,
-            pause=stop.pause,
-        )
-        self._lease: NodeLease | None = None
-
-    def run(self, *, is_host: bool) -> None:
-        place = self._roster.claim(
-            self._settings.node_rank, may_wait=self._settings.max_nodes > self._settings.min_nodes
-        )
-        if place is None:
+def _run(agent: Agent, handler: NodeRendezvous) -> None:
+    try:
+        if agent.run() is None:
             _log.info("the job finished without this spare")
             return
-        try:
-            self._run_place(place)
-        finally:
-            if self._lease is not None:
-                self._lease.close()
-        if is_host and self._settings.rdzv_endpoint is not None:
-            self._roster.wait_for_end()
+        handler.finish()
+        handler.wait_for_end()
+    except (JobEndedError, SignalException) as error:
+        if handler.has_spares and (isinstance(error, SignalException) or error.only_here):
+            raise  # only this node leaves: a spare takes its place
+        with contextlib.suppress(StoreSilentError):
+            handler.fail_if_ours(str(error).splitlines()[0])
+        if (
+            isinstance(error, JobEndedError)
+            and os.path.isfile(error.error_file)
+            and "TORCHELASTIC_ERROR_FILE" in child_environment()
+        ):
+            get_error_handler().dump_error_file(error.error_file, FAILED)
+        raise
 
-    def _run_place(self, place: Place) -> None:
-        if self._settings.rdzv_endpoint is not None:
-            client = connect_store(self._host, self._port, self._settings.node_timeout / 2)
-            self._lease = NodeLease(PrefixStore(self._roster.run_id, client), place, self._settings.node_timeout)
-        generation = self._first_generation(place)
-        store = self._roster.store
-        agent = Agent(
-            self._settings,
-            self._environment(place.slot),
-            place.slot * self._settings.nproc_per_node,
-            store,
-            stop_reason=self._stop_reason,
-            refuse=lambda: check_claim(store, place),
+
+def _check(options: argparse.Namespace, job_id: str) -> RendezvousParameters:
+    try:
+        least, most = parse_min_max_nnodes(options.nnodes)
+    except (ValueError, RuntimeError):
+        least = most = 0
+    endpoint = options.rdzv_endpoint
+    if not endpoint and most > 1 and (options.master_addr != "127.0.0.1" or options.master_port is not None):
+        endpoint = format_endpoint(options.master_addr.strip("[]"), options.master_port or 29500)
+    rules = (
+        (1 <= least <= most, "nnodes", "N or MIN:MAX with 1 <= MIN <= MAX, for example 2:3"),
+        (bool(endpoint) or most <= 1, "rdzv_endpoint", "HOST:PORT with --nnodes"),
+        (options.rdzv_backend in ("static", "c10d", BACKEND), "rdzv_backend", "none, or torchrun for other backends"),
+        (not options.no_python, "no_python", "a Python script or module (torchrun starts other programs)"),
+        (options.max_restarts >= 0, "max_restarts", "0 or more"),
+        (options.standby >= 0, "standby", "0 or more"),
+        (options.node_timeout >= 2, "node_timeout", "at least 2 seconds"),
+        (options.node_rank is None or 0 <= options.node_rank < max(least, 1), "node_rank", f"0 to {least - 1}"),
+        (valid_job_id(job_id), "job_id", "1 to 100 letters, digits, '.', '_' or '-', not starting with '.'"),
+    )
+    for holds, name, expected in rules:
+        if not holds:
+            raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(options, name)!r}: expected {expected}")
+    script = options.training_script
+    if not options.module and not Path(script).is_file():
+        raise ConfigurationError(f"no file {script!r} in {os.getcwd()}; a module needs -m before it")
+    if most == 1 and unnumbered_slurm_nodes() > 1:
+        _log.warning(
+            "srun has started this on %d nodes, and each trains alone: give --nnodes", unnumbered_slurm_nodes()
         )
-        try:
-            agent.run(generation)
-        except LaunchError as error:
-            self._tell_others(place, error)
-            raise
-        self._roster.finish(place.slot)
-
-    def _tell_others(self, place: Place, error: LaunchError) -> None:
-        """End the run, unless this node's ranks go on elsewhere."""
-        has_spares = self._settings.max_nodes > self._settings.min_nodes
-        if self._stop.number is not None and has_spares:
-            return  # only this node leaves: a spare takes its place
-        with contextlib.suppress(*STORE_ERRORS):
-            if check_claim(self._roster.store, place) is None:
-                self._roster.fail(f"on node {place.slot}: {str(error).splitlines()[0]}")
-
-    def _first_generation(self, place: Place) -> int:
-        if place.taken_over is None:
-            self._roster.wait_for_all()
-            return 0
-        first = place.slot * self._settings.nproc_per_node
-        ranks = range(first, first + self._settings.nproc_per_node)
-        reason = f"node {place.slot} ({place.taken_over}) gave no sign of life for {self._settings.node_timeout:g} s"
-        if self._roster.store.add(FINISHED_KEY, 0):
-            self._roster.fail(f"{reason}, after others had finished")
-            raise LaunchError(f"{reason}, after others had finished: start the job again; it continues from its state")
-        generation = announce_loss(self._roster.store, ranks, reason)
-        _log.warning("%s: this launcher runs its ranks, in generation %d", reason, generation)
-        return generation
-
-    def _stop_reason(self) -> str | None:
-        return self._stop.reason() or (self._lease.stop_reason if self._lease is not None else None)
-
-    def _environment(self, slot: int) -> dict[str, str]:
-        """Of all processes of this node."""
-        settings = self._settings
-        store = self._roster.store
-        secret = job_secret_from_environment()
-        if secret is None:
-            secret = store.compare_set("moetion/secret", "", secrets.token_hex(32)).decode()
-        base = child_environment()
-        if settings.nproc_per_node > 1 and "OMP_NUM_THREADS" not in base:
-            base["OMP_NUM_THREADS"] = "1"  # as torchrun does; it must be there before torch is imported
-        return base | {
-            "WORLD_SIZE": str(settings.min_nodes * settings.nproc_per_node),
-            "LOCAL_WORLD_SIZE": str(settings.nproc_per_node),
-            "GROUP_RANK": str(slot),
-            "GROUP_WORLD_SIZE": str(settings.min_nodes),
-            "MASTER_ADDR": self._host,
-            "MASTER_PORT": str(self._port),
-            "TORCHELASTIC_RUN_ID": self._roster.run_id,
-            # Of survivors and replacements alike: a prefix made from it must be the same on all ranks.
-            "TORCHELASTIC_RESTART_COUNT": "0",
-            "TORCHELASTIC_MAX_RESTARTS": str(settings.max_restarts),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            STORE_VARIABLE: format_endpoint(self._host, self._port),
-            SECRET_VARIABLE: secret,
-            JOB_ID_VARIABLE: self._job_id,
-            FAILURE_DOMAIN_VARIABLE: settings.failure_domain or socket.gethostname(),
-            LOCAL_ADDRESS_VARIABLE: self._address,
-            NODE_TIMEOUT_VARIABLE: str(settings.node_timeout if settings.min_nodes > 1 else 0.0),
-        }
+    given = {"node_timeout": options.node_timeout, "node_rank": options.node_rank}
+    interface = options.interface or (socket_interface() if most > 1 else None)
+    params = RendezvousParameters(
+        BACKEND, endpoint or "", job_id, least, most, options.local_addr, **given, interface=interface
+    )
+    options.rdzv_endpoint, options.rdzv_backend = endpoint, BACKEND
+    for name in ("node_rank", "master_addr"):  # torch warns of what it does not use
+        delattr(options, name)
+    return params
 
 
-def _address_towards(host: str, port: int) -> str:
-    """The address of the interface from which ``host`` is reached."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)  # of a datagram socket: nothing is sent
-        return str(probe.getsockname()[0])
+def _job_id(options: argparse.Namespace) -> str:
+    named = options.rdzv_id if options.rdzv_id != "none" else None
+    options.job_id = options.job_id or job_id_from_environment() or named
+    words = [options.training_script, *options.training_script_args]
+    return options.job_id or derive_job_id(words, is_module=options.module)
+
+
+def _environment(options: argparse.Namespace, handler: NodeRendezvous, job_id: str, world_size: int) -> dict[str, str]:
+    """Of all processes of this node."""
+    several = bool(options.rdzv_endpoint)
+    secret = job_secret_from_environment()
+    if secret is None and not several:
+        secret = secrets.token_hex(32)  # in the store, every user of this machine could read it
+    elif secret is None:
+        secret = handler.agree("moetion/secret", secrets.token_hex(32))
+    kept = {name: child_environment().get(name, value) for name, value in nccl_environment(world_size).items()}
+    return kept | {
+        "TORCH_ELASTIC_WORKER_IDENTICAL": "1",
+        STORE_VARIABLE: format_endpoint(handler.host, handler.port),
+        SECRET_VARIABLE: secret,
+        JOB_ID_VARIABLE: job_id,
+        FAILURE_DOMAIN_VARIABLE: options.failure_domain or socket.gethostname(),
+        LOCAL_ADDRESS_VARIABLE: handler.address.advertise,
+        BIND_ADDRESS_VARIABLE: handler.address.bind,
+        NODE_TIMEOUT_VARIABLE: str(options.node_timeout if handler.nodes > 1 else 0.0),
+    }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-__all__ = ["holders", "row_offset"]
+__all__ = ["holders", "row_offset", "shard_box"]
 
 
 def holders(parameter: Tensor, world_size: int) -> tuple[int, ...]:
@@ -37,3 +37,22 @@ def row_offset(parameter: Tensor) -> int | None:
         return 0
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return int(offset[0])
+
+
+def shard_box(parameter: Tensor) -> tuple[list[int], list[int] | None] | None:
+    """Where this rank's part of a parameter lies in the whole; None where this rank holds all of it.
+
+    Returns:
+        The whole parameter's shape, and the position of the local shard's first element in it; None for the position
+        where the shard is no box (sharded over several dimensions of a mesh).
+    """
+    if not isinstance(parameter, DTensor):
+        return None
+    cut = [placement for placement in parameter.placements if not placement.is_replicate()]
+    if not cut:
+        return None
+    shape = list(parameter.shape)
+    if len(cut) > 1 or type(cut[0]) is not Shard:
+        return shape, None
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return shape, [int(start) for start in offset]

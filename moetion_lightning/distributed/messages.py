@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_group
 
 __all__ = [
     "broadcast_json",
@@ -17,6 +18,7 @@ __all__ = [
     "receive_state",
     "send_message",
     "send_state",
+    "sum_over_ranks",
 ]
 
 Spec = list[Any]
@@ -43,6 +45,24 @@ def _decode(text: Tensor) -> Any:
 def _bytes_of(tensor: Tensor) -> Tensor:
     """The tensor's memory as bytes: backends know few dtypes."""
     return tensor.reshape(-1).view(torch.uint8)
+
+
+def sum_over_ranks(counts: Tensor) -> Tensor:
+    """The sum of an integer tensor over the default process group, exact and on the host.
+
+    Args:
+        counts: int64, on the host; the same shape on all ranks.
+
+    Ranks:
+        All ranks of the job, together.
+    """
+    group = _get_default_group()
+    kinds = [kind.type for kind in group._device_types]
+    device = torch.device("cpu") if "cpu" in kinds else torch.device(kinds[0])
+    total = counts.to(device, copy=True)
+    if total.numel():
+        dist.all_reduce(total)
+    return total.cpu()
 
 
 def broadcast_json(value: Any, source: int, group: dist.ProcessGroup, device: torch.device) -> Any:

@@ -41,8 +41,9 @@ class RankReport:
             one whose state is partly overwritten.
         live_iteration: Iterations that are complete in that state; needed where ``stage`` is given.
         journal: Boundaries for which a new process can reach this rank's own run state (RNG, data position, counters).
-        memory: This rank's own windows in its own host memory.
-        held: Windows of other ranks that this rank holds in its host memory as replicas, by owner.
+        node: The rank that stands for this rank's node: the first one on it. -1: the rank is alone on its node.
+        memory: Windows in the memory of the node, by owner, whoever captured or copied them there. One rank of a node
+            tells them; the others leave it empty.
         disk: Windows on storage that this rank can read, by owner: its own, and with shared storage those of its
             ``shares``.
         shares: The ranks whose windows together make this rank whole, itself included: replicated state is captured
@@ -53,6 +54,8 @@ class RankReport:
             different places that are at the same position among them form a pipeline. None without a pipeline.
         logged: First and last iteration for which this living rank can serve whole boundary records, to the stages
             before and after it; None if there are none.
+        protected: Whether this rank, or its node, knows that all ranks had a window once: what is missing then is lost,
+            and was not only not made yet.
     """
 
     rank: int
@@ -60,16 +63,22 @@ class RankReport:
     live: int | None = None
     live_iteration: int | None = None
     journal: tuple[int, ...] = ()
-    memory: tuple[Window, ...] = ()
-    held: Mapping[int, tuple[Window, ...]] = field(default_factory=dict)
+    node: int = -1
+    memory: Mapping[int, tuple[Window, ...]] = field(default_factory=dict)
     disk: Mapping[int, tuple[Window, ...]] = field(default_factory=dict)
     copies: tuple[int, ...] = ()
     stage: int | None = None
     logged: tuple[int, int] | None = None
+    protected: bool = True
+
+    @property
+    def place(self) -> int:
+        """The rank that stands for the node that this rank is on."""
+        return self.rank if self.node < 0 else self.node
 
     def to_json(self) -> dict[str, Any]:
-        """This report as plain JSON values."""
-        return asdict(self)
+        """This report as plain JSON values; of thousands of ranks that share everything it names two."""
+        return {**asdict(self), "shares": _ranges(self.shares), "copies": _ranges(self.copies)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RankReport:
@@ -79,12 +88,14 @@ class RankReport:
             ConfigurationError: An entry is missing or of another form: the ranks run different versions.
         """
         try:
-            tuples = {name: tuple(map(int, value[name])) for name in ("journal", "shares", "copies")}
+            tuples = {"journal": tuple(map(int, value["journal"]))}
+            for name in ("shares", "copies"):
+                tuples[name] = tuple(rank for first, last in value[name] for rank in range(first, last + 1))
             others: dict[str, Any] = {
-                name: {int(owner): _windows(found) for owner, found in value[name].items()} for name in ("held", "disk")
+                name: {int(owner): _windows(some) for owner, some in value[name].items()} for name in ("memory", "disk")
             }
             logged = None if value["logged"] is None else (int(value["logged"][0]), int(value["logged"][1]))
-            return cls(**{**value, **tuples, **others, "memory": _windows(value["memory"]), "logged": logged})
+            return cls(**{**value, **tuples, **others, "logged": logged})
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(
                 f"A rank's report cannot be read ({type(error).__name__}: {error}): {str(value)[:200]}. Expected the "
@@ -97,16 +108,18 @@ class Excluded(NamedTuple):
 
     Args:
         owner: Rank whose window it is.
-        tier: ``"memory"``: the bytes in the memory of ``rank`` are bad, for everybody. ``"peer"``: other ranks cannot
-            get them from the memory of ``rank``. ``"disk"``: ``rank`` cannot read them from storage.
-        rank: See ``tier``.
+        tier: ``"memory"``: the bytes in the memory of node ``rank`` are bad, for everybody. ``"peer"``: node ``reader``
+            cannot get them from node ``rank``. ``"disk"``: ``rank`` cannot read them from storage.
+        rank: A rank, or the rank that stands for a node; see ``tier``.
         last: Last iteration of the window.
+        reader: Of ``"peer"``: the rank that stands for the node which reads; -1: no node can.
     """
 
     owner: int
     tier: Tier
     rank: int
     last: int
+    reader: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,18 +128,20 @@ class Source:
 
     Args:
         owner: Rank whose window it is.
-        tier: ``"memory"``: the reader's own host memory (its window, or a replica that it holds). ``"peer"``: the host
-            memory of ``peer``. ``"disk"``: storage.
-        peer: The rank to fetch from, or None.
+        tier: ``"memory"``: that of the reader's own node. ``"peer"``: that of another node, from which it is copied to
+            this one first. ``"disk"``: storage.
+        peer: The rank that stands for the node to copy from, or None.
     """
 
     owner: int
     tier: Tier
     peer: int | None = None
 
-    def excluded(self, reader: int, last: int) -> Excluded:
+    def excluded(self, reader: RankReport, last: int) -> Excluded:
         """What to exclude when ``reader`` could not read the window that ends at ``last`` from here."""
-        return Excluded(self.owner, self.tier, reader if self.peer is None else self.peer, last)
+        if self.peer is not None:
+            return Excluded(self.owner, "peer", self.peer, last, reader.place)
+        return Excluded(self.owner, self.tier, reader.rank if self.tier == "disk" else reader.place, last)
 
 
 def check_reports(reports: Sequence[RankReport]) -> None:
@@ -140,7 +155,7 @@ def check_reports(reports: Sequence[RankReport]) -> None:
         given = [report.rank for report in reports]
         raise ConfigurationError(f"Reports of the ranks {given[:20]}: expected one of every rank, by rank.")
     for report in reports:
-        named = {*report.shares, *report.copies, *report.held, *report.disk}
+        named = {*report.shares, *report.copies, *report.memory, *report.disk, report.place}
         if min(named, default=0) < 0 or max(named, default=0) >= len(world):
             wrong = sorted(rank for rank in named if rank not in world)
             raise ConfigurationError(
@@ -176,16 +191,22 @@ def _check_stages(reports: Sequence[RankReport]) -> None:
 def named_ranks(ranks: Iterable[int]) -> str:
     """``rank 3`` or ``ranks 0-3, 8``; of very many ranges only the first ones."""
     ordered = sorted(ranks)
-    ranges: list[list[int]] = []
-    for rank in ordered:
-        if ranges and rank == ranges[-1][1] + 1:
-            ranges[-1][1] = rank
-        else:
-            ranges.append([rank, rank])
+    ranges = _ranges(ordered)
     listed = [str(a) if a == b else f"{a}-{b}" for a, b in ranges[:_LISTED]]
     rest = sum(b - a + 1 for a, b in ranges[_LISTED:])
     more = f" and {rest} more" if rest else ""
     return f"rank{'s'[: len(ordered) > 1]} {', '.join(listed)}{more}"
+
+
+def _ranges(ascending: Iterable[int]) -> list[list[int]]:
+    """First and last of each run of numbers."""
+    ranges: list[list[int]] = []
+    for number in ascending:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ranges
 
 
 def _windows(found: Iterable[Sequence[int]]) -> tuple[Window, ...]:

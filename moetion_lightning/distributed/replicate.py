@@ -1,345 +1,192 @@
-"""Copies this rank's committed windows to other ranks' host memory in the background, and keeps copies of theirs."""
+"""Copies of other ranks' windows in this rank's host memory: fetched in the background, or for a restore."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from moetion_lightning.distributed.replica_server import ReplicaServer
-from moetion_lightning.distributed.replica_store import ReplicaStore, receive_manifest, receive_window, send_window
-from moetion_lightning.distributed.wire import Address, Connection, RefusedError, connect, job_key
-from moetion_lightning.errors import (
-    ConfigurationError,
-    CorruptSnapshotError,
-    MoEtionError,
-    ReplicationError,
-    VersionError,
-)
+from moetion_lightning.distributed.window_server import NOTHING_SECONDS
+from moetion_lightning.distributed.window_transfer import receive_manifest, receive_window
+from moetion_lightning.distributed.wire import Address, Connection, RefusedError, connect
+from moetion_lightning.errors import CorruptSnapshotError, MoEtionError, ReplicationError, VersionError
 from moetion_lightning.events import EventBus, ReplicationFailed, WindowReplicated
 from moetion_lightning.storage.host_memory import HostMemoryTier
-from moetion_lightning.storage.manifest import Manifest
+from moetion_lightning.storage.manifest import FileRecord, Manifest
 
-__all__ = ["ReplicaService", "Replicator", "push_window"]
+__all__ = ["WindowCopies"]
 
 _log = logging.getLogger(__name__)
 
-_FIRST_BACKOFF_SECONDS = 0.5
-_LONGEST_BACKOFF_SECONDS = 30.0
+_KEPT, _KEPT_OF_LOGS = 2, 3
+_LOCK_WAIT_SECONDS = 5.0
+_FIRST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.5, 30.0
+_TRIES = 5
 
 
-class _Target:
-    """One rank that is to hold copies."""
+class WindowCopies:
+    """Keeps copies of other ranks' windows; all that moves them is asked for from here.
 
-    def __init__(self, rank: int, address: Address) -> None:
-        self.rank = rank
-        self.address = address
-        self.connection: Connection | None = None
-        self.acknowledged: int | None = None
-        self.retry_at = 0.0
-        self.backoff = _FIRST_BACKOFF_SECONDS
-
-    def failed(self) -> None:
-        self.retry_at = time.monotonic() + self.backoff
-        self.backoff = min(2 * self.backoff, _LONGEST_BACKOFF_SECONDS)
-
-    def succeeded(self, iteration: int) -> None:
-        self.acknowledged = iteration
-        self.retry_at, self.backoff = 0.0, _FIRST_BACKOFF_SECONDS
-
-
-class Replicator:
-    """Sends the newest committed window to each target, one after the other, on a thread of its own.
-
-    At most two windows are pinned: the one being sent and the newest one after it, which replaces an older one that
-    waits. A target that fails is tried again after a while, until a newer window is there; it stops neither training
-    nor the other targets.
+    The one before the newest stays, too: it is the newest that *all* ranks have until each of them has the newest. Of a
+    gradient log, which has one for each iteration, two stay: copies may be one behind.
 
     Args:
-        tier: This rank's windows.
-        key: From :func:`~moetion_lightning.distributed.wire.job_key`.
-        bus: Gets :class:`WindowReplicated` and :class:`ReplicationFailed`, on the sending thread.
-        timeout_seconds: How long a target may be silent.
-    """
-
-    def __init__(self, tier: HostMemoryTier, key: bytes, bus: EventBus, *, timeout_seconds: float) -> None:
-        self._tier = tier
-        self._key = key
-        self._bus = bus
-        self._timeout = timeout_seconds
-        self._changed = threading.Condition()
-        self._targets: dict[int, _Target] = {}
-        self._newest: int | None = None
-        self._pending: Manifest | None = None
-        self._in_flight: Manifest | None = None
-        self._closing = False
-        self._thread: threading.Thread | None = None
-
-    def holding(self, iteration: int) -> bool:
-        """Whether every target that answers holds the window of this iteration.
-
-        One that has failed and is to be tried again later does not count: the others must not wait for it.
-        """
-        with self._changed:
-            return all(
-                t.retry_at > 0 or (t.acknowledged is not None and t.acknowledged >= iteration)
-                for t in self._targets.values()
-            )
-
-    def set_targets(self, targets: Mapping[int, Address]) -> None:
-        """Say who holds copies from now on; new ones are sent the newest window that was offered, if it is still here.
-
-        Args:
-            targets: Address by rank. A rank whose address is another than before counts as a new one.
-
-        Raises:
-            ConfigurationError: This rank is among them.
-        """
-        if self._tier.rank in targets:
-            raise ConfigurationError(
-                f"targets={dict(targets)}: rank {self._tier.rank} cannot hold its own replica. Choose other ranks."
-            )
-        with self._changed:
-            before, self._targets = self._targets, {}
-            for rank, address in targets.items():
-                old = before.get(rank)
-                same = old is not None and old.address == tuple(address)
-                self._targets[rank] = old if same and old is not None else _Target(rank, (address[0], address[1]))
-            for old in before.values():
-                if self._targets.get(old.rank) is not old and old.connection is not None:
-                    old.connection.abort()
-            is_new = any(target.acknowledged is None for target in self._targets.values())
-            if is_new and self._newest is not None and self._pending is None and self._in_flight is None:
-                self._queue(self._newest)
-            self._changed.notify_all()
-
-    def forget(self) -> None:
-        """Ranks were lost: break off, and send nothing that was offered before; it may be of a course given up."""
-        self.set_targets({})
-        with self._changed:
-            self._newest = self._in_flight = None
-            if self._pending is not None:
-                self._tier.unpin(self._pending.iteration)
-                self._pending = None
-
-    def offer(self, manifest: Manifest) -> None:
-        """A window was committed: send it. Never waits for the network.
-
-        Args:
-            manifest: A committed window of the tier.
-        """
-        with self._changed:
-            self._newest = manifest.iteration
-            if self._targets and not self._closing:
-                self._queue(manifest.iteration)
-
-    def close(self) -> None:
-        """Break off what is being sent, unpin everything, and end the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-            for target in self._targets.values():
-                if target.connection is not None:
-                    target.connection.abort()
-            thread = self._thread
-        if thread is not None:
-            thread.join()
-        with self._changed:
-            if self._pending is not None:
-                self._tier.unpin(self._pending.iteration)
-                self._pending = None
-            for target in self._targets.values():
-                _hang_up(target)
-
-    def _queue(self, iteration: int) -> None:
-        try:
-            pinned = self._tier.pin(iteration)
-        except MoEtionError as error:
-            _log.info("window %d is not replicated, it is gone already: %s", iteration, error)
-            return
-        if self._pending is not None:
-            self._tier.unpin(self._pending.iteration)
-        self._pending = pinned
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="moetion-replicate", daemon=True)
-            self._thread.start()
-        self._changed.notify_all()
-
-    # --- sending thread ------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._pending is not None or self._closing)
-                if self._closing or self._pending is None:
-                    return
-                manifest, self._pending = self._pending, None
-                self._in_flight = manifest
-            try:
-                self._send_to_all(manifest)
-            finally:
-                with self._changed:
-                    self._in_flight = None
-                    self._tier.unpin(manifest.iteration)
-                    self._changed.notify_all()
-
-    def _send_to_all(self, manifest: Manifest) -> None:
-        done: set[_Target] = set()
-        while (target := self._next_target(manifest, done)) is not None:
-            started = time.perf_counter()
-            try:
-                nbytes = self._send(target, manifest)
-            except (MoEtionError, OSError) as error:
-                target.failed()
-                if not self._closing and self._targets.get(target.rank) is target:
-                    self._report_failure(target, manifest, str(error))
-                continue
-            done.add(target)
-            with self._changed:
-                target.succeeded(manifest.iteration)
-            self._bus.emit(
-                WindowReplicated(
-                    first_iteration=manifest.first_iteration,
-                    last_iteration=manifest.last_iteration,
-                    peer=target.rank,
-                    nbytes=nbytes,
-                    seconds=time.perf_counter() - started,
-                )
-            )
-
-    def _next_target(self, manifest: Manifest, done: set[_Target]) -> _Target | None:
-        """A target that lacks the window and may be tried; waits for one that failed until a newer window is there."""
-        with self._changed:
-            while not self._closing and self._in_flight is manifest:  # else it is forgotten
-                missing = [target for target in self._targets.values() if target not in done]
-                if not missing:
-                    return None
-                target = min(missing, key=lambda t: t.retry_at)
-                wait = target.retry_at - time.monotonic()
-                if wait <= 0:
-                    return target
-                if self._pending is not None:
-                    return None
-                self._changed.wait(wait)
-            return None
-
-    def _send(self, target: _Target, manifest: Manifest) -> int:
-        """Send one window to one target, over a new connection if the old one turns out to be dead."""
-        was_open = target.connection is not None
-        try:
-            return self._send_once(target, manifest)
-        except RefusedError:
-            raise
-        except ReplicationError:
-            if not was_open or self._closing:
-                raise
-        return self._send_once(target, manifest)
-
-    def _send_once(self, target: _Target, manifest: Manifest) -> int:
-        if target.connection is None:
-            connection = connect(target.address, self._key, timeout_seconds=self._timeout)
-            with self._changed:
-                target.connection = connection
-                if self._closing or self._targets.get(target.rank) is not target:
-                    connection.abort()
-        connection = target.connection
-        before = connection.bytes_sent
-        try:
-            push_window(connection, self._tier, manifest, target.rank)
-        except BaseException:
-            _hang_up(target)
-            raise
-        return connection.bytes_sent - before
-
-    def _report_failure(self, target: _Target, manifest: Manifest, reason: str) -> None:
-        _log.warning(
-            "window %d..%d could not be copied to rank %d: %s Training goes on; the copy is tried again.",
-            manifest.first_iteration, manifest.last_iteration, target.rank, reason,
-        )  # fmt: skip
-        self._bus.emit(ReplicationFailed(last_iteration=manifest.last_iteration, peer=target.rank, reason=reason))
-
-
-def _hang_up(target: _Target) -> None:
-    connection, target.connection = target.connection, None
-    if connection is not None:
-        connection.close()
-
-
-def push_window(connection: Connection, tier: HostMemoryTier, manifest: Manifest, holder: int) -> None:
-    """Copy a window to another rank; files that are there already are not sent. Raises as :func:`send_window`.
-
-    Args:
-        connection: To the holder's server.
-        tier: Where the window is, pinned.
-        manifest: The window.
-        holder: The rank that must be there.
-    """
-    send_window(connection, tier, manifest, {"op": "put", "owner": manifest.rank, "holder": holder})
-    connection.receive_answer()
-
-
-class ReplicaService:
-    """Everything that one rank does with replicas: serve, keep, send, fetch.
-
-    Args:
-        tier: This rank's tier, open; it stays the caller's to close, after this one.
-        secret: Known to the ranks of the job only.
-        bus: Gets the events.
-        host: Address or name of the interface to serve on.
-        port: 0 for a free one.
-        timeout_seconds: How long a rank may be silent in the middle of a request.
+        own: This rank's tier, open; copies are kept beside it.
+        bus: Gets :class:`WindowReplicated` and :class:`ReplicationFailed`, on the threads that copy.
+        timeout_seconds: How long a node may be silent.
 
     Attributes:
-        store: What is kept here of other ranks.
-        replicator: Sends this rank's windows.
-
-    Raises:
-        ConfigurationError: The secret is empty, or the host names every interface.
+        key: From :func:`~moetion_lightning.distributed.wire.job_key`.
     """
 
-    def __init__(
-        self,
-        tier: HostMemoryTier,
-        *,
-        secret: str,
-        bus: EventBus,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        timeout_seconds: float = 30.0,
-    ) -> None:
-        self._key = job_key(secret, tier.job)
-        self._host, self._port, self._timeout = host, port, timeout_seconds
-        self._server: ReplicaServer | None = None
-        self.store = ReplicaStore(tier, wait_seconds=timeout_seconds / 2)
-        self.replicator = Replicator(tier, self._key, bus, timeout_seconds=timeout_seconds)
+    def __init__(self, own: HostMemoryTier, bus: EventBus, *, timeout_seconds: float = 30.0) -> None:
+        self._own = own
+        self.key = b""
+        self._bus = bus
+        self._timeout = max(timeout_seconds, 2 * NOTHING_SECONDS)
+        self._changed = threading.Condition()
+        self._tiers: dict[int, HostMemoryTier] = {}
+        self._known: dict[int, set[FileRecord]] = {}
+        self._followers: list[_Follower] = []
 
-    def start(self) -> Address:
-        """Take over replicas that a predecessor kept here, and serve.
+    # --- in the background -----------------------------------------------------------------------------------------
 
-        Returns:
-            Host and port that others connect to.
-
-        Raises:
-            ReplicationError: The interface cannot be listened on.
-            StoreError: Replicas cannot be opened.
-        """
-        server = ReplicaServer(self.store, self._key, host=self._host, port=self._port, timeout_seconds=self._timeout)
-        try:
-            self.store.open()
-        except BaseException:
-            server.close()
-            raise
-        server.start()
-        self._server = server
-        return server.address
-
-    def fetch(self, address: Address, owner: int, last: int, into: HostMemoryTier) -> Manifest:
-        """Copy a window of a rank, its own or a replica, into a tier; files that are there already are not sent.
+    def follow(self, owners: Mapping[int, Address]) -> None:
+        """Keep copies of what these ranks commit from now on, and of the newest that they have.
 
         Args:
-            address: Of a rank that has it.
+            owners: Ranks, and the server of the node of each.
+        """
+        self._followers = [_Follower(self, owner, address) for owner, address in owners.items()]
+        for follower in self._followers:
+            follower.start()
+
+    def stop(self) -> None:
+        """Break off what is being copied, and follow nobody: the job may go back to an earlier iteration."""
+        for follower in self._followers:
+            follower.end()
+        for follower in self._followers:
+            follower.join()
+        self._followers = []
+        with self._changed:
+            self._changed.notify_all()
+
+    def held(self) -> dict[int, list[int] | None]:
+        """The windows kept of each rank that is followed; None of one whose node gives none at the moment."""
+        return {f.owner: None if f.is_failing else self.tier(f.owner).windows() for f in self._followers}
+
+    def wait_held(self, last: int, timeout_seconds: float) -> bool:
+        """Wait until every rank that is followed and gives windows has given the one of this iteration, or a later."""
+
+        def is_held() -> bool:
+            return all(windows is None or max(windows, default=-1) >= last for windows in self.held().values())
+
+        with self._changed:
+            return self._changed.wait_for(is_held, timeout_seconds)
+
+    def has_changed(self) -> None:
+        """A copy has arrived, or cannot."""
+        with self._changed:
+            self._changed.notify_all()
+
+    # --- copies ------------------------------------------------------------------------------------------------------
+
+    def tier(self, owner: int) -> HostMemoryTier:
+        """Where windows of another rank go here, opened if it is new. Raises as ``HostMemoryTier.open``."""
+        own = self._own
+        with self._changed:
+            if owner not in self._tiers:
+                tier = HostMemoryTier(own.base_dir, own.job, owner, own.world_size, holder=own.rank)
+                self._tiers[owner] = tier.open(wait_seconds=_LOCK_WAIT_SECONDS)
+            return self._tiers[owner]
+
+    def drop(self, keep: Collection[int] = ()) -> None:
+        """Remove the copies of ranks other than these."""
+        with self._changed:
+            gone = [self._tiers.pop(owner) for owner in list(self._tiers) if owner not in keep]
+        for tier in gone:
+            self._known.pop(tier.rank, None)
+            tier.destroy()
+
+    def drop_later(self, last: int) -> None:
+        """Windows after this iteration belong to a course that is given up."""
+        for tier in list(self._tiers.values()):
+            for iteration in tier.windows():
+                if iteration > last:
+                    tier.drop(iteration)
+
+    def close(self) -> None:
+        """Stop; the copies stay."""
+        self.stop()
+        for tier in self._tiers.values():
+            tier.close()
+        self._tiers.clear()
+
+    # --- over the wire -----------------------------------------------------------------------------------------------
+
+    def connect(self, address: Address) -> Connection:
+        """To the server of a node. Raises ``ReplicationError``."""
+        return connect(address, self.key, timeout_seconds=self._timeout)
+
+    def take_next(self, connection: Connection, owner: int) -> bool:
+        """Wait for a newer window of a rank than the copies have, for a while, and copy it.
+
+        Returns:
+            False when the server there is closed: the job ends, or ranks were lost.
+
+        Raises:
+            ReplicationError: The connection broke off, or the answer makes no sense.
+            CorruptSnapshotError: What came is damaged.
+            HostMemoryError: There is no room.
+            StoreError: It cannot be written.
+        """
+        tier = self.tier(owner)
+        have: list[Any] | None = None
+        with contextlib.suppress(CorruptSnapshotError):
+            for newest in tier.windows()[:1]:
+                have = [newest, tier.read_manifest(newest).created_at]
+        connection.send({"op": "next", "owner": owner, "have": have})
+        answer = connection.receive_answer()
+        if answer.get("nothing") or answer.get("closing"):
+            return not answer.get("closing")
+        started, before = time.perf_counter(), connection.bytes_received
+        manifest = receive_manifest(connection, answer)
+        kept = _KEPT_OF_LOGS if manifest.policy == "gradient_log" else _KEPT
+        for older in tier.windows()[kept:]:  # left when this process's predecessor was killed between two steps
+            tier.drop(older)
+        receive_window(connection, manifest, tier, self._known.setdefault(owner, set()))
+        for older in tier.windows()[kept:]:
+            tier.drop(older)
+        self._bus.emit(
+            WindowReplicated(
+                first_iteration=manifest.first_iteration,
+                last_iteration=manifest.last_iteration,
+                owner=owner,
+                nbytes=connection.bytes_received - before,
+                seconds=time.perf_counter() - started,
+            )
+        )
+        return True
+
+    def report_failure(self, owner: int, reason: str) -> None:
+        """A rank's windows cannot be copied now."""
+        _log.warning(
+            "the windows of rank %d cannot be copied to rank %d: %s Training goes on; it is tried again.",
+            owner, self._own.rank, reason,
+        )  # fmt: skip
+        self._bus.emit(ReplicationFailed(owner=owner, reason=reason))
+
+    def fetch(self, address: Address, owner: int, last: int, into: HostMemoryTier) -> Manifest:
+        """Copy one window for a restore; files that are there already are not sent.
+
+        A node that is busy, or that cannot be reached for a moment, is tried again a few times.
+
+        Args:
+            address: Server of a node that has it.
             owner: The rank that captured it.
             last: Its last iteration, the window's name.
             into: Tier of that owner. Windows of later iterations go, as with every commit.
@@ -353,12 +200,27 @@ class ReplicaService:
             ForeignWindowError: ``into`` is of another job or rank.
             StoreError: ``into`` cannot be written.
         """
-        with contextlib.closing(connect(address, self._key, timeout_seconds=self._timeout)) as connection:
+        backoff = _FIRST_BACKOFF_SECONDS
+        for _ in range(_TRIES - 1):
+            try:
+                return self._fetch(address, owner, last, into)
+            except RefusedError:
+                raise
+            except ReplicationError as error:
+                if isinstance(error.__cause__, ConnectionRefusedError):  # nobody serves there any more
+                    raise
+                _log.info("window %d of rank %d: %s It is tried again.", last, owner, error)
+                time.sleep(backoff * random.uniform(0.5, 1.5))  # others wait for the same node
+                backoff *= 2
+        return self._fetch(address, owner, last, into)
+
+    def _fetch(self, address: Address, owner: int, last: int, into: HostMemoryTier) -> Manifest:
+        with contextlib.closing(self.connect(address)) as connection:
             try:
                 connection.send({"op": "get", "owner": owner, "last": last})
                 manifest = receive_manifest(connection, connection.receive_answer())
                 if (manifest.rank, manifest.iteration) != (owner, last):
-                    raise ReplicationError(
+                    raise RefusedError(
                         f"{connection.peer} sent window {manifest.iteration} of rank {manifest.rank}, asked for window "
                         f"{last} of rank {owner}. Install one version everywhere."
                     )
@@ -369,10 +231,57 @@ class ReplicaService:
                 ) from error
         return manifest
 
-    def close(self, *, completed: bool) -> None:
-        """Stop sending and serving; keep the replicas, or remove them if training is complete."""
-        self.replicator.close()
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        self.store.close(completed=completed)
+
+class _Follower(threading.Thread):
+    """Copies the windows of one rank as they are committed; tries again for ever, and more rarely."""
+
+    def __init__(self, copies: WindowCopies, owner: int, address: Address) -> None:
+        super().__init__(name=f"moetion-copies-{owner}", daemon=True)
+        self.owner = owner
+        self.is_failing = False
+        self._copies = copies
+        self._address = address
+        self._ended = threading.Event()
+        self._connection: Connection | None = None
+        self._mutex = threading.Lock()
+
+    def end(self) -> None:
+        """Break off (any thread)."""
+        self._ended.set()
+        with self._mutex:
+            if self._connection is not None:
+                self._connection.abort()
+
+    def run(self) -> None:
+        """Until :meth:`end`."""
+        backoff, failures, was_connected = _FIRST_BACKOFF_SECONDS, 0, False
+        while not self._ended.is_set():
+            reason = ""
+            try:
+                with contextlib.closing(self._connect()) as connection:
+                    while self._copies.take_next(connection, self.owner):
+                        backoff, failures, was_connected = _FIRST_BACKOFF_SECONDS, 0, True
+                        self.is_failing = False
+                        self._copies.has_changed()
+            except (MoEtionError, OSError) as error:
+                failures += 1
+                if failures == 1:  # a window that its owner dropped meanwhile, or a connection that had died
+                    continue
+                # A server that is gone ended with the job, or with a process that is missed by all.
+                if not (was_connected and isinstance(error.__cause__, ConnectionRefusedError)):
+                    reason = str(error)
+            if not self._ended.is_set():
+                self.is_failing = True
+                self._copies.has_changed()
+                if reason:
+                    self._copies.report_failure(self.owner, reason)
+            self._ended.wait(backoff)
+            backoff = min(2 * backoff, _LONGEST_BACKOFF_SECONDS)
+
+    def _connect(self) -> Connection:
+        connection = self._copies.connect(self._address)
+        with self._mutex:
+            self._connection = connection
+            if self._ended.is_set():
+                connection.abort()
+        return connection

@@ -191,16 +191,21 @@ def _copied(
 
 
 def _nothing(reports: Sequence[RankReport], reachable: Sequence[AbstractSet[Age]], live: str) -> Nothing:
-    windows = any(report.memory or any(report.held.values()) or any(report.disk.values()) for report in reports)
-    if not windows:
+    windows = any(any(report.memory.values()) or any(report.disk.values()) for report in reports)
+    # Without a window that all ranks had, some may have committed their part of the first one.
+    if not windows or not any(report.protected or any(report.disk.values()) for report in reports):
         if not live and not any(report.journal for report in reports):
-            return Nothing(fresh=True, reason="No rank has any state of an earlier run.")
+            reason = "No rank has any state of an earlier run."
+            if windows:
+                reason = "The failure came before all ranks had committed their first window: all begin anew."
+            return Nothing(fresh=True, reason=reason)
         trace = live or f"Iteration {max(max(r.journal, default=0) for r in reports)} was reached."
         return Nothing(
             fresh=False,
             lost=tuple(report.rank for report in reports if report.live is None),
-            reason=f"The job cannot continue: no rank has a committed window. {trace} If the failure came before the "
-            "first window was committed, nothing else can be restored: start from the beginning with resume='never'.",
+            reason=f"The job cannot continue: no window was committed by all ranks. {trace} If the failure came before "
+            "the first window was committed, nothing else can be restored: start from the beginning with "
+            "resume='never'.",
         )
     lost = tuple(rank for rank, ages in enumerate(reachable) if not ages)
     newest: dict[Age, list[int]] = {}

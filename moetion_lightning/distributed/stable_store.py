@@ -11,32 +11,38 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
+from moetion_lightning.distributed.interfaces import is_loopback
 from moetion_lightning.errors import ConfigurationError, LaunchError
 
 __all__ = [
     "STORE_ERRORS",
     "connect_store",
+    "find_store",
     "format_endpoint",
     "host_store",
-    "join_or_host",
     "parse_endpoint",
 ]
 
 #: What torch raises when the server is gone or silent: DistStoreError, DistNetworkError, or their base.
 STORE_ERRORS = (RuntimeError,)
+_DEFAULT_PORT = 29400  # torchrun's
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT`` or ``[IPV6]:PORT``.
+    """Host and port of ``HOST[:PORT]`` or ``[IPV6]:PORT``, as torchrun takes them.
 
     Raises:
         ConfigurationError: It is none.
     """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    try:
+        host, port = parse_rendezvous_endpoint(text.replace("[", "").replace("]", ""), _DEFAULT_PORT)
+    except ValueError:
+        host, port = "", 0
+    if not text or not host or port <= 0:
         raise ConfigurationError(f"{text!r}: expected HOST:PORT, for example 10.0.0.5:29400")
-    return host.strip("[]"), int(port)
+    return host, port
 
 
 def format_endpoint(host: str, port: int) -> str:
@@ -80,7 +86,7 @@ def connect_store(host: str, port: int, timeout_seconds: float = 60.0) -> TCPSto
     Args:
         host: Host of the server.
         port: Its port.
-        timeout_seconds: Limit for connecting and for each later request.
+        timeout_seconds: Limit for connecting, and for keys to appear; not for a server that is silent.
     """
     return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds))
 
@@ -93,30 +99,43 @@ def _is_listening(host: str, port: int) -> bool:
         return False
 
 
-def join_or_host(host: str, port: int, timeout_seconds: float, pause: Callable[[float], None]) -> TCPStore | None:
-    """Find the store at an endpoint; serve it if none answers and the address is this machine's.
+def find_store(
+    host: str, port: int, timeout_seconds: float, pause: Callable[[float], object], *, bind: str, is_host: bool | None
+) -> tuple[str, TCPStore | None]:
+    """Find the store at an endpoint; serve it if none answers there and it is this machine's.
 
     Args:
-        host: Host of the store.
+        host: Host of the store, as all nodes name it.
         port: Its port.
         timeout_seconds: How long to look for it.
         pause: Called with seconds between attempts; raises to stop waiting.
+        bind: Where to serve, if this node's own name for itself is a loopback address (Debian: 127.0.1.1), or with
+            ``is_host``, where the network translates addresses.
+        is_host: Whether this machine serves it; None: if the endpoint is one of its addresses.
 
     Returns:
-        The server, or None when another process serves it.
+        The host by which this node reaches it, and the server, or None when another process serves it.
 
     Raises:
         LaunchError: Nobody answered in time.
     """
     deadline = time.monotonic() + timeout_seconds
-    while not _is_listening(host, port):
+    own_name = host in (socket.gethostname(), socket.getfqdn())
+    place = bind if is_host or (own_name and is_loopback(host)) else host
+    while True:
+        for reached in dict.fromkeys((host, place)):
+            if _is_listening(reached, port):
+                return reached, None
         try:
-            return host_store(host, port)
+            if is_host is not False:
+                return place, host_store(place, port)
         except OSError as error:  # another machine's address, or another process was faster
-            if time.monotonic() > deadline:
-                raise LaunchError(
-                    f"no store answered at {format_endpoint(host, port)} for {timeout_seconds:.0f} s ({error}). Start "
-                    f"`moetion rendezvous --host {host} --port {port}` on that host, or correct --rdzv-endpoint."
-                ) from error
+            reason: object = error
+        else:
+            reason = "this node is not to serve it"
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"no store answered at {format_endpoint(host, port)} for {timeout_seconds:.0f} s ({reason}). Start "
+                f"`moetion rendezvous --host {host} --port {port}` on that host, or correct --rdzv-endpoint."
+            )
         pause(0.25)
-    return None

@@ -1,52 +1,91 @@
-"""``python -m moetion_lightning.distributed.standby``: a process that has imported everything and waits for a rank.
-
-It blocks on one line of JSON on stdin, ``{"env": {...}, "argv": [...], "module": false}``, then becomes that rank. It
-initialises no device and draws no random number before. At the end of stdin without a line it ends.
-"""
+"""Processes that have imported everything and wait to become a rank."""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import os
 import sys
-from importlib import import_module
+import time
+from collections.abc import Mapping
+from typing import Any
 
-from moetion_lightning.config import update_environment
-from moetion_lightning.distributed.heartbeat import READY, end_with_launcher, report
-from moetion_lightning.distributed.worker import run_program
+from moetion_lightning.config import LAUNCHER_PID_VARIABLE, REPORT_VARIABLE
+from moetion_lightning.distributed.exits import describe_exit
+from moetion_lightning.distributed.guard import Guard
+from moetion_lightning.distributed.progress import Report, State
+from moetion_lightning.distributed.torch_elastic import StandbyProcess, end_session
 
-__all__ = ["main"]
+__all__ = ["RANK_MODULE", "StandbyPool"]
 
-#: What a training script imports first, by name: this room itself knows no Lightning.
-_IMPORTS = ("torch", "torch.distributed", "lightning.pytorch", "moetion_lightning.callbacks")
+_log = logging.getLogger(__name__)
 
-
-def main() -> None:
-    """Import, wait, run."""
-    end_with_launcher()
-    for name in (*_IMPORTS, "moetion_lightning.distributed.groups"):
-        with contextlib.suppress(ImportError):  # Lightning need not be installed
-            import_module(name)
-    report(READY)
-    line = sys.stdin.readline()
-    if not line:
-        return
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)  # as for any other worker
-    os.close(null)
-    order = json.loads(line)
-    update_environment(order["env"])
-    _tell_rank(int(order["env"]["RANK"]))
-    run_program(order["argv"], is_module=order["module"])
+#: Arguments of the interpreter before a rank's program.
+RANK_MODULE = ("-u", "-m", "moetion_lightning.distributed.rank")
+_REFILL_SECONDS = 5.0
+_STANDBY_FAILURES = 3
 
 
-def _tell_rank(rank: int) -> None:
-    """Lightning read the rank from the environment when it was imported, before this process had one."""
-    rank_zero = sys.modules.get("lightning_utilities.core.rank_zero")
-    if rank_zero is not None:
-        rank_zero.rank_zero_only.rank = rank
+class StandbyPool:
+    """Keeps some of them ready.
 
+    Args:
+        size: Number of processes to keep.
+        guard: Is told of each.
+    """
 
-if __name__ == "__main__":
-    main()
+    def __init__(self, size: int, guard: Guard) -> None:
+        self._size = size
+        self._guard = guard
+        self._waiting: list[tuple[StandbyProcess, Report, bool]] = []
+        self._refill_at = 0.0
+        self._failures = 0
+
+    def tend(self) -> None:
+        """Notice who is ready or dead, and start new ones when it is time."""
+        for index, (process, report, was_ready) in reversed(list(enumerate(self._waiting))):
+            if report.state == State.READY and not was_ready:
+                self._failures = 0
+                self._waiting[index] = process, report, True
+                _log.info("process %d stands by", process.proc.pid)
+            status = process.proc.poll()
+            if status is not None:
+                del self._waiting[index]
+                self._failures += 1
+                self.rest()
+                _log.warning("process %d, which stood by, ended: %s", process.proc.pid, describe_exit(status))
+                if self._failures == _STANDBY_FAILURES:
+                    _log.warning("%d of them ended in a row: no more are started", self._failures)
+        if self._failures < _STANDBY_FAILURES and time.monotonic() >= self._refill_at:
+            while len(self._waiting) < self._size:
+                self._waiting.append(self._start())
+
+    def _start(self) -> tuple[StandbyProcess, Report, bool]:
+        report = Report()
+        env = {REPORT_VARIABLE: report.path, LAUNCHER_PID_VARIABLE: str(os.getpid())}
+        args = (*RANK_MODULE, "--standby")
+        process = StandbyProcess(sys.executable, args, env, None, None, local_rank_id=0, numa_options=None)
+        self._guard.add(process.proc.pid)
+        return process, report, False
+
+    def take(self, order: Mapping[str, Any]) -> tuple[StandbyProcess, Report] | None:
+        """Turn a ready process into a rank; None if none is ready."""
+        for item in [item for item in self._waiting if item[2]]:
+            self._waiting.remove(item)
+            self.rest()
+            if item[0].give(json.dumps(order).encode() + b"\n"):
+                return item[:2]
+            end_session(item[0])
+        return None
+
+    def rest(self) -> None:
+        """Start none for a while: a recovery needs the processor."""
+        self._refill_at = time.monotonic() + _REFILL_SECONDS
+
+    def close(self) -> None:
+        """End all."""
+        for process, report, _ in self._waiting:
+            end_session(process)
+            self._guard.remove(process.proc.pid)
+            report.close()
+        self._waiting.clear()

@@ -3,7 +3,7 @@
 Both ends prove that they know the job's secret before anything else is read; nothing that a stranger can choose is
 parsed or allocated before that. From then on every header carries a MAC over its direction, its serial number and its
 bytes, so that none can be altered, replayed or left out. Payload travels raw, straight from and into mapped files; its
-checksums are in the manifest, which travels as a header does. Nothing is encrypted.
+checksums are in the manifest, which travels as a header does. Nothing is encrypted, and nothing is pickled.
 
 ::
 
@@ -25,6 +25,7 @@ import socket
 import struct
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -37,9 +38,9 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "PROOF_BYTES",
     "Address",
-    "Challenge",
     "Connection",
     "RefusedError",
+    "accept",
     "connect",
     "job_key",
     "new_secret",
@@ -57,10 +58,8 @@ MAX_BLOB_BYTES = 64 << 20
 _MAGIC = b"MOETREP1"  # protocol and its version
 _NONCE_BYTES = 32
 _MAC_BYTES = 32
-_GREETING_BYTES = len(_MAGIC) + _NONCE_BYTES
 PROOF_BYTES = len(_MAGIC) + _NONCE_BYTES + _MAC_BYTES
 _CHUNK_BYTES = 4 << 20  # a time limit applies to each chunk, not to a whole file
-_SOCKET_BUFFER_BYTES = 4 << 20
 _LENGTH = struct.Struct(">I")
 _SERIAL = struct.Struct(">Q")
 
@@ -104,36 +103,6 @@ def _mac(key: bytes, *parts: bytes) -> bytes:
     return hmac.digest(key, b"".join(_SERIAL.pack(len(part)) + part for part in parts), hashlib.sha256)
 
 
-class Challenge:
-    """The server's half of one handshake, without the socket.
-
-    Args:
-        key: From :func:`job_key`.
-    """
-
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-        self._nonce = secrets.token_bytes(_NONCE_BYTES)
-        self.greeting = _MAGIC + self._nonce
-
-    @staticmethod
-    def is_plausible(received: bytes) -> bool:
-        """Whether the first bytes of an answer can be those of a rank."""
-        return _MAGIC.startswith(received[: len(_MAGIC)])
-
-    def check(self, proof: bytes) -> tuple[bytes, bytes] | None:
-        """Check the client's ``PROOF_BYTES`` bytes.
-
-        Returns:
-            The server's own proof and the session key; None when the client does not know the secret.
-        """
-        nonce = proof[len(_MAGIC) : _GREETING_BYTES]
-        expected = _MAGIC + nonce + _mac(self._key, b"client", self._nonce, nonce)
-        if not hmac.compare_digest(expected, proof):
-            return None
-        return _mac(self._key, b"server", self._nonce, nonce), _mac(self._key, b"session", self._nonce, nonce)
-
-
 class Connection:
     """One end of a connection whose handshake is done. Not thread-safe, but for :meth:`abort`.
 
@@ -153,31 +122,32 @@ class Connection:
     ) -> None:
         self.peer = peer
         self.is_open = True
-        self.bytes_sent = 0
+        self.bytes_received = 0
         self._socket = sock
         self._key = session_key
         self._outward, self._inward = (b"C", b"S") if is_client else (b"S", b"C")
         self._num_sent = 0
         self._num_received = 0
         sock.settimeout(timeout_seconds)
-        tune_socket(sock)
-
-    def fileno(self) -> int:
-        """Descriptor of the socket."""
-        return self._socket.fileno()
-
-    def has_ended(self) -> bool:
-        """Whether the other end has closed an idle connection (of which a selector says that it can be read)."""
-        try:
-            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        with contextlib.suppress(OSError):  # not a TCP socket
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def send(self, header: dict[str, Any]) -> None:
         """Send a header: a small JSON object."""
         self.send_blob(json.dumps(header, separators=(",", ":")).encode())
+
+    def is_asked(self) -> bool:
+        """Rest until the other end sends something, however long that takes. Returns False when it hangs up."""
+        timeout = self._socket.gettimeout()
+        try:
+            self._socket.settimeout(None)
+            return self._socket.recv(1, socket.MSG_PEEK) != b""
+        except OSError:
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                self._socket.settimeout(timeout)
 
     def receive(self, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, Any]:
         """Receive a header."""
@@ -200,7 +170,7 @@ class Connection:
         mac = _mac(self._key, self._outward, _SERIAL.pack(self._num_sent), data)
         self._num_sent += 1
         with self._explained("sending to"):
-            self._send_all(memoryview(_LENGTH.pack(len(data)) + data + mac))
+            self._socket.sendall(_LENGTH.pack(len(data)) + data + mac)
 
     def receive_blob(self, max_bytes: int) -> bytes:
         """Receive what :meth:`send_blob` sends.
@@ -223,10 +193,12 @@ class Connection:
         self._num_received += 1
         return data
 
-    def send_stream(self, data: memoryview) -> None:
-        """Send raw bytes; their number and checksum must be known to the other end."""
-        with self._explained("sending to"):
-            self._send_all(data)
+    def send_file(self, path: Path, nbytes: int) -> None:
+        """Send a file's bytes as they are; their number and checksum must be known to the other end."""
+        with self._explained("sending to"), open(path, "rb") as file:
+            # Not mapped: whoever owns the file may cut it meanwhile, which would kill a reader of its memory.
+            if nbytes and self._socket.sendfile(file, 0, nbytes) != nbytes:
+                raise self._broken(f"cannot have {path.name}: it was given up while it was sent")
 
     def receive_stream(self, into: memoryview) -> None:
         """Receive as many raw bytes as ``into`` has, directly into it."""
@@ -243,12 +215,6 @@ class Connection:
         self.is_open = False
         self._socket.close()
 
-    def _send_all(self, data: memoryview) -> None:
-        for start in range(0, len(data), _CHUNK_BYTES):
-            with data[start : start + _CHUNK_BYTES] as chunk:
-                self._socket.sendall(chunk)
-                self.bytes_sent += len(chunk)
-
     def _receive_all(self, into: memoryview) -> None:
         done = 0
         while done < len(into):
@@ -257,6 +223,7 @@ class Connection:
             if count == 0:
                 raise ConnectionResetError("the other end closed the connection")
             done += count
+            self.bytes_received += count
 
     def _broken(self, what: str) -> ReplicationError:
         self.close()
@@ -277,7 +244,7 @@ class Connection:
 
 
 def connect(address: Address, key: bytes, *, timeout_seconds: float) -> Connection:
-    """Connect to a rank's replica server; both ends prove that they know the job's secret.
+    """Connect to a node's window server; both ends prove that they know the job's secret.
 
     Args:
         address: Host and port.
@@ -285,9 +252,9 @@ def connect(address: Address, key: bytes, *, timeout_seconds: float) -> Connecti
         timeout_seconds: How long the other end may be silent later on.
 
     Raises:
-        ReplicationError: It cannot be reached, is no replica server of this version, or has another secret.
+        ReplicationError: It cannot be reached, is no window server of this version, or has another secret.
     """
-    peer = f"replica server {address[0]}:{address[1]}"
+    peer = f"window server {address[0]}:{address[1]}"
     try:
         sock = socket.create_connection(address, timeout=min(timeout_seconds, HANDSHAKE_SECONDS))
     except OSError as error:
@@ -296,14 +263,42 @@ def connect(address: Address, key: bytes, *, timeout_seconds: float) -> Connecti
             "to that address."
         ) from error
     own(sock)
-    try:
-        session_key = _prove(sock, key, peer)
-        return Connection(sock, session_key, is_client=True, timeout_seconds=timeout_seconds, peer=peer)
-    except OSError as error:  # ReplicationError is one, too
-        sock.close()
-        if isinstance(error, ReplicationError):
-            raise
-        raise ReplicationError(f"{peer} broke the handshake off: {error}. {_SECRETS_DIFFER}") from error
+    with _closed_on_error(sock, f"{peer} broke the handshake off: {{}}. {_SECRETS_DIFFER}"):
+        deadline = time.monotonic() + HANDSHAKE_SECONDS
+        if _receive_exactly(sock, len(_MAGIC), deadline) != _MAGIC:
+            raise ReplicationError(f"{peer} does not speak this protocol. Check the address, and install one version.")
+        theirs, ours = _receive_exactly(sock, _NONCE_BYTES, deadline), secrets.token_bytes(_NONCE_BYTES)
+        sock.sendall(_MAGIC + ours + _mac(key, b"client", theirs, ours))
+        if not hmac.compare_digest(_receive_exactly(sock, _MAC_BYTES, deadline), _mac(key, b"server", theirs, ours)):
+            raise ReplicationError(f"{peer} could not prove that it knows the job's secret. {_SECRETS_DIFFER}")
+        session = _mac(key, b"session", theirs, ours)
+        return Connection(sock, session, is_client=True, timeout_seconds=timeout_seconds, peer=peer)
+
+
+def accept(sock: socket.socket, key: bytes, *, timeout_seconds: float, peer: str) -> Connection:
+    """The server's half of :func:`connect`: nothing but the proof is read before the client has given it.
+
+    Args:
+        sock: An accepted connection; closed when this fails.
+        key: From :func:`job_key`.
+        timeout_seconds: How long the other end may be silent later on.
+        peer: Where it comes from, for messages.
+
+    Raises:
+        ReplicationError: The client does not prove within ``HANDSHAKE_SECONDS`` that it knows the secret.
+    """
+    with _closed_on_error(sock, f"said nothing that proves the secret within {HANDSHAKE_SECONDS:.0f} s ({{}})"):
+        deadline, ours = time.monotonic() + HANDSHAKE_SECONDS, secrets.token_bytes(_NONCE_BYTES)
+        sock.settimeout(HANDSHAKE_SECONDS)
+        sock.sendall(_MAGIC + ours)
+        if _receive_exactly(sock, len(_MAGIC), deadline) != _MAGIC:
+            raise ReplicationError("does not speak this protocol (another service's client, or another version)")
+        theirs = _receive_exactly(sock, _NONCE_BYTES, deadline)
+        if not hmac.compare_digest(_receive_exactly(sock, _MAC_BYTES, deadline), _mac(key, b"client", ours, theirs)):
+            raise ReplicationError("does not know this job's secret (MOETION_SECRET or job_id differ)")
+        sock.sendall(_mac(key, b"server", ours, theirs))
+        session = _mac(key, b"session", ours, theirs)
+        return Connection(sock, session, is_client=False, timeout_seconds=timeout_seconds, peer=f"the rank at {peer}")
 
 
 _SECRETS_DIFFER = (
@@ -311,17 +306,15 @@ _SECRETS_DIFFER = (
 )
 
 
-def _prove(sock: socket.socket, key: bytes, peer: str) -> bytes:
-    deadline = time.monotonic() + HANDSHAKE_SECONDS
-    greeting = _receive_exactly(sock, _GREETING_BYTES, deadline)
-    if not greeting.startswith(_MAGIC):
-        raise ReplicationError(f"{peer} does not speak this protocol. Check the address, and install one version.")
-    theirs, ours = greeting[len(_MAGIC) :], secrets.token_bytes(_NONCE_BYTES)
-    sock.sendall(_MAGIC + ours + _mac(key, b"client", theirs, ours))
-    proof = _receive_exactly(sock, _MAC_BYTES, deadline)
-    if not hmac.compare_digest(proof, _mac(key, b"server", theirs, ours)):
-        raise ReplicationError(f"{peer} could not prove that it knows the job's secret. {_SECRETS_DIFFER}")
-    return _mac(key, b"session", theirs, ours)
+@contextlib.contextmanager
+def _closed_on_error(sock: socket.socket, otherwise: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # ReplicationError is one, too
+        sock.close()
+        if isinstance(error, ReplicationError):
+            raise
+        raise ReplicationError(otherwise.format(error)) from error
 
 
 def _receive_exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
@@ -333,18 +326,6 @@ def _receive_exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
             raise ConnectionResetError("the other end closed the connection")
         data += part
     return data
-
-
-def tune_socket(sock: socket.socket) -> None:
-    """Send headers at once, notice vanished hosts, and use large buffers where the system allows them."""
-    with contextlib.suppress(OSError):  # not a TCP socket
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, limit in ((socket.SO_SNDBUF, "wmem_max"), (socket.SO_RCVBUF, "rmem_max")):
-        # A smaller limit would fix the buffer below the size to which the kernel lets it grow by itself.
-        with contextlib.suppress(OSError, ValueError):
-            if int(Path("/proc/sys/net/core", limit).read_text()) >= _SOCKET_BUFFER_BYTES:
-                sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
 
 
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()

@@ -9,6 +9,7 @@ from moetion_lightning.core.reconstruct import CarriedSlot, Reconstruction, Save
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.errors import ForeignWindowError, StateLostError
+from moetion_lightning.gradient_log.rebuild import Capture
 
 __all__ = ["check_complete", "make_reconstruction"]
 
@@ -48,7 +49,7 @@ def check_complete(
         world_size: Ranks of this run.
 
     Returns:
-        The window's slots, and older captures that belong to it.
+        The window's slots, and older captures that belong to it; nothing of a gradient log.
 
     Raises:
         ForeignWindowError: It is of a run with another number of ranks.
@@ -66,11 +67,18 @@ def check_complete(
             f"{point.name} (rank {manifest.rank}) holds a part of the state; the windows of the ranks "
             f"{', '.join(map(str, missing))}, which hold the rest, were not found. {_as_many(manifest.world_size)}"
         )
-    slots, carried = point.slots(live.parameters), point.carried(live.parameters)
+    slots: tuple[SavedSlot, ...] = ()
+    carried: tuple[CarriedSlot, ...] = ()
+    older: Sequence[CarriedSlot | Capture]
+    if point.is_log:
+        older = point.captures(live.parameters)
+    else:
+        slots = point.slots(live.parameters)
+        older = carried = point.carried(live.parameters)
     rows = {name: live.rows(name) for name in live.parameters if live.weight(name).numel()}
     static = point.static().keys()
     trained = {name: count for name, count in rows.items() if name not in static}
-    lost = _lacking(trained, slots, carried)
+    lost = _lacking(trained, slots, older)
     if lost:
         more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise StateLostError(
@@ -87,7 +95,9 @@ def _as_many(world_size: int) -> str:
     )
 
 
-def _lacking(rows: Mapping[str, int], slots: Sequence[SavedSlot], carried: Sequence[CarriedSlot]) -> list[str]:
+def _lacking(
+    rows: Mapping[str, int], slots: Sequence[SavedSlot], carried: Sequence[CarriedSlot | Capture]
+) -> list[str]:
     """What is in no capture, in words."""
     whole: _Spans = {}
     for older in carried:

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.steps import StepWatcher
 
-__all__ = ["why_dense"]
+__all__ = ["why_coupled", "why_dense"]
+
+
+def why_coupled(live: LiveState) -> str:
+    """Why what optimizers keep cannot be taken apart by parameter, or ""."""
+    coupling = live.couples_parameters()
+    if coupling:
+        return f"{', '.join(coupling)} keeps state that belongs to no single parameter"
+    across = live.couples_shards()
+    if across:
+        return f"{', '.join(across)} couples the shards that different ranks hold"
+    return ""
 
 
 def why_dense(live: LiveState, watcher: StepWatcher, steps: Sequence[int]) -> str:
@@ -19,12 +30,9 @@ def why_dense(live: LiveState, watcher: StepWatcher, steps: Sequence[int]) -> st
         watcher: What was seen of the optimizers so far.
         steps: Real steps of each optimizer in the last iteration.
     """
-    coupling = live.couples_parameters()
-    if coupling:
-        return f"{', '.join(coupling)} keeps state that belongs to no single parameter"
-    across = live.couples_shards()
-    if across:
-        return f"{', '.join(across)} couples the shards that different ranks hold"
+    coupled = why_coupled(live)
+    if coupled:
+        return coupled
     if watcher.closure_calls > 1:
         return "an optimizer evaluates its closure several times per step"
     stepped = [index for index, count in enumerate(steps) if count]

@@ -8,6 +8,7 @@ everything that belongs to it, and before the next forward. The engine never cal
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections import deque
@@ -25,7 +26,8 @@ from moetion_lightning.core.digests import rng_digests
 from moetion_lightning.core.discovery import discover_layers
 from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.kept_values import Fresh
-from moetion_lightning.core.layouts import MoESpec
+from moetion_lightning.core.layouts import MoELayer, MoESpec
+from moetion_lightning.core.log_policy import GradientLogPolicy
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import PacedDensePolicy, PartialExpertsPolicy, Policy, SparsePolicy, WindowPlan
 from moetion_lightning.core.state import LiveState
@@ -33,9 +35,12 @@ from moetion_lightning.engine.completeness import check_complete, make_reconstru
 from moetion_lightning.engine.density import why_dense
 from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.living import Living
+from moetion_lightning.engine.log_capture import GradientLog
+from moetion_lightning.engine.log_recovery import LogRecovery
+from moetion_lightning.engine.log_writer import LogWriter
 from moetion_lightning.engine.model_state import exchange_model_state
 from moetion_lightning.engine.parts import Attached, RunState
-from moetion_lightning.engine.planner import WindowPlanner
+from moetion_lightning.engine.planner import WindowPlanner, kept_points
 from moetion_lightning.engine.precision_watch import PrecisionWatch
 from moetion_lightning.engine.protection import Protection
 from moetion_lightning.engine.ranks import Ranks
@@ -44,10 +49,11 @@ from moetion_lightning.engine.replay_record import BatchDigest, BatchToCome, Ite
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.engine.run_state import EngineState, capture_run_state
 from moetion_lightning.engine.shares import Shares
+from moetion_lightning.engine.slot_files import SlotFiles, WindowHeader
 from moetion_lightning.engine.stage_recovery import Stages
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.engine.tiers import Tiers
-from moetion_lightning.engine.writer import BASELESS, TORN, OpenWindow, WindowHeader, WindowWriter
+from moetion_lightning.engine.writer import BASELESS, TORN, OpenWindow, WindowWriter
 from moetion_lightning.errors import NonDeterminismError, RankLostError, UnsupportedStateError
 from moetion_lightning.events import (
     EventBus,
@@ -65,6 +71,8 @@ __all__ = ["Engine", "RunState"]
 
 _log = logging.getLogger(__name__)
 _UNSTEADY_WINDOWS = 3
+_NOT_REPLAYED = "a sparse window could not be replayed exactly, so windows are dense now"
+_NOT_LOGGED = "the steps could not be done again from a log, so windows are dense now"
 
 
 class Engine:
@@ -101,22 +109,27 @@ class Engine:
         self.may_skip_gradients = True
         self.living = Living(self.ranks, self.tiers)
         #: What the windows say of the course of training that they belong to.
-        self.lineage: Mapping[str, Any] = {}
+        self.lineage: Callable[[], Mapping[str, Any]] = dict
+        #: Whether the batch behind the restored state is another one than before, on purpose.
+        self.next_is_another = False
         #: Settings that the user has changed since the window was captured, and whose new values are in use.
         self.changed_settings: Sequence[str] = ()
         #: Called when a restored state is whole, before training goes on.
         self.on_recovered: Callable[[], None] | None = None
         self._attached: Attached | None = None
+        self._log: GradientLog | None = None  # in place of windows
         self._window: OpenWindow | None = None
         self._records_batches = False  # whether the adapter does
         self._to_come: BatchToCome | None = None  # of a window that is whole but for the batch behind it
-        self._concluding: Recovery | None = None  # its state is dense, and the batch behind it not known
+        self._concluding: Recovery | LogRecovery | None = None  # its state is dense, and the batch behind it not known
         self._finishing: deque[OpenWindow] = deque()  # whole, and on their way through the capture thread
         self._unsteady = 0  # windows in a row within which other parameters began to train
         self._synchronous = False
         self._stall = 0.0
         self._sparse: Policy | None = None  # in whose place a dense one is
         self._slot: int | None = None  # what is captured behind the iteration under way
+        #: Set when the state that was restored is that after a batch: what follows the batch comes next.
+        self.restored_after_batch = False
         self._started_at = 0.0
         self._said: set[str] = set()
         self.protection = Protection(bus, self._say)
@@ -184,28 +197,48 @@ class Engine:
         holders = {name: ranks for name, ranks in layout.holders.items() if name in live.parameters}
         shares = Shares(self.ranks, holders, self.config.sharding, self.bus)
         planner = WindowPlanner(
-            live, routing, self.tiers, self.pace, dtypes, self.bus, self.say_once, self.ranks, shares, layout
-        )
+            live, routing, self.tiers, self.pace, dtypes, self.bus, self.say_once, self.ranks, shares, layout,
+            keep_rounds=self.config.keep_rounds,
+        )  # fmt: skip
+        files = SlotFiles(self.tiers.host, thread, live, dtypes)
         self._attached = Attached(
             live=live,
             routing=routing,
             planner=planner,
             shares=shares,
             steps=StepWatcher(
-                live.optimizers, live.calls_closure_first(), self._before_update, self._after_update, self._after_step
+                live.optimizers,
+                live.calls_closure_first(),
+                enter=self._step_is_entered,
+                before=self._before_update,
+                ready=self._gradients_are_ready,
+                done=self._after_update,
+                after=self._after_step,
             ),
             thread=thread,
             writer=WindowWriter(
-                self.tiers.host,
-                thread,
-                live,
-                dtypes,
+                files,
                 self.bus,
                 self.pace,
                 self.tiers.on_commit,
                 keeps_older=not self.ranks.alone,
             ),
         )
+        if isinstance(self.policy, GradientLogPolicy):
+            keeps = kept_points(self.ranks, self.config.keep_rounds, self.policy.window)
+            writer = LogWriter(files, self.bus, self.pace, self.tiers.on_commit, keeps=keeps)
+            self._log = GradientLog(
+                self._attached,
+                writer,
+                self.policy,
+                tiers=self.tiers,
+                ranks=self.ranks,
+                protection=self.protection,
+                header=self._header,
+                say_once=self.say_once,
+                bus=self.bus,
+                audit=self.config.audit,
+            )
         self.norms.install()
 
     def check_run_state(self, run_state: RunState) -> None:
@@ -235,8 +268,9 @@ class Engine:
         self.precision.enabled = self.precision.enabled and self.policy.name == "sparse"
         self.precision.start(self._need().live)
         self._stages.begin(self.iteration + 1)
-        self._note_boundary(run_state)
+        noted = self._note_boundary(run_state)
         self.protection.begin(restored=False)
+        self._begin_log(noted)
         self._started_at = time.perf_counter()
 
     def restore(self, run_state: RunState) -> None:
@@ -261,15 +295,55 @@ class Engine:
         self.living.serial = int(point.extra["serial"])
         if isinstance(self.policy, PartialExpertsPolicy):
             self.policy.num_experts, self.policy.checkpoints = state.policy["num_experts"], state.policy["checkpoints"]
+        noted: Callable[[], FlatTree] | None
         if isinstance(point, LivePoint):
-            self._continue(point, state, run_state)
+            noted = self._continue(point, state, run_state)
+        elif point.is_log:
+            noted = self._rebuild(point, state, run_state)
         else:
-            self._replay(point, state, run_state)
+            noted = self._replay(point, state, run_state)
         self._stages.failed = False
         self.protection.begin(restored=True)
+        if noted is not None:
+            self._begin_log(noted)
         self._started_at = time.perf_counter()
 
-    def _replay(self, point: RestorePoint, state: EngineState, run_state: RunState) -> None:
+    def _begin_log(self, state: Callable[[], FlatTree]) -> None:
+        """The state is whole, and training goes on from it."""
+        if self._log is None:
+            return
+        self._log.begin(self.iteration, state)
+        self._give_the_log_up()
+        if self._log is not None and self._log.synchronous:
+            self._wait()
+
+    def _give_the_log_up(self) -> None:
+        """If what the optimizers do cannot be logged: windows take its place."""
+        if self._log is not None and self._log.given_up:
+            log, self._log = self._log, None
+            log.abandon()
+            if log.writer.newest is not None:
+                self._need().writer.adopt(log.writer.newest)
+            self._fall_back_to_dense(log.given_up)
+
+    def _rebuild(self, point: RestorePoint, state: EngineState, run_state: RunState) -> Callable[[], FlatTree]:
+        """From a gradient log: nothing runs again but optimizer steps."""
+        attached = self._need()
+        self.living.replaced()
+        self.iteration = point.manifest.iteration
+        recovery = LogRecovery(point, attached.live, self.bus, self.config.on_mismatch)
+        recovery.rebuild(state, run_state.generators(), self.ranks.control.world_size)
+        self._concluding = recovery
+        self._stages.begin(self.iteration + 1)
+        if point.tier is self.tiers.host:
+            attached.writer.adopt(point.manifest)
+        self.tiers.release_point()
+        if self.on_recovered is not None:
+            self.on_recovered()
+        return self._note_boundary(run_state, advance=False)
+
+    def _replay(self, point: RestorePoint, state: EngineState, run_state: RunState) -> Callable[[], FlatTree] | None:
+        """From a window. Returns None if iterations have to be done again first."""
         attached = self._need()
         self.living.replaced()
         self.iteration = point.manifest.first_iteration
@@ -291,7 +365,6 @@ class Engine:
         self.norms.give(self.recovery.norms_to_give() if skip else None)
         if point.tier is self.tiers.host:
             attached.writer.adopt(point.manifest)
-            self.tiers.offer_again(point.manifest)
         if isinstance(self.policy, PartialExpertsPolicy):
             carried = {op.name: slot.iteration for slot in point.carried() for op in slot.operators}
             experts = {(op["layer"], op["expert"]) for op in point.manifest.operators if op["expert"] is not None}
@@ -299,8 +372,10 @@ class Engine:
         self.precision.start_replay(attached.live, state.compute_dtype)
         if self.recovery.done:
             self._end_recovery()
+            return self._note_boundary(run_state, advance=False) if self._log is not None else None
+        return None
 
-    def _continue(self, point: LivePoint, state: EngineState, run_state: RunState) -> None:
+    def _continue(self, point: LivePoint, state: EngineState, run_state: RunState) -> Callable[[], FlatTree]:
         """From living state: this process has it, or gets it now from one that has."""
         attached, started = self._need(), time.perf_counter()
         self.iteration = point.boundary.iteration
@@ -319,10 +394,9 @@ class Engine:
             manifest = self.tiers.host.read_manifest(self.tiers.host.windows()[0])
         if manifest is not None:
             attached.writer.adopt(manifest)
-            self.tiers.offer_again(manifest)
         self.tiers.release_point()
         self.bus.emit(RestoreApplied(iteration=self.iteration, replay=0, seconds=time.perf_counter() - started))
-        self._note_boundary(run_state, advance=False)
+        return self._note_boundary(run_state, advance=False)
 
     def _replay_stages(self, point: LivePoint, state: EngineState, run_state: RunState) -> None:
         """Lost stages replay; structure and token counts are those of the living state again afterwards."""
@@ -357,7 +431,7 @@ class Engine:
             rng = rng_digests()
             try:
                 if concluding is not None:
-                    concluding.conclude(record_of_next(batch, rng))
+                    concluding.conclude(None if self.next_is_another else record_of_next(batch, rng))
             except NonDeterminismError as error:
                 if self._window is not None:
                     self._window.broken = str(error)
@@ -401,7 +475,24 @@ class Engine:
             self.precision.resume()
             self._stall += time.perf_counter() - started
 
+    def after_batch(self, run_state: RunState) -> None:
+        """A batch is done, and what follows takes long: from here ranks go on if one is lost meanwhile.
+
+        Call it at the same places on all ranks; the state must be whole, as for :meth:`boundary`, which follows.
+        """
+        started = time.perf_counter()
+        if any(self._need().steps.steps) and self.recovery is None:
+            self.iteration += 1
+            try:
+                self._note_boundary(run_state, stamp=self._stamp)
+            finally:
+                self.iteration -= 1
+        self._stall += time.perf_counter() - started
+
     def _boundary(self, attached: Attached, run_state: RunState) -> bool:
+        if self.restored_after_batch:
+            self.restored_after_batch = False
+            self._note_boundary(run_state)  # what followed the restored batch is done
         if not any(attached.steps.steps):
             if attached.steps.attempts:
                 attached.steps.take()
@@ -423,7 +514,10 @@ class Engine:
         attached.routing.end_iteration()
         record = self.record.take(attached.live.optimizers)
         misread = self.precision.end_iteration(self.iteration, replaying=self.recovery is not None)
-        self.bus.emit(IterationFinished(iteration=self.iteration, seconds=seconds, stall_seconds=stall))
+        own = self.pace.take_own_seconds()
+        self.bus.emit(
+            IterationFinished(iteration=self.iteration, seconds=seconds, stall_seconds=stall, own_seconds=own)
+        )
         if self.recovery is not None:
             self.recovery.end_iteration(record.read(), misread)
             self.norms.give(self.recovery.norms_to_give() if self._skips_gradients else None)
@@ -431,12 +525,21 @@ class Engine:
                 self.living.serial += 1
                 return True
             self._end_recovery()
-        self._note_boundary(run_state)
+            if self._log is not None:
+                self._begin_log(self._note_boundary(run_state))
+                return True
+        noted = self._note_boundary(run_state)
+        if self._log is not None:
+            self._log_iteration(noted, record.read)
+        if self._log is not None:
+            return True
         if misread and self._window is not None:
             self._window.broken = f"{misread[0]} was read in full precision, not only cast to 16 bits"
         window = self._open_window(run_state, steps)
         if window is not None:
             self._slot = None if window.broken else window.next_slot
+            if window.next_slot == len(window.plan.slots) - 1:
+                window.header = self._with_lineage(window.header)
             attached.writer.capture(window, self.iteration, record.read)
             if window.complete and self._records_batches:
                 self._to_come = window.to_come
@@ -445,6 +548,22 @@ class Engine:
             if self._synchronous:
                 self._wait()  # as all of this, it is counted by boundary()
         return True
+
+    def _log_iteration(self, state: Callable[[], FlatTree], record: Callable[[], dict[str, Any]]) -> None:
+        assert self._log is not None
+        to_come = self._log.iteration(self.iteration, state, record)
+        if to_come is not None and self._records_batches:
+            self._to_come = to_come
+        elif to_come is not None:
+            to_come.never_comes()
+        self._give_the_log_up()
+        if self._log is not None and self._log.synchronous:
+            self._wait()  # as all of this, it is counted by boundary()
+
+    @property
+    def layers(self) -> tuple[MoELayer, ...]:
+        """The module's MoE layers, as far as they are known."""
+        return self._need().routing.layers
 
     @property
     def _skips_gradients(self) -> bool:
@@ -462,6 +581,10 @@ class Engine:
         """Whether a replay is under way: the live state is not dense."""
         return self.recovery is not None
 
+    def drain(self) -> None:
+        """The process is told to end: :meth:`close` brings what is committed to storage, within ``grace_seconds``."""
+        self.tiers.drain()
+
     def close(self, *, trained: bool) -> None:
         """End: finish what is in flight, and keep the windows for a restart.
 
@@ -477,6 +600,8 @@ class Engine:
                 self._attached.routing.close()
                 self._attached.thread.close()
                 self._settle_last()
+                if self._log is not None:
+                    self._log.settle()
         finally:
             if self.recovery is not None:
                 self.recovery.release()
@@ -520,18 +645,27 @@ class Engine:
 
     # --- when a rank is lost -------------------------------------------------------------------------------------
 
-    def _note_boundary(self, run_state: RunState, *, advance: bool = True) -> None:
-        """The state is dense and between two iterations."""
+    def _note_boundary(
+        self, run_state: RunState, *, advance: bool = True, stamp: Callable[[], object] | None = None
+    ) -> Callable[[], FlatTree]:
+        """The state is dense and between two iterations. Returns what copies the run state, once."""
 
-        def describe(fields: Mapping[str, Any]) -> FlatTree:
+        @functools.cache
+        def describe() -> FlatTree:
             attached = self._need()
-            tree, leaf = self._tree(run_state, weights=False)
-            header = self._header()
-            extra = Fresh(header.extra, first_captured_at=time.time())
-            whole = {**fields, "tree": tree, "extra": extra, "copies": list(attached.shares.copies())}
+            # Averaged weights cannot be taken apart from the weights; no journal is kept then.
+            tree, leaf = self._tree(run_state, weights=not self.living.allowed)
+            extra = Fresh(self._header().extra, first_captured_at=time.time())
+            boundary = {"serial": self.living.serial, "iteration": self.iteration, "extra": extra}
+            whole = {**boundary, "tree": tree, "copies": list(attached.shares.copies())}
             return flatten_tree(whole, clone=True, leaf=leaf, cache=self._noted)
 
-        self.living.note(self.iteration, describe, advance=advance)
+        self.living.note(describe, advance=advance, stamp=stamp)
+        return describe
+
+    def _stamp(self) -> object:
+        live = self._need().live
+        return [live.weight(name)._version for name in live.parameters]
 
     def _abandon(self) -> None:
         """Give up the iteration in flight, the window being captured, and a replay under way."""
@@ -542,6 +676,8 @@ class Engine:
         self._no_batch_to_come()
         attached.thread.drain()
         self._settle()
+        if self._log is not None:
+            self._log.abandon()
         if window is not None and not (window.complete and attached.writer.newest_is(window)):
             attached.writer.abandon(window)
         if self.recovery is not None:
@@ -554,10 +690,26 @@ class Engine:
             self._sparse is not None
         ):  # whoever joins has not fallen back yet; the reason is told again at the next window
             self.policy, self._sparse = self._sparse, None
-        if isinstance(self.policy, SparsePolicy):
+        if isinstance(self.policy, (SparsePolicy, GradientLogPolicy)):
             self.policy.forget()
 
-    def _after_update(self) -> None:
+    def _step_is_entered(self, index: int) -> None:
+        if self._log is not None and self.recovery is None:
+            started = time.perf_counter()
+            self._log.enter_step(index)
+            self._stall += time.perf_counter() - started
+
+    def _gradients_are_ready(self, index: int, result: tuple[Any, ...]) -> None:
+        if self._log is not None and self.recovery is None:
+            started = time.perf_counter()
+            self._log.before_step(index, result)
+            self._stall += time.perf_counter() - started
+
+    def _after_update(self, index: int) -> None:
+        if self._log is not None and self.recovery is None:
+            started = time.perf_counter()
+            self._log.after_step(index)
+            self._stall += time.perf_counter() - started
         self.precision.resume()
 
     def _after_step(self, index: int) -> None:
@@ -578,11 +730,10 @@ class Engine:
 
     def _fall_back_to_dense(self, reason: str) -> None:
         self._sparse = self.policy
+        what = _NOT_LOGGED if isinstance(self.policy, GradientLogPolicy) else _NOT_REPLAYED
         self.policy = PacedDensePolicy(self.config.overlap_target, self.config.mtbf)
         self.say_once(
-            f"{reason}: a sparse window could not be replayed exactly, so windows are dense now: one iteration each, "
-            "and as many iterations apart as a copy is worth",
-            warning=True,
+            f"{reason}: {what}: one iteration each, and as many iterations apart as a copy is worth", warning=True
         )
 
     def _open_window(self, run_state: RunState, steps: Sequence[int]) -> OpenWindow | None:
@@ -612,7 +763,7 @@ class Engine:
             if self.ranks.alone:
                 self._finishing.append(window)
                 self._settle()
-            elif window.last_iteration not in self.tiers.held(attached.writer.newest):
+            elif window.last_iteration not in self.tiers.committed(attached.writer.newest):
                 behind, self._window = True, window
             else:
                 self.protection.committed(window.first_iteration)
@@ -627,11 +778,10 @@ class Engine:
         if not self.ranks.alone:
             if agreed.committed >= 0 and not agreed.behind and attached.writer.drop_later(agreed.committed):
                 attached.planner.forget_static()
-                self.tiers.offer_again(attached.writer.newest)
             attached.writer.drop_older(agreed.newest)
             self._stages.free(agreed.newest, self.tiers.host)
-            self.tiers.agreed(agreed.newest, persist=agreed.persist)
-        if agreed.behind:  # a rank still commits its last window, or copies it to its peers
+            self.tiers.agreed(agreed.newest, persist=agreed.persist, uncopied=agreed.uncopied)
+        if agreed.behind:  # a rank still commits its last window, or copies another one's
             return None
         plan = attached.planner.plan(self.policy, self.iteration, attached.writer.newest, agreed)
         self._window = self._begin_window(plan, run_state, signature)
@@ -669,8 +819,11 @@ class Engine:
         return window
 
     def _header(self) -> WindowHeader:
-        header = self._need().planner.header(self.policy, self.living.serial)
-        return dataclasses.replace(header, extra={**header.extra, "lineage": dict(self.lineage)})
+        return self._with_lineage(self._need().planner.header(self.policy, self.living.serial))
+
+    def _with_lineage(self, header: WindowHeader) -> WindowHeader:
+        """As it is now: a window says what has happened until its end."""
+        return dataclasses.replace(header, extra={**header.extra, "lineage": dict(self.lineage())})
 
     def _settle(self) -> None:
         """Learn what became of the windows that were whole when they went to the capture thread."""

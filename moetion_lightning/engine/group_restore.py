@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
 
 from moetion_lightning.distributed.restore_choice import (
     Excluded,
@@ -16,14 +15,20 @@ from moetion_lightning.distributed.restore_choice import (
     RankReport,
     Replay,
     Rollback,
-    Source,
     Window,
     choose,
 )
 from moetion_lightning.engine.journal import Boundary
 from moetion_lightning.engine.peers import Peers
 from moetion_lightning.engine.ranks import Ranks
-from moetion_lightning.errors import ConfigurationError, ForeignWindowError, MoEtionError, RankLostError, StateLostError
+from moetion_lightning.engine.window_reading import Part, WindowReader
+from moetion_lightning.errors import (
+    ConfigurationError,
+    ForeignWindowError,
+    MoEtionError,
+    RankLostError,
+    StateLostError,
+)
 from moetion_lightning.storage.choice import Accept
 from moetion_lightning.storage.disk import DirectoryTier
 from moetion_lightning.storage.format import Manifest
@@ -31,18 +36,12 @@ from moetion_lightning.storage.host_memory import HostMemoryTier
 from moetion_lightning.storage.tier import Tier
 from moetion_lightning.units import span_text
 
-__all__ = ["Found", "GroupRestore", "LiveReport", "Part"]
+__all__ = ["PROTECTED", "Found", "GroupRestore", "LiveReport"]
 
 _log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One rank's window, where this rank reads it."""
-
-    manifest: Manifest
-    tier: Tier
-    origin: str
+#: Note of a rank that knows that all ranks had a window.
+PROTECTED = "protected"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +105,7 @@ class GroupRestore:
         self._peers = peers
         self._host = host
         self._disk = disk
+        self._reader = WindowReader(ranks, peers, host, disk)
         self._problems: list[str] = []
         self._spans: set[str] = set()
         self._is_any_readable = False
@@ -135,22 +135,29 @@ class GroupRestore:
                 continue
             if isinstance(choice, Nothing):
                 self._refuse_if_asked_for()
-                if not choice.fresh and any(r.memory or r.held or r.disk for r in reports):
+                if not choice.fresh and any(r.protected or any(r.disk.values()) for r in reports):
                     raise StateLostError(choice.reason)
-                if not choice.fresh:  # no window was committed yet: processes that are all new begin anew
+                if not choice.fresh:  # all ranks had no window yet: processes that are all new begin anew
                     raise RankLostError(choice.reason)
+                if any(any(r.memory.values()) for r in reports):
+                    _log.warning("rank %d: %s", self._host.rank, choice.reason)
                 self._refuse_if_all_is_lost()
+                self._look_for_strangers()
                 self._refuse_if_unreadable()
                 return None
             mine = self._mine(choice)
             if isinstance(choice, Live) and not any(choice.replays):
                 return Found(choice=choice)
-            parts, problems = ([], []) if mine is None else self._read(mine)
-            bad = [item for answer in self._ranks.agree("read", problems) for item in answer]
+            bad = self._reader.copy(mine, choice, reports)
+            if bad:
+                excluded.update(bad)
+                continue
+            parts, problems = ([], []) if mine is None else self._reader.read(mine, reports)
+            bad = self._reader.told("read", problems)
             if not bad:
                 self._settle(choice)
                 return Found(choice=choice, parts=tuple(parts))
-            excluded.update(Excluded(owner, tier, rank, last) for owner, tier, rank, last in bad)
+            excluded.update(bad)
 
     def check_fresh(self) -> None:
         """Training is to begin anew. Where there are windows and none can be read, only the user may decide that.
@@ -158,7 +165,7 @@ class GroupRestore:
         Raises:
             StateLostError: There are; lists what is wrong with them.
         """
-        for tier in (self._host, *self._disks()):
+        for tier in (*self._memory(), *self._disks()):
             self._windows(tier)
         if self._is_any_readable:
             self._problems = []
@@ -192,12 +199,14 @@ class GroupRestore:
                 tier.set_aside(i for i in tier.windows() if i > choice.window.last)
                 if self._iteration is not None:
                     tier.mark_resumed(self._iteration)
-            self._drop_later(choice.window, list(self._peers.held().values()))
+            self._peers.drop_later(choice.window.last)
             return
         mine = choice.replays[self._host.rank]
         if mine is not None:
             # Those of this rank only, which proved unusable: other ranks go on, and keep theirs.
-            self._drop_later(mine.window, [self._host])
+            for iteration in self._host.windows():
+                if iteration > mine.window.last:
+                    self._host.drop(iteration)
 
     def _refuse_if_all_is_lost(self) -> None:
         """Processes that are all new find nothing, as at the start of a job. Only the store knows better."""
@@ -219,6 +228,18 @@ class GroupRestore:
                 f"Windows of this job: {', '.join(there) or 'none'}. Give the last iteration of one of them, or "
                 "resume='auto'."
             )
+
+    def _look_for_strangers(self) -> None:
+        """On a disk of this node there may be windows of ranks that are elsewhere now, where nobody can read them."""
+        if self._disk is None or self._disk.place.is_remote or not self._peers.stands_for_node:
+            return
+        for rank in range(self._ranks.control.world_size):
+            tier = self._disk.of_rank(rank)
+            if not self._peers.is_here(rank) and self._windows(tier):
+                self._problems.append(
+                    f"{tier.location} has windows of rank {rank}, which is on another node now. Let persist_dir= be "
+                    "storage that all nodes share, or give the nodes the ranks that they had"
+                )
 
     def _windows(self, tier: Tier) -> dict[int, Manifest]:
         """Windows that are wanted and whose manifests can be read, by last iteration."""
@@ -249,18 +270,23 @@ class GroupRestore:
 
     def _reports(self, live: LiveReport, replay_stages: bool) -> tuple[list[RankReport], bool]:
         """What every rank has, and whether all of them let stages be replayed alone."""
-        rank = self._ranks.control.rank
-        memory, disk = self._windows(self._host), {} if self._disk is None else self._windows(self._disk)
-        held = {owner: self._windows(tier) for owner, tier in self._peers.held().items()}
-        seen = [(rank, m) for m in (*memory.values(), *disk.values())]
-        seen += [(owner, m) for owner, found in held.items() for m in found.values()]
-        answers = self._ranks.agree("shares", [[owner, m.extra.get("shares", [])] for owner, m in seen])
+        rank, world = self._ranks.control.rank, self._ranks.control.world_size
+        memory: dict[int, dict[int, Manifest]] = {}  # by owner
+        for tier in self._memory():
+            memory.setdefault(tier.rank, {}).update(self._windows(tier))
+        disk = {} if self._disk is None else self._windows(self._disk)
+        seen = [(rank, m) for m in disk.values()]
+        seen += [(owner, m) for owner, found in memory.items() for m in found.values()]
+        together: dict[tuple[int, ...], set[int]] = {}
+        for owner, manifest in seen:
+            together.setdefault(tuple(manifest.extra.get("shares", [])), set()).add(owner)
         shares: dict[int, set[int]] = {}
-        for answer in answers:
-            for owner, ranks in answer:
-                shares.setdefault(owner, {owner}).update(ranks)
+        for answer in self._ranks.agree("shares", [[ranks, sorted(owners)] for ranks, owners in together.items()]):
+            for ranks, owners in answer:
+                for owner in owners:
+                    shares.setdefault(owner, {owner}).update(ranks)
         mine = tuple(sorted(shares.get(rank, {rank})))
-        on_disk = {owner: _ages(self._windows(self._disk_of(owner))) for owner in mine if self._disk is not None}
+        on_disk = {owner: _ages(self._windows(self._reader.disk_of(owner))) for owner in mine if self._disk is not None}
         link = self._ranks.link()
         report = RankReport(
             rank=rank,
@@ -268,14 +294,14 @@ class GroupRestore:
             live=live.live,
             live_iteration=live.iteration,
             journal=() if live.live is not None else tuple(b.serial for b in live.boundaries),
-            memory=_ages(memory),
-            held={owner: _ages(found) for owner, found in held.items()},
+            node=self._peers.node,
+            memory={owner: _ages(found) for owner, found in memory.items() if found and owner < world},
             disk=on_disk,
             copies=live.copies,
             stage=None if link is None else link.stage,
             logged=None if link is None or live.live is None else link.logged(),
+            protected=any(tier.note(PROTECTED) for tier in (self._host, *self._memory())),
         )
-        world = self._ranks.control.world_size
         foreign = sorted({m.world_size for _, m in seen if m.world_size != world})
         poisoned = sorted({m.iteration for _, m in seen if not m.finite})
         answers = self._ranks.agree("reports", [report.to_json(), foreign, replay_stages, poisoned])
@@ -291,47 +317,12 @@ class GroupRestore:
             reports = [dataclasses.replace(report, journal=()) for report in reports]
         return reports, all(allowed for _, _, allowed, _ in answers)
 
+    def _memory(self) -> list[HostMemoryTier]:
+        """What this rank tells of: all that is in the memory of its node, if it stands for it."""
+        return self._peers.windows.tiers() if self._peers.stands_for_node else []
+
     def _disks(self) -> list[Tier]:
         return [] if self._disk is None else [self._disk]
-
-    def _disk_of(self, owner: int) -> DirectoryTier:
-        assert self._disk is not None
-        if owner == self._host.rank:
-            return self._disk
-        return self._disk.of_rank(owner)
-
-    def _read(self, choice: Replay) -> tuple[list[Part], list[list[Any]]]:
-        rank, last = self._host.rank, choice.window.last
-        parts, problems = [], []
-        for source in sorted(choice.sources, key=lambda source: source.owner != rank):
-            try:
-                tier = self._tier_of(source, last)
-                manifest = tier.read_manifest(last)
-                if source.tier != "peer":  # what comes over the wire was verified on its way
-                    tier.verify(manifest)
-            except (MoEtionError, OSError) as error:
-                bad = source.excluded(rank, last)
-                _log.warning("rank %d passes over the window %d of rank %d: %s", rank, last, source.owner, error)
-                problems.append([bad.owner, bad.tier, bad.rank, bad.last])
-                continue
-            origin = "memory of a peer" if source.tier == "peer" and source.owner == rank else tier.name
-            parts.append(Part(manifest=manifest, tier=tier, origin=origin))
-        return parts, problems
-
-    def _tier_of(self, source: Source, last: int) -> Tier:
-        if source.tier == "peer":
-            assert source.peer is not None
-            return self._peers.fetch(source.peer, source.owner, last)
-        if source.tier == "disk":
-            return self._disk_of(source.owner)
-        return self._host if source.owner == self._host.rank else self._peers.held()[source.owner]
-
-    def _drop_later(self, window: Window, tiers: Sequence[Tier]) -> None:
-        """Later windows belong to a course that is given up: with another rank's, they could later look common."""
-        for tier in tiers:
-            for iteration in tier.windows():
-                if iteration > window.last:
-                    tier.drop(iteration)
 
 
 def _ages(manifests: Mapping[int, Manifest]) -> tuple[Window, ...]:
@@ -342,8 +333,8 @@ def _places(reports: Sequence[RankReport], lasts: AbstractSet[int]) -> set[Exclu
     """Everywhere that windows of these last iterations are: a value that is not finite spoils them on all ranks."""
     found: set[Excluded] = set()
     for report in reports:
-        for owner, windows in ((report.rank, report.memory), *report.held.items()):
-            found.update(Excluded(owner, "memory", report.rank, w.last) for w in windows if w.last in lasts)
+        for owner, windows in report.memory.items():
+            found.update(Excluded(owner, "memory", report.place, w.last) for w in windows if w.last in lasts)
         for owner, windows in report.disk.items():
             found.update(Excluded(owner, "disk", report.rank, w.last) for w in windows if w.last in lasts)
     return found

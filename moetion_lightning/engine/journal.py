@@ -97,7 +97,7 @@ class Journal:
     def __init__(self, write: Callable[[str, bytes], None], read: Callable[[str], bytes | None]) -> None:
         self._write = write
         self._read = read
-        self._last: tuple[int, FlatTree] | None = None
+        self._is_noted = False
         self._next: tuple[int, FlatTree] | None = None
         self._changed = threading.Condition()
         self._writing = threading.Lock()  # never held by the training thread while a file is written
@@ -112,7 +112,7 @@ class Journal:
             flat: The fields of :class:`Boundary`, copied.
         """
         with self._changed:
-            self._last = self._next = (serial, flat)
+            self._is_noted, self._next = True, (serial, flat)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="moetion-journal", daemon=True)
                 self._thread.start()
@@ -123,14 +123,13 @@ class Journal:
         with self._changed:
             self._changed.wait_for(lambda: self._next is None and not self._busy)
 
-    def last(self) -> Boundary | None:
-        """The last boundary of this process, None if there is none or it cannot be written down."""
-        if self._last is None:
-            return None
+    @staticmethod
+    def boundary(flat: FlatTree) -> Boundary | None:
+        """A boundary of this process; None if it cannot be written down."""
         try:
-            return Boundary.from_bytes(self._last[1].to_bytes())
+            return Boundary.from_bytes(flat.to_bytes())
         except UnsupportedStateError as error:
-            _log.warning("the run state of boundary %d cannot be gone back to: %s", self._last[0], error)
+            _log.warning("the run state between two iterations cannot be gone back to: %s", error)
             return None
 
     def left_behind(self) -> list[Boundary]:
@@ -148,7 +147,7 @@ class Journal:
     def forget(self) -> None:
         """Another course of training begins: nothing noted so far belongs to it."""
         with self._changed:
-            self._last = self._next = None
+            self._is_noted, self._next = False, None
         with self._writing:
             for name in _NAMES:
                 self._write(name, b"")
@@ -174,7 +173,7 @@ class Journal:
             try:
                 data = flat.to_bytes()
                 with self._writing:
-                    if self._last is not None:  # not forgotten meanwhile
+                    if self._is_noted:  # not forgotten meanwhile
                         self._write(_NAMES[serial % 2], data)
             except Exception as error:  # whatever it is: only the fastest way back is lost
                 _log.warning("the run state of boundary %d could not be noted: %s", serial, error)

@@ -140,16 +140,20 @@ class Persister:
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting and not self._working, timeout_seconds)
 
-    def close(self) -> None:
-        """Finish what was offered last and end the threads."""
+    def close(self, timeout_seconds: float | None = None) -> None:
+        """Finish what was offered last and end the threads.
+
+        Args:
+            timeout_seconds: Give up what is not on storage by then: the process ends, and its thread with it.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout_seconds)
             self._thread = None
         self._ended.set()
-        self._renewal.join()
+        self._renewal.join(timeout_seconds)
 
     def _add(self, manifest: Manifest) -> None:
         """With the condition held."""

@@ -11,6 +11,7 @@ import torch
 from moetion_lightning.capture.fence import DeviceFence
 from moetion_lightning.capture.thread import measure_bandwidth
 from moetion_lightning.core.layouts import MoELayer
+from moetion_lightning.core.log_policy import GradientLogPolicy
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.partition import OperatorSet, build_operators
@@ -18,19 +19,36 @@ from moetion_lightning.core.policy import PartialExpertsPolicy, Policy, PolicyCo
 from moetion_lightning.core.schedule import window_bytes
 from moetion_lightning.core.slot_contents import describe_kept
 from moetion_lightning.core.state import LiveState
+from moetion_lightning.core.window_memory import log_bytes
 from moetion_lightning.engine.ranks import Agreed, RankLayout, Ranks
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
 from moetion_lightning.engine.shares import Shares
+from moetion_lightning.engine.slot_files import StaticPart, WindowHeader
+from moetion_lightning.engine.state_layout import StateLayout
 from moetion_lightning.engine.static_state import StaticLook, read_static, static_bytes
 from moetion_lightning.engine.tiers import Tiers
-from moetion_lightning.engine.writer import StaticPart, WindowHeader
 from moetion_lightning.errors import OperatorError
 from moetion_lightning.events import EventBus, OperatorsFound, ScheduleMade
 from moetion_lightning.moe.routing import Routing
 from moetion_lightning.storage.format import Manifest
 from moetion_lightning.storage.tree import flatten_tree
 
-__all__ = ["WindowPlanner"]
+__all__ = ["WindowPlanner", "kept_points"]
+
+# Restore points of a gradient log that stay where there are several ranks: another one may be an iteration behind, and
+# its commit one more.
+_KEPT_WITH_OTHERS = 3
+
+
+def kept_points(ranks: Ranks, keep_rounds: int, window: int) -> int:
+    """How many restore points of a gradient log stay.
+
+    Args:
+        ranks: The ranks of the job.
+        keep_rounds: The user's setting.
+        window: Iterations of a round.
+    """
+    return (1 if ranks.alone else _KEPT_WITH_OTHERS) + keep_rounds * window
 
 
 class WindowPlanner:
@@ -47,6 +65,7 @@ class WindowPlanner:
         ranks: The other ranks.
         shares: Which operators this rank captures.
         layout: How the state lies over the ranks.
+        keep_rounds: Older rounds of a gradient log that stay.
     """
 
     def __init__(
@@ -61,7 +80,10 @@ class WindowPlanner:
         ranks: Ranks,
         shares: Shares,
         layout: RankLayout,
+        *,
+        keep_rounds: int = 0,
     ) -> None:
+        self._keep_rounds = keep_rounds
         self._ranks = ranks
         self._shares = shares
         self._layout = layout
@@ -74,6 +96,7 @@ class WindowPlanner:
         self._say_once = say_once
         self._parameters = parameter_table(live.parameters)
         self._fingerprint = model_fingerprint(self._parameters)
+        self._state_layout = StateLayout(live, layout.layers or ())
         self._bandwidth = 0.0
         self._static_digest = ""
         self._run_state_bytes = self._static_bytes = 0
@@ -110,7 +133,10 @@ class WindowPlanner:
             weight = self._live.weight(name)
             full += self._live.full_bytes(name) // holders
             compute += weight.numel() * weight.element_size() // holders
-        self._check_memory(window_bytes(full, compute, slots))
+        if isinstance(policy, GradientLogPolicy):
+            self._check_log_memory(full, compute, policy.window)
+        else:
+            self._check_memory(window_bytes(full, compute, slots))
 
     def _measure(self) -> None:
         """Sizes are looked at when they may have changed: it takes long if there are many parameters."""
@@ -145,14 +171,16 @@ class WindowPlanner:
                 "capacity_bytes": self._tiers.window_capacity(self._static_bytes) - self._run_state_bytes,
                 "committed": self._tiers.committed(newest),
                 "held": self._tiers.held(newest),
+                "uncopied": self._tiers.uncopied(),
                 "behind": behind,
                 "persist": self._tiers.wants_to_persist(),
                 "dense": dense,
-                "digests": "" if self._ranks.alone else self._shares.digest(self.operators.operators, self._sizes),
-                **self._routing.facts(),
+                "digest": "" if self._ranks.alone else self._shares.digest(self.operators.operators, self._sizes),
             }
         )
-        self._routing.add(agreed.tokens, iteration)
+        counts = self._routing.counts()
+        if counts is not None:
+            self._routing.add(self._ranks.sum("tokens", counts), iteration)
         return agreed
 
     def plan(self, policy: Policy, iteration: int, newest: Manifest | None, agreed: Agreed) -> WindowPlan:
@@ -164,7 +192,7 @@ class WindowPlanner:
             newest: The newest window that this rank has committed.
             agreed: From :meth:`agree`, at the same iteration.
         """
-        self._shares.settle(self.operators.operators, self._sizes, agreed.digests)
+        self._shares.settle(self.operators.operators, self._sizes, agreed.digest, uniform=agreed.uniform)
         context = PolicyContext(
             iteration=iteration,
             operators=self._shares.mine,
@@ -241,6 +269,7 @@ class WindowPlanner:
         return WindowHeader(
             policy=policy.name,
             parameters=self._parameters,
+            layout=self._state_layout.json(),
             fingerprint=self._fingerprint,
             extra={
                 "compute_dtype": {n: str(d).removeprefix("torch.") for n, d in self._compute_dtype.items()},
@@ -333,8 +362,16 @@ class WindowPlanner:
             held=self._layout.parameters,
         )
 
+    def _check_log_memory(self, full: int, gradients: int, window: int) -> None:
+        keeps = kept_points(self._ranks, self._keep_rounds, window)
+        needed = log_bytes(full, gradients, window, keeps)
+        self._tiers.check_log_capacity(needed + (1 + keeps) * self._run_state_bytes + self._static_bytes)
+
     def _check_memory(self, window_bytes: int) -> None:
         self._tiers.check_capacity(window_bytes + self._run_state_bytes, self._static_bytes)
+        warning = self._tiers.check_restore_capacity(window_bytes + self._run_state_bytes, len(self._shares.ranks))
+        if warning:
+            self._say_once(warning, warning=True)
 
 
 def _look_again(live: LiveState, names: Sequence[str], fence: DeviceFence) -> StaticLook:

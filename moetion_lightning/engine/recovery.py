@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from moetion_lightning.capture.fence import DeviceFence
@@ -34,9 +34,54 @@ from moetion_lightning.events import (
     RestoreApplied,
 )
 
-__all__ = ["Recovery"]
+__all__ = ["MismatchReport", "Recovery"]
 
 _log = logging.getLogger(__name__)
+
+
+class MismatchReport:
+    """Says what differs from the run that failed.
+
+    Args:
+        bus: Gets every difference.
+        on_mismatch: What to do besides.
+        suspects: Gives what may explain it.
+    """
+
+    def __init__(
+        self, bus: EventBus, on_mismatch: Literal["warn", "raise"], suspects: Callable[[], Suspects] = Suspects
+    ) -> None:
+        self._bus = bus
+        self._on_mismatch = on_mismatch
+        self._suspects = suspects
+        self._warned = False
+
+    def say(self, found: Comparison, iteration: int, what: str) -> None:
+        """Every difference as an event; the first ones with their cause, as the others follow from them.
+
+        Raises:
+            NonDeterminismError: There is one, and ``on_mismatch="raise"``.
+        """
+        for difference in found.differences:
+            self._bus.emit(
+                ReplayMismatch(
+                    iteration=iteration,
+                    quantity=difference.quantity,
+                    recorded=difference.recorded,
+                    replayed=difference.replayed,
+                )
+            )
+        if not found.differences or self._warned:
+            return
+        self._warned = True
+        causes = likely_causes(found.differences, found.compared, self._suspects())
+        message = (
+            f"{what} ({'; '.join(map(str, found.differences))}). THE RECOVERED STATE IS APPROXIMATE from here on. "
+            f"Likely cause: {'; or '.join(causes)}."
+        )
+        if self._on_mismatch == "raise":
+            raise NonDeterminismError(message)
+        _log.warning(message)
 
 
 class Recovery:
@@ -69,14 +114,13 @@ class Recovery:
         self._point = point
         self._state = state
         self._bus = bus
-        self._on_mismatch = on_mismatch
         self._gradients_skipped = gradients_skipped
         self._changed = tuple(changed)
         slots = reconstruction.slots
         self._next: Mapping[str, Any] = point.extra.get("next", {})
         self._verdict = Verdict(num_operators=sum(len(slot.active) for slot in slots))
         self._lost_generators: list[str] = []
-        self._warned = False
+        self._report = MismatchReport(bus, on_mismatch, self._suspects)
         self._started = time.perf_counter()
         self._seconds = 0.0
 
@@ -135,7 +179,7 @@ class Recovery:
                 verified=bool(found.compared) and not found.differences,
             )
         )
-        self._say(found, slot.iteration, f"iteration {slot.iteration} was replayed differently")
+        self._report.say(found, slot.iteration, f"iteration {slot.iteration} was replayed differently")
 
     def finish(self) -> None:
         """The state is dense; what is still to be compared is the next batch."""
@@ -172,7 +216,7 @@ class Recovery:
         )  # fmt: skip
         if verdict.next_batch is not None:
             what = f"what follows the restored iteration {iteration} is not what followed it before"
-            self._say(verdict.next_batch, iteration + 1, what)
+            self._report.say(verdict.next_batch, iteration + 1, what)
 
     def release(self) -> None:
         """Undo what the replay changed on the module."""
@@ -195,26 +239,3 @@ class Recovery:
             generators=tuple(self._lost_generators),
             changed=self._changed,
         )
-
-    def _say(self, found: Comparison, iteration: int, what: str) -> None:
-        """Every difference as an event; the first ones with their cause, as the others follow from them."""
-        for difference in found.differences:
-            self._bus.emit(
-                ReplayMismatch(
-                    iteration=iteration,
-                    quantity=difference.quantity,
-                    recorded=difference.recorded,
-                    replayed=difference.replayed,
-                )
-            )
-        if not found.differences or self._warned:
-            return
-        self._warned = True
-        causes = likely_causes(found.differences, found.compared, self._suspects())
-        message = (
-            f"{what} ({'; '.join(map(str, found.differences))}). THE RECOVERED STATE IS APPROXIMATE from here on. "
-            f"Likely cause: {'; or '.join(causes)}."
-        )
-        if self._on_mismatch == "raise":
-            raise NonDeterminismError(message)
-        _log.warning(message)

@@ -135,11 +135,13 @@ class Suspects:
         elementwise: Optimizers in use that the user has declared to work element by element.
         generators: Random generators that the window has the state of and that are not there.
         changed: Settings that the user has changed since the window was captured, and whose new values are in use.
+        rebuilt: Whether the state was rebuilt from logged gradients: no iteration ran again.
     """
 
     elementwise: tuple[str, ...] = ()
     generators: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
+    rebuilt: bool = False
 
 
 def likely_causes(differences: Sequence[Difference], compared: Sequence[str], suspects: Suspects) -> list[str]:
@@ -151,6 +153,11 @@ def likely_causes(differences: Sequence[Difference], compared: Sequence[str], su
         suspects: What is known besides.
     """
     keys = {difference.quantity for difference in differences}
+    if suspects.rebuilt and "weights" in keys:
+        return [
+            "weights, gradients or optimizer state were changed outside of the optimizers' steps (through .data, where "
+            "no counter counts), or the optimizer keeps state where it is not seen"
+        ]
     causes = []
     if suspects.changed:
         causes.append(f"what was changed since the window was captured ({', '.join(suspects.changed)})")

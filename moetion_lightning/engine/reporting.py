@@ -9,6 +9,7 @@ from moetion_lightning.events import (
     CaptureFinished,
     Event,
     IterationFinished,
+    OperatorAudited,
     ProtectionChanged,
     ScheduleMade,
     WindowCommitted,
@@ -73,6 +74,9 @@ class Reporter:
             stalled, seconds = self._sums[0] + event.stall_seconds, self._sums[1] + event.seconds
             self._sums = stalled, seconds
             self.metrics["moetion/checkpoint_stall"] = stalled / seconds if seconds > 0 else 0.0
+        elif isinstance(event, OperatorAudited):
+            failures = self.metrics.get("moetion/audit_failures", 0.0)
+            self.metrics["moetion/audit_failures"] = failures + bool(event.difference)
         elif isinstance(event, ProtectionChanged):
             self.metrics["moetion/protected"] = float(event.protected)
         elif isinstance(event, WindowCommitted):
@@ -84,10 +88,12 @@ class Reporter:
         self.metrics["moetion/committed_step"] = float(event.last_iteration)
         now = time.monotonic()
         level = logging.INFO if now - self._last_line >= _SECONDS_BETWEEN_LINES else logging.DEBUG
+        first, last = event.first_iteration, event.last_iteration
         _log.log(
             level,
-            "committed window %d..%d: %.1f MB in %.1f s, training stalled %.1f ms",
-            event.first_iteration, event.last_iteration, event.nbytes / 1e6, event.seconds, 1e3 * self._stall,
+            "committed %s: %.1f MB in %.1f s, training stalled %.1f ms",
+            f"window {first}..{last}" if first < last else f"iteration {last}",
+            event.nbytes / 1e6, event.seconds, 1e3 * self._stall,
         )  # fmt: skip
         self._stall = 0.0
         if level == logging.INFO:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +22,9 @@ from moetion_lightning.core.reconstruct import CarriedSlot, SavedSlot
 from moetion_lightning.core.slot_contents import StoredTensors, TensorLoader, parameter_of
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.static_state import static_weight, write_static
-from moetion_lightning.errors import ForeignWindowError, StoreError
+from moetion_lightning.errors import ForeignWindowError, StateLostError, StoreError
+from moetion_lightning.gradient_log.gradients import GradientFiles
+from moetion_lightning.gradient_log.rebuild import Capture, LoggedCall, LoggedIteration
 from moetion_lightning.storage.format import Manifest, SnapshotLayout
 from moetion_lightning.storage.manifest import EncodedDict
 from moetion_lightning.storage.mapping import map_fd
@@ -79,8 +83,20 @@ class RestorePoint:
         self._run_state = None
 
     @property
+    def is_log(self) -> bool:
+        """Whether it is rebuilt from a gradient log: its run state is that of its last iteration."""
+        return self.manifest.policy == "gradient_log"
+
+    @property
+    def replays(self) -> int:
+        """Iterations that are done again until the state is whole."""
+        return 0 if self.is_log else self.num_slots - 1
+
+    @property
     def name(self) -> str:
         """What messages call it."""
+        if self.is_log:
+            return f"the restore point of iteration {self.manifest.iteration} that was found"
         return (
             f"the window of iterations {self.manifest.first_iteration}..{self.manifest.last_iteration} that was found"
         )
@@ -152,11 +168,63 @@ class RestorePoint:
         ]
         return tuple(sorted(found, key=lambda carried: carried.iteration))
 
+    def captures(self, known: Container[str] | None = None) -> tuple[Capture, ...]:
+        """Of a gradient log: the newest full capture of each slot, of all ranks; ``known`` as in :meth:`slots`."""
+        return tuple(
+            Capture(
+                iteration=slot["iteration"],
+                operators=tuple(self._of(part, known, (self._operators[id(part)][i] for i in slot["active"]))),
+                scalars={name: entry for name, entry in slot["scalars"].items() if self._is_ours(part, name)},
+                load=self._loader([(slot["file"], part, tier)]),
+            )
+            for part, tier in self._parts
+            for slot in part.slots
+        )
+
+    def logged(self) -> tuple[LoggedIteration, ...]:
+        """Of a gradient log: what each iteration behind the oldest capture consumed, in order."""
+        found: dict[int, list[LoggedCall]] = {}
+        for part, tier in self._parts:
+            forms = {name: (getattr(torch, d), tuple(shape)) for name, (d, shape) in part.extra["parameters"].items()}
+            slots = {slot["slot"]: [self._operators[id(part)][i] for i in slot["active"]] for slot in part.slots}
+            files = {
+                number: GradientFiles(forms, [op for slot in group for op in slots.get(slot, ())])
+                for number, group in enumerate(part.extra["groups"])
+            }
+            for entry in part.extra["log"]:
+                steps = load_tree(tier.local_path(part.file(entry["steps"])))
+                calls = [
+                    LoggedCall.from_tree(step, functools.partial(self._gradients, part, tier, files, names))
+                    for step, names in zip(steps, entry["gradients"])
+                ]
+                known = found.get(entry["iteration"])
+                if known is None:
+                    found[entry["iteration"]] = calls
+                elif len(known) == len(calls):
+                    found[entry["iteration"]] = list(map(_joined, known, calls))
+                else:
+                    ranks = ", ".join(map(str, sorted(self.ranks)))
+                    raise StateLostError(
+                        f"{self.name}: the ranks {ranks} logged other optimizer steps in iteration "
+                        f"{entry['iteration']}. Restore from another restore point."
+                    )
+        return tuple(LoggedIteration(iteration=i, calls=tuple(found[i])) for i in sorted(found))
+
+    def _gradients(
+        self, part: Manifest, tier: Tier, files: Mapping[int, GradientFiles], names: Mapping[str, str]
+    ) -> Iterator[tuple[Piece, Tensor | None]]:
+        for group, name in names.items():
+            tensors = map_file(tier.local_path(part.file(name)))
+            for piece, gradient in files[int(group)].read(tensors):
+                if self._is_ours(part, piece.parameter):
+                    yield piece, gradient
+
     def run_state(self) -> Any:
         """The run state of the window's first iteration; parameters in it are filled in from the snapshot."""
         assert self.manifest.rest is not None  # every window has one
         if self._run_state is None:  # adapter and engine each take their part of it
-            self._run_state = load_tree(self._path(self.manifest.rest), resolve=self._resolve)
+            stored = load_tree(self._path(self.manifest.rest), resolve=self._resolve)
+            self._run_state = stored["tree"] if self.is_log else stored
         return self._run_state
 
     def static(self) -> dict[str, Any]:
@@ -227,8 +295,11 @@ class RestorePoint:
     @functools.cached_property
     def _pieces(self) -> dict[str, list[tuple[str, Piece, TensorLoader]]]:
         """Where the pieces of each parameter are, as of the window's first iteration."""
-        first = self.slots()[0]
-        groups = [("w", first.active, first.load), ("c", first.frozen, first.load)]
+        if self.is_log:
+            groups = [("w", capture.operators, capture.load) for capture in self.captures()]
+        else:
+            first = self.slots()[0]
+            groups = [("w", first.active, first.load), ("c", first.frozen, first.load)]
         groups += [("w", carried.operators, carried.load) for carried in self.carried()]
         found: dict[str, list[tuple[str, Piece, TensorLoader]]] = {}
         for prefix, operators, load in groups:
@@ -287,6 +358,16 @@ def map_file(path: Path) -> dict[str, Tensor]:
         mapping = map_fd(handle.fileno(), os.fstat(handle.fileno()).st_size, shared=False)
     layout = SnapshotLayout.parse(memoryview(mapping).cast("B"), nbytes=len(mapping), path=path)
     return layout.views(torch.frombuffer(mapping, dtype=torch.uint8))
+
+
+def _joined(first: LoggedCall, second: LoggedCall) -> LoggedCall:
+    """One call of which two ranks logged a part each."""
+    return dataclasses.replace(
+        first,
+        strides={**first.strides, **second.strides},
+        others={**first.others, **second.others},
+        pieces=lambda: itertools.chain(first.pieces(), second.pieces()),
+    )
 
 
 def _shape(entry: Sequence[Any] | None) -> str:

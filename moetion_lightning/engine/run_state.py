@@ -24,6 +24,7 @@ from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.restore import PARAMETER_REFERENCE, RestorePoint
 from moetion_lightning.errors import ForeignWindowError
+from moetion_lightning.gradient_log.steps import set_groups
 
 __all__ = ["EngineState", "build_values", "capture_run_state"]
 
@@ -199,19 +200,25 @@ class EngineState:
         """
         write_buffers(live.module, self.tree["buffers"])
         _write_metrics(live, self.tree["metrics"])
-        for optimizer, groups, extra in zip(live.optimizers, self.tree["groups"], self.tree["optimizer_extra"]):
-            for group, saved in zip(optimizer.param_groups, groups):
-                for key in [k for k in group if k not in saved["settings"] and k not in _KEPT_KEYS]:
-                    if key not in getattr(optimizer, "defaults", {}):  # what another version has is left alone
-                        del group[key]
-                for key, value in saved["settings"].items():
-                    current = group.get(key)
-                    if isinstance(current, Tensor) and isinstance(value, Tensor):
-                        current.copy_(value)
-                    else:
-                        group[key] = value
-            write_attributes(optimizer, extra["described"], extra["tensors"], live.parameters)
+        self.apply_optimizers(live)
         live.refresh()  # tables that were empty in a new process are known now
+        self._apply_gradients(live)
+        missing = set_rng(self.tree["rng"], generators)
+        if missing:
+            _log.warning(
+                "the window holds the state of random number generators that are not there now: %s. Each gets it as "
+                "soon as it is found; numbers that it gives before that differ. Make it where its owner is made.",
+                ", ".join(missing),
+            )
+        return missing
+
+    def apply_optimizers(self, live: LiveState) -> None:
+        """Put back what optimizers keep that belongs to no single parameter: settings of groups, attributes."""
+        for optimizer, groups, extra in zip(live.optimizers, self.tree["groups"], self.tree["optimizer_extra"]):
+            set_groups(optimizer, [saved["settings"] for saved in groups])
+            write_attributes(optimizer, extra["described"], extra["tensors"], live.parameters)
+
+    def _apply_gradients(self, live: LiveState) -> None:
         gradients = self.tree["adapter"].get("gradients") if isinstance(self.tree["adapter"], Mapping) else None
         for name, parameter in live.parameters.items():
             saved_gradient = gradients.get(name) if gradients else None
@@ -221,14 +228,6 @@ class EngineState:
             elif saved_gradient is not None:
                 parameter.grad = torch.zeros_like(parameter)
                 local(parameter.grad).copy_(saved_gradient)
-        missing = set_rng(self.tree["rng"], generators)
-        if missing:
-            _log.warning(
-                "the window holds the state of random number generators that are not there now: %s. Each gets it as "
-                "soon as it is found; numbers that it gives before that differ. Make it where its owner is made.",
-                ", ".join(missing),
-            )
-        return missing
 
     def apply_order(self, live: LiveState) -> None:
         """The state is dense: put what optimizers keep by parameter into the order in which it was made."""

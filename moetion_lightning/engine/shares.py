@@ -64,6 +64,14 @@ class Shares:
             "of": {name: index[h] for name, h in self._holders.items() if h in index},
         }
 
+    def is_shared(self, operator: Operator) -> bool:
+        """Whether other ranks hold a copy of all of it."""
+        return all(len(self._holders.get(piece.parameter, ())) > 1 for piece in operator.pieces)
+
+    def with_copies(self, operator: Operator) -> set[int]:
+        """The ranks that hold a copy of all of it."""
+        return set.intersection(*(set(self._holders.get(piece.parameter, ())) for piece in operator.pieces))
+
     def copies(self) -> tuple[int, ...]:
         """Other ranks that hold a copy of all that this rank holds."""
         rank = self._ranks.control.rank
@@ -75,21 +83,21 @@ class Shares:
         nbytes = sizes.operator_bytes(operators, sizes.full)
         return xxhash.xxh3_64_hexdigest(repr([(op.name, nbytes[op.name]) for op in operators]).encode())
 
-    def settle(self, operators: Sequence[Operator], sizes: Sizes, digests: Sequence[str]) -> None:
+    def settle(self, operators: Sequence[Operator], sizes: Sizes, digest: str, *, uniform: bool) -> None:
         """Deal anew if any rank's operators changed.
 
         Args:
             operators: This rank's operators.
             sizes: Their sizes.
-            digests: Every rank's :meth:`digest`.
+            digest: Of every rank's :meth:`digest`, by rank.
+            uniform: Whether those are all equal.
         """
         if self._ranks.control.world_size == 1:
             self.mine = tuple(operators)
             return
-        joined = "/".join(digests)
-        if joined == self._digest:
+        if digest == self._digest:
             return
-        self._digest = joined
+        self._digest = digest
         rank, world = self._ranks.control.rank, self._ranks.control.world_size
         split = [part for op in operators for part in self._split(op)]
         nbytes = sizes.operator_bytes([op for op, _ in split], sizes.full)
@@ -98,7 +106,7 @@ class Shares:
         if self._method == "none":
             return
         alone = all(len(item.holders) == 1 for item in items)
-        same = len(set(digests)) == 1 and all(len(item.holders) == world for item in items)
+        same = uniform and all(len(item.holders) == world for item in items)
         # Where everything is equal on all ranks, or nothing is shared, there is nothing to tell each other.
         answers = self._ranks.control.all_gather("shares", [alone, [] if alone or same else _to_json(items)])
         if all(theirs_alone for theirs_alone, _ in answers):

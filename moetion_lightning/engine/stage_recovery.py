@@ -61,8 +61,11 @@ class Stages:
         self.failed = False
 
     def may_replay(self, policy: Policy) -> bool:
-        """Whether stages may be replayed alone: not after one that was not exact, and not from lossy windows."""
-        return policy.exact and not self.failed
+        """Whether stages may be replayed alone: not after one that was not exact, and not from lossy windows.
+
+        With a gradient log every rank rebuilds its part alone: nothing is replayed.
+        """
+        return policy.exact and policy.name != "gradient_log" and not self.failed
 
     def begin(self, iteration: int) -> None:
         """What passes the stages' boundaries from now on belongs to this iteration."""

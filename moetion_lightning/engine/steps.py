@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from moetion_lightning.core.digests import rng_digests
 from moetion_lightning.core.optimizer_parts import own_attributes
 from moetion_lightning.core.step_hooks import hook_steps
 
@@ -32,9 +33,12 @@ class StepWatcher:
     Args:
         optimizers: Raw optimizers, with those inside them.
         closure_first: For each, whether its ``step`` calls the closure before it changes anything.
+        enter: Called with the optimizer's index when its ``step`` is entered, before anything else.
         before: Called before each update, with the optimizer's index: nothing may be copying from the state any more.
             None in its place: the gradients are not there yet, a closure will make them.
-        done: Called after each update, also one that a scaler turned into nothing.
+        ready: Called with the optimizer's index when the gradients of an update are complete, before they are used; and
+            with what its closure gave, as a tuple of one, which is empty without a closure.
+        done: Called with the optimizer's index after each update, also one that a scaler turned into nothing.
         after: Called with the optimizer's index after each real step.
 
     Raises:
@@ -45,21 +49,28 @@ class StepWatcher:
         self,
         optimizers: Sequence[Optimizer],
         closure_first: Sequence[bool],
+        enter: Callable[[int], None],
         before: Callable[[int | None], None],
-        done: Callable[[], None],
+        ready: Callable[[int, tuple[Any, ...]], None],
+        done: Callable[[int], None],
         after: Callable[[int], None],
     ) -> None:
         self._closure_first = tuple(closure_first)
+        self._enter = enter
         self._before = before
+        self._ready = ready
         self._done = done
         self._after = after
         self.attempts = 0
         self.steps = [0] * len(optimizers)
         #: Optimizers that changed settings of their own in a step, counters apart.
         self.self_tuning: set[int] = set()
-        #: Most calls of one step's closure so far.
-        self.closure_calls = 0
+        #: Optimizers that drew random numbers in a step.
+        self.drawing: set[int] = set()
+        #: Most calls of one step's closure so far: of optimizers that begin with it, and of all.
+        self.closure_calls = self.most_closure_calls = 0
         self._settings: dict[int, dict[str, Any]] = {}
+        self._rng: dict[int, dict[str, str]] = {}
         self._counts = [0] * len(optimizers)
         self._optimizers = tuple(optimizers)
         self._handles: list[Any] = []
@@ -98,26 +109,39 @@ class StepWatcher:
             count = self._counts[index] = self._counts[index] + 1
             if count & (count - 1) == 0:  # an optimizer that tunes itself does so in its first steps, or begins late
                 self._settings[index] = _settings(optimizer)
+            self._enter(index)
             closure = _closure_of(args, kwargs)
-            if closure is not None and self._closure_first[index]:
-                return self._with_holding_closure(index, closure, args, kwargs)
-            self._before(index if closure is None else None)
-            return None
+            if closure is None:
+                self._before(index)
+                self._gradients_are_ready(index, ())
+                return None
+            if not self._closure_first[index]:
+                self._before(None)
+            return self._with_holding_closure(index, closure, args, kwargs)
 
         return hook
+
+    def _gradients_are_ready(self, index: int, result: tuple[Any, ...]) -> None:
+        if index in self._settings:  # one of the steps that are looked at closely
+            self._rng[index] = rng_digests()
+        self._ready(index, result)
 
     def _with_holding_closure(
         self, index: int, closure: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of ``step`` with a closure that waits at its end."""
+        """The arguments of ``step`` with a closure that tells when it ends."""
         calls = 0
 
         def holding() -> Any:
             nonlocal calls
             calls += 1
-            self.closure_calls = max(self.closure_calls, calls)
+            self.most_closure_calls = max(self.most_closure_calls, calls)
+            if self._closure_first[index]:
+                self.closure_calls = max(self.closure_calls, calls)
             result = closure()
-            self._before(index)
+            if self._closure_first[index]:
+                self._before(index)
+            self._gradients_are_ready(index, (result,))
             return result
 
         if "closure" in kwargs:
@@ -128,7 +152,10 @@ class StepWatcher:
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if self._inert:
                 return
-            self._done()
+            self._done(index)
+            rng = self._rng.pop(index, None)
+            if rng is not None and rng != rng_digests():
+                self.drawing.add(index)
             found_inf = getattr(optimizer, "found_inf", None)
             if isinstance(found_inf, Tensor) and bool(found_inf.item()):
                 return

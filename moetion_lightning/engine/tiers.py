@@ -11,17 +11,19 @@ from typing import TypeVar
 
 from moetion_lightning.config import EngineConfig, default_memory_dir, launched_run
 from moetion_lightning.core.window_memory import held_windows
+from moetion_lightning.distributed.node_windows import NodeWindows
 from moetion_lightning.distributed.restore_choice import Live, Rollback
 from moetion_lightning.distributed.stable_store import STORE_ERRORS
-from moetion_lightning.engine.group_restore import GroupRestore, LiveReport, Part
+from moetion_lightning.engine.group_restore import PROTECTED, GroupRestore, LiveReport
 from moetion_lightning.engine.journal import Journal, LivePoint
 from moetion_lightning.engine.peers import Peers
 from moetion_lightning.engine.persist import Persister
 from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.engine.termination import TerminationWatch
+from moetion_lightning.engine.window_reading import Part
 from moetion_lightning.errors import HostMemoryError, JobBusyError, MoEtionError, OwnerLostError
-from moetion_lightning.events import EventBus, Notice, RestoreStarted
+from moetion_lightning.events import CopiesChanged, EventBus, Notice, RestoreStarted
 from moetion_lightning.storage.choice import Accept, Refusal, choose_window
 from moetion_lightning.storage.disk import DirectoryTier
 from moetion_lightning.storage.format import Manifest
@@ -75,8 +77,12 @@ class Tiers:
         #: Whether the course of training that was restored had come to its end.
         self.trained = False
         self.peers: Peers | None = None
+        self._others: NodeWindows | None = None  # what dead processes left on this node, to end with the run
+        self._uncopied: Sequence[tuple[int, int]] = ()
         self._persister: Persister | None = None
+        self._is_noted = False  # that all ranks had a window
         self._termination: TerminationWatch | None = None
+        self._drained_by: float | None = None  # on the monotonic clock
         self._opened = False
         self._accept: Accept | None = None
         self._fresh = False
@@ -99,7 +105,8 @@ class Tiers:
             replay_stages: Whether stages of a pipeline may be replayed alone.
             accept: Says why a window is not wanted. Those that are not are set aside, if another one is restored or
                 training begins anew; :attr:`refused` has them.
-            fresh: Restore none; only make sure that there are not some that nobody can read.
+            fresh: Restore none; only make sure that there are not some that nobody can read. Else the run is known not
+                to be complete, whatever single processes of it have noted.
         """
         # A process whose place this one takes may take a while to die.
         self.host.open(wait_seconds=_ALONE_SECONDS if self._ranks.alone else _REPLACED_SECONDS)
@@ -120,6 +127,9 @@ class Tiers:
         if self.disk is not None and self._persister is None:
             self.disk.open()
             self._persister = Persister(self.host, self.disk, self._bus, self._config.persist_every_n_windows)
+        if not self._fresh:
+            for tier in self._tiers():
+                tier.mark_uncompleted()
         if not self._ranks.alone:
             if self.peers is None:
                 self.peers = Peers(self._config, self._ranks, self.host, self._bus)
@@ -141,14 +151,14 @@ class Tiers:
         assert self.peers is not None
         if self._persister is not None:
             self._persister.forget()
+        is_fresh = first and self._fresh and not self._ranks.replaced
+        if first and not is_fresh:
+            self._prepare_together()  # before any rank looks
         self.peers.open()
         if self.journal is None and self._ranks.elastic:
-            self.journal = Journal(self.peers.service.store.keep_note, self.peers.service.store.own_note)
-        is_fresh = first and self._fresh and not self._ranks.replaced
+            self.journal = Journal(self.host.keep_note, self.host.note)
         if is_fresh and self._config.resume == "never":
             return None
-        if first and not is_fresh:
-            self._prepare_together()
         restore = GroupRestore(
             self._ranks, self.peers, self.host, self._usable_disk(),
             accept=self._accept if first else None,  # what this process has captured since is its own
@@ -172,8 +182,6 @@ class Tiers:
         self.origin = "live state" if choice.sources[self.host.rank] is None else "live state of a replica"
         if window is not None:
             self.origin = f"stage replayed from its neighbours' logs, from a window in {origin}"
-        for newest in self.host.windows()[:1]:  # the peers may be others now
-            self.offer_again(self.host.read_manifest(newest))
         return LivePoint(
             boundary=next(b for b in mine.boundaries if b.serial == choice.iteration),
             sources=choice.sources,
@@ -290,12 +298,16 @@ class Tiers:
         if not (self.trained or self.left):  # else it did not end the process
             self._count_restore(manifest)
         age = max(0.0, time.time() - manifest.created_at)
+        what = f"the window of iterations {manifest.first_iteration}..{manifest.last_iteration}"
+        then = f"restoring iteration {manifest.first_iteration}, then replaying {point.replays} iterations"
+        if point.is_log:
+            what = f"the restore point of iteration {manifest.iteration}"
+            count = len(manifest.extra["log"])
+            then = f"rebuilding its state from captures and the gradients of {count} iteration{'s'[: count != 1]}"
         _log.log(
             logging.INFO if manifest.rank == 0 else logging.DEBUG,
-            "found the window of iterations %d..%d of job %s in %s (%s, %s old, checksums verified): "
-            "restoring iteration %d, then replaying %d iterations to rebuild the dense state",
-            manifest.first_iteration, manifest.last_iteration, manifest.job, self.origin, bytes_text(point.nbytes),
-            age_text(age), manifest.first_iteration, len(manifest.slots) - 1,
+            "found %s of job %s in %s (%s, %s old, checksums verified): %s",
+            what, manifest.job, self.origin, bytes_text(point.nbytes), age_text(age), then,
         )  # fmt: skip
         self._bus.emit(
             RestoreStarted(
@@ -347,9 +359,12 @@ class Tiers:
         """
         self._close_point()
         if self.peers is not None:
-            self.peers.service.store.forget()
+            self.peers.begin_anew()
         if self.journal is not None:
             self.journal.forget()
+        if not self._ranks.alone:
+            self._is_noted = False
+            self.host.keep_note(PROTECTED, b"")
         for tier in self._tiers():
             windows = tier.windows()
             if tier.set_aside():
@@ -360,19 +375,33 @@ class Tiers:
                 )  # fmt: skip
 
     def training_begins(self) -> None:
-        """The training thread is about to take its first step."""
+        """The training thread is about to take its first step, or its first one after a loss."""
+        if self.peers is not None:
+            self.peers.follow()
         if self._persister is not None and self._termination is None:
             self._termination = TerminationWatch(self._persist_before_the_end)
             if not self._termination.install():
                 _log.info("SIGTERM cannot be watched here: the last windows may not be on storage after it")
+
+    def drain(self) -> None:
+        """The process is told to end: closing brings what is committed to storage, within ``grace_seconds``."""
+        if self._drained_by is None:
+            self._drained_by = time.monotonic() + self._config.grace_seconds
+
+    def _grace(self) -> float | None:
+        """Seconds that are left to bring state away; None: as long as it takes."""
+        return None if self._drained_by is None else max(0.0, self._drained_by - time.monotonic())
 
     def _persist_before_the_end(self) -> None:
         """SIGTERM (a thread of its own)."""
         assert self._persister is not None
         assert self.disk is not None
         started, persister = time.perf_counter(), self._persister
+        self.drain()
         persister.persist_all()
-        persister.wait()
+        if not persister.wait(self._grace()):
+            _log.error("SIGTERM: storage was not ready within %.0f s (grace_seconds)", self._config.grace_seconds)
+            return
         with contextlib.suppress(MoEtionError):
             newest = self.disk.windows()[:1]
             _log.warning(
@@ -384,17 +413,12 @@ class Tiers:
         """A window was committed in host memory (capture thread)."""
         if manifest.finite:
             self.host.forget_aside()
-        if self.peers is not None:
-            self.peers.offer(manifest)
-            if self._persister is not None:
+        is_due = manifest.extra.get("round_begins", True)  # of a gradient log every iteration is committed
+        if self._persister is not None and is_due:
+            if self.peers is not None:
                 self._persister.count()
-        elif self._persister is not None:
-            self._persister.offer(manifest)
-
-    def offer_again(self, manifest: Manifest | None) -> None:
-        """This window is the newest one again (a predecessor's, restored): make sure that the peers have it."""
-        if self.peers is not None and manifest is not None:
-            self.peers.offer(manifest)
+            else:
+                self._persister.offer(manifest)
 
     def committed(self, newest: Manifest | None) -> list[int]:
         """Last iterations of the windows that are committed here.
@@ -405,11 +429,17 @@ class Tiers:
         return [] if newest is None else [it for it in self.host.windows() if it <= newest.last_iteration]
 
     def held(self, newest: Manifest | None) -> list[int]:
-        """Those of :meth:`committed` that are copied to the peers as well: older ones are kept until the newest is."""
-        committed = self.committed(newest)
-        if newest is None or self.peers is None or self.peers.holding(newest.last_iteration):
-            return committed
-        return [it for it in committed if it < newest.last_iteration]
+        """Those of :meth:`committed` of which all copies are here that this rank keeps of others, if they can be made.
+
+        Older ones stay until all ranks have a newer one of these.
+        """
+        copies = [] if self.peers is None else self.peers.copies.held().values()
+        return [it for it in self.committed(newest) if all(kept is None or it in kept for kept in copies)]
+
+    def uncopied(self) -> list[tuple[int, int]]:
+        """Ranks whose windows cannot be copied here now, each with this rank."""
+        copies = {} if self.peers is None else self.peers.copies.held()
+        return [(owner, self.host.rank) for owner, kept in copies.items() if kept is None]
 
     def wants_to_persist(self) -> bool | None:
         """Whether the next window that all ranks have is to be persisted; None while one is on its way."""
@@ -417,23 +447,47 @@ class Tiers:
             return None
         return self._persister.is_due
 
-    def agreed(self, newest: int, *, persist: bool) -> None:
+    def agreed(self, newest: int, *, persist: bool, uncopied: Sequence[tuple[int, int]] = ()) -> None:
         """All ranks have a window, and persist it or not: the windows on storage are of the same iterations.
 
         Args:
             newest: Last iteration of the newest window that all ranks have.
             persist: Whether it is time to persist it.
+            uncopied: Ranks whose windows cannot be copied now, and the ranks that were to keep the copies.
         """
-        if self.peers is not None:
-            self.peers.drop_others()
+        self._tell_of_copies(uncopied)
         if newest >= 0:
+            if self.peers is not None:
+                self.peers.settle()
             self._ranks.note_window(self.host.job, newest)
+            if not self._is_noted and not self._ranks.alone:
+                self._is_noted = True
+                self.host.keep_note(PROTECTED, b"1")
         if not persist or self._persister is None:
             return
         if len(set(self._ranks.agree("persisted", self._persister.base_iteration))) > 1:
             self._persister.forget()  # one failed, or is new: all write all experts
         if newest in self.host.windows():
             self._persister.persist(self.host.read_manifest(newest))
+
+    def _tell_of_copies(self, uncopied: Sequence[tuple[int, int]]) -> None:
+        """Say once that windows are not safe from the loss of a node, and once that they are again."""
+        if uncopied == self._uncopied:
+            return
+        self._uncopied = uncopied
+        self._bus.emit(CopiesChanged(missing=len(uncopied)))
+        if self.host.rank != 0:
+            return
+        message = "the windows of all ranks are copied to other nodes again"
+        if uncopied:
+            pairs = ", ".join(f"of rank {owner} to rank {holder}" for owner, holder in uncopied[:4])
+            more = f" and {len(uncopied) - 4} more" if len(uncopied) > 4 else ""
+            message = (
+                f"no copies of windows can be made {pairs}{more}. Training goes on, and windows too, but the loss of a "
+                "node whose windows are not copied would end the job. See the log of the ranks that keep the copies"
+            )
+        _log.warning(message)
+        self._bus.emit(Notice(message=message))
 
     def window_capacity(self, shared_bytes: int = 0) -> int:
         """Bytes that one window may take, with as many windows as exist at the same time.
@@ -442,6 +496,22 @@ class Tiers:
             shared_bytes: Of what they have in common (parameters that do not train), stored once.
         """
         return (self._room() - shared_bytes) // self._num_windows
+
+    def check_log_capacity(self, log_bytes: int) -> None:
+        """The same for a gradient log, and the copies of those of other ranks.
+
+        Raises:
+            HostMemoryError: With the numbers and the remedy.
+        """
+        copies = 1 + (len(self.peers.holds) if self.peers is not None else 0)
+        needed, room = copies * log_bytes, self._room()
+        if needed > room:
+            raise HostMemoryError(
+                f"host memory at {self.host.base_dir} has {bytes_text(room)} for this job; a gradient log needs "
+                f"{bytes_text(needed)} at most. Use a smaller window=, a larger /dev/shm (docker: --shm-size), another "
+                "memory_dir=, or SparseExpertCheckpoint, which needs less."
+                f"{self._reserve_text()}{self.host.who_holds_memory()}"
+            )
 
     def check_capacity(self, window_bytes: int, shared_bytes: int = 0) -> None:
         """Whether host memory can hold the windows that exist at the same time.
@@ -462,6 +532,32 @@ class Tiers:
                 "Use a smaller window, a larger /dev/shm (docker: --shm-size), or another memory_dir=."
                 f"{self._reserve_text()}{self.host.who_holds_memory()}"
             )
+
+    def check_restore_capacity(self, window_bytes: int, num_shares: int) -> str:
+        """What would not fit when another node takes the place of this one.
+
+        It holds the windows of all ranks whose state its ranks restore, each once, until all have newer ones.
+
+        Args:
+            window_bytes: Of each window.
+            num_shares: Ranks whose windows this rank restores.
+
+        Returns:
+            A warning, "" if it fits.
+        """
+        if self.peers is None or self.peers.num_nodes == 1:
+            return ""
+        local = self._ranks.local_size
+        needed = window_bytes * (2 * local + max(0, num_shares - local))  # its own, those being captured, the others'
+        room = local * self._room()
+        if needed <= room:
+            return ""
+        return (
+            f"the ranks of this node restore the windows of {num_shares} ranks together: a node with empty memory that "
+            f"takes its place needs {bytes_text(needed)} at {self.host.base_dir} until all have captured again, and "
+            f"there are {bytes_text(room)}. Give it more (/dev/shm, memory_dir=), or let persist_dir= be storage that "
+            "all nodes read."
+        )
 
     def _reserve_text(self) -> str:
         reserve = reserve_bytes_at(self.host.base_dir)
@@ -486,19 +582,34 @@ class Tiers:
         self._close_point()
         self._let_go(trained=trained)
 
-    def complete(self) -> None:
-        """After ``close(trained=True)``: the process ends well now. Windows that are of another process by now stay."""
-        with contextlib.suppress(*STORE_ERRORS):  # a run that is complete needs no store any more
-            self._ranks.note_window(self.host.job, None)
+    def complete(self, *, all_ranks: bool = True) -> None:
+        """After ``close(trained=True)``: the process ends well now. Windows that are of another process by now stay.
+
+        Args:
+            all_ranks: Whether every rank of the job has come to its good end. While one may still fail, and all be
+                started again, windows are kept.
+        """
+        if all_ranks:
+            with contextlib.suppress(*STORE_ERRORS):  # a run that is complete needs no store any more
+                self._ranks.note_window(self.host.job, None)  # first: nobody shall miss what is removed
         with contextlib.suppress(JobBusyError):  # the job was started again: it is that process's
             if self.host.is_of_this_process():
-                self.host.open().mark_completed()
-            replicas = self.host.path.parent.glob(f"replica-*-at-{self.host.rank:05d}")
-            for path in replicas:
-                remove_if_ours(path)
+                with self.host:
+                    if all_ranks:
+                        self.host.destroy()
+                    else:
+                        self.host.mark_completed()
+            if all_ranks:
+                self._remove_copies()
         if self.disk is not None and self.disk.is_of_this_process():
             self._note_end(completed=True)
             self.disk.close()
+
+    def _remove_copies(self) -> None:
+        for path in self.host.path.parent.glob(f"replica-*-at-{self.host.rank:05d}"):
+            remove_if_ours(path)
+        if self._others is not None:
+            self._others.remove_others()
 
     def _note_end(self, *, completed: bool) -> None:
         """Note on storage that training, or the process, came to its end; not if the place is another process's now."""
@@ -514,7 +625,9 @@ class Tiers:
     def _let_go(self, *, trained: bool) -> None:
         try:
             if self._persister is not None:
-                self._persister.close()
+                if self._drained_by is not None:
+                    self._persister.persist_all()  # what was committed since the signal, too
+                self._persister.close(self._grace())
                 if self._termination is not None:
                     self._termination.remove()
                     self._termination = None
@@ -526,7 +639,8 @@ class Tiers:
                 self.journal.close()
                 self.journal = None
             if self.peers is not None:
-                self.peers.close(completed=False)
+                self._others = self.peers.windows if self.peers.stands_for_node else None
+                self.peers.close()
                 self.peers = None
             if trained and self._opened:
                 self.host.mark_trained()

@@ -28,7 +28,9 @@ _CANDIDATES = 32
 _ELEMENTS = 32  # of each tensor
 
 
-def choose_whole(live: LiveState, slots: Sequence[SlotPlan], slot: int) -> tuple[Operator, ...]:
+def choose_whole(
+    live: LiveState, slots: Sequence[SlotPlan], slot: int, turn: int | None = None
+) -> tuple[Operator, ...]:
     """Operators to look at after a slot's iteration: some of those that were captured in full before it.
 
     Every optimizer and every kind of operator is among them if there is room, and others in each slot.
@@ -37,9 +39,10 @@ def choose_whole(live: LiveState, slots: Sequence[SlotPlan], slot: int) -> tuple
         live: The live state.
         slots: The window's plan.
         slot: Which slot.
+        turn: Others are chosen in each; None: in each slot.
     """
     groups: dict[object, list[Operator]] = {}
-    for op in _candidates(slots[:slot], slot):
+    for op in _candidates(slots[:slot], slot if turn is None else turn):
         groups.setdefault((live.owners.get(op.pieces[0].parameter), op.kind), []).append(op)
     chosen: list[Operator] = []
     for turn in range(_OPERATORS):
@@ -51,9 +54,9 @@ def _candidates(slots: Sequence[SlotPlan], offset: int) -> Iterator[Operator]:
     """A few operators of each slot: the training thread asks, and a model may have thousands."""
     each = max(1, _CANDIDATES // max(1, len(slots)))
     for plan in slots[-_CANDIDATES:]:
-        count = len(plan.active)
+        count = len(plan.active) or 1
         for index in dict.fromkeys((offset + turn * count // each) % count for turn in range(min(each, count))):
-            yield plan.active[index]
+            yield from plan.active[index : index + 1]
 
 
 def piece_at(op: Operator, iteration: int) -> Piece:

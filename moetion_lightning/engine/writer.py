@@ -5,23 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from moetion_lightning.capture.copies import copy_tensors
-from moetion_lightning.capture.fence import DeviceFence
 from moetion_lightning.capture.plan import CompiledSlot, SlotSources
-from moetion_lightning.capture.thread import CaptureThread
-from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import SlotPlan, WindowPlan
-from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.finiteness import TENSORS, record_is_finite, weights_are_finite
 from moetion_lightning.engine.replay_record import BatchToCome
-from moetion_lightning.engine.static_state import StaticLook
+from moetion_lightning.engine.slot_files import OperatorTable, SlotFiles, StaticCopy, StaticPart, WindowHeader
 from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole, piece_at
 from moetion_lightning.events import (
     CaptureFinished,
@@ -32,12 +25,11 @@ from moetion_lightning.events import (
     SlotSealed,
     WindowCommitted,
 )
-from moetion_lightning.storage.format import FileRecord, Manifest, SnapshotLayout
-from moetion_lightning.storage.host_memory import HostBuffer, HostMemoryTier
-from moetion_lightning.storage.manifest import EncodedList
+from moetion_lightning.storage.format import FileRecord, Manifest
+from moetion_lightning.storage.host_memory import HostBuffer
 from moetion_lightning.storage.tree import FlatTree
 
-__all__ = ["BASELESS", "TORN", "OpenWindow", "StaticPart", "WindowHeader", "WindowWriter"]
+__all__ = ["BASELESS", "TORN", "OpenWindow", "WindowWriter"]
 
 
 _log = logging.getLogger(__name__)
@@ -45,38 +37,6 @@ _log = logging.getLogger(__name__)
 TORN = "weights were changed between an iteration's end and the next optimizer step"
 #: Why a window is given up whose parameters that do not train were to be those of the window before it.
 BASELESS = "the window on which it builds was given up"
-
-
-@dataclass(frozen=True, kw_only=True)
-class WindowHeader:
-    """What a manifest says besides its slots.
-
-    Args:
-        policy: Name of the policy.
-        parameters: Table of all parameters.
-        fingerprint: Digest of the model.
-        extra: Engine state as JSON.
-    """
-
-    policy: str
-    parameters: dict[str, Any]
-    fingerprint: str
-    extra: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StaticPart:
-    """Parameters that do not train: live tensors, copied with the window's first slot.
-
-    Args:
-        tree: What to store.
-        digest: Of what they were when the window began.
-        look: Looks at what they are when the copies that are queued have run.
-    """
-
-    tree: FlatTree
-    digest: str
-    look: Callable[[DeviceFence], StaticLook]
 
 
 @dataclass
@@ -140,10 +100,7 @@ class WindowWriter:
     Everything but :meth:`capture` and :meth:`abandon` runs on the capture thread.
 
     Args:
-        tier: Where windows are written.
-        thread: The capture thread.
-        live: The live state.
-        compute_dtype: Dtype that the forward consumes, by parameter (may grow while training).
+        files: Makes the files.
         bus: Gets the events.
         pace: Learns the bandwidth.
         on_commit: Called with each committed manifest, on the capture thread.
@@ -152,10 +109,7 @@ class WindowWriter:
 
     def __init__(
         self,
-        tier: HostMemoryTier,
-        thread: CaptureThread,
-        live: LiveState,
-        compute_dtype: Mapping[str, torch.dtype],
+        files: SlotFiles,
         bus: EventBus,
         pace: Pace,
         on_commit: Callable[[Manifest], None],
@@ -163,17 +117,12 @@ class WindowWriter:
         keeps_older: bool = False,
     ) -> None:
         self._keeps_older = keeps_older
-        self._tier = tier
-        self._thread = thread
-        self._live = live
-        self._compute_dtype = compute_dtype
+        self._files = files
+        self._tier, self._thread, self._live = files.tier, files.thread, files.live
         self._bus = bus
         self._pace = pace
         self._on_commit = on_commit
-        self._compiled: dict[int, tuple[SlotPlan, CompiledSlot]] = {}
-        self._table = _OperatorTable()
-        self._names: dict[int, tuple[SlotPlan, tuple[str, ...]]] = {}
-        self._serial = 0
+        self._table = OperatorTable()
         self._newest: Manifest | None = None
         self._static_digest = ""  # of what the newest window holds; unknown for a predecessor's
         self._said_not_finite = False
@@ -233,80 +182,12 @@ class WindowWriter:
 
     # --- capture thread ------------------------------------------------------------------------------------------
 
-    def compiled(self, slot: int, plan: SlotPlan) -> tuple[CompiledSlot, SlotSources]:
-        """What a slot captures, compiled again if the plan or the form of the state has changed.
-
-        Raises:
-            UnsupportedStateError: An optimizer keeps something that cannot be captured.
-        """
-        known = self._compiled.get(slot)
-        if known is not None and _same(known[0], plan):
-            sources = known[1].resolve(self._compute_dtype)
-            if sources is not None:
-                return known[1], sources
-        self._live.forms += 1
-        compiled = CompiledSlot(self._live, plan.active, plan.frozen, self._compute_dtype, self._thread.fence)
-        self._compiled[slot] = (plan, compiled)
-        return compiled, compiled.sources()
-
-    def names(self, slot: int, plan: SlotPlan) -> tuple[str, ...]:
-        """Training thread: the parameters of a slot."""
-        known = self._names.get(slot)
-        if known is None or not _same(known[0], plan):
-            pieces = (piece.parameter for op in (*plan.active, *plan.frozen) for piece in op.pieces)
-            known = self._names[slot] = (plan, tuple(dict.fromkeys(pieces)))
-        return known[1]
-
-    def uid(self, iteration: int, what: str) -> str:
-        """A file name that this job has never used."""
-        self._serial += 1
-        return f"{iteration:012d}-{what}-{time.time_ns():x}-{self._serial}"
-
-    def acquire(self, iteration: int, slot: int, nbytes: int) -> HostBuffer:
-        """A buffer for a slot; pinned if the state lives on a device."""
-        buffer = self._tier.acquire(self.uid(iteration, f"slot{slot:04d}"), nbytes)
-        if self._thread.fence.enabled and not buffer.is_pinned:
-            unpin = self._thread.fence.pin(buffer.tensor)
-            if unpin is not None:
-                buffer.pinned(unpin)
-        return buffer
-
-    def copy_static(self, window: OpenWindow) -> _StaticCopy | None:
-        """Copy what does not train, if the window before does not hold it as it is."""
-        if window.static is None:
-            return None
-        tree, fence = window.static.tree, self._thread.fence
-        layout = tree.layout
-        buffer = self._tier.acquire(self.uid(window.first_iteration, "static"), layout.nbytes)
-        try:
-            targets = tree.write_structure(buffer.tensor, layout)
-            named = tree.named_tensors()
-            copy_tensors([targets[name] for name in named], list(named.values()), fence)
-            look = window.static.look(fence)
-        except BaseException:
-            fence.settle()
-            self._tier.release(buffer)
-            raise
-        return _StaticCopy(buffer, layout, look)
-
     def take_static_of_newest(self, window: OpenWindow) -> None:
         """The newest window has what does not train, unless the one between the two was given up meanwhile."""
         if self._newest is None or window.static_digest != self._static_digest:
             window.broken = BASELESS
         elif self._newest.static is not None:
             window.static_record = self._newest.file(self._newest.static)
-
-    def write_rest(self, window: OpenWindow) -> FileRecord:
-        """Write what is no operator, straight into its place."""
-        assert window.rest is not None
-        layout = window.rest.layout
-        buffer = self._tier.acquire(self.uid(window.first_iteration, "rest"), layout.nbytes)
-        try:
-            window.rest.write_into(buffer.tensor, layout)
-            return self._tier.seal(buffer)
-        except BaseException:
-            self._tier.release(buffer)
-            raise
 
     def commit(self, window: OpenWindow, iteration: int, following: dict[str, Any]) -> None:
         """Write the manifest of a complete window, then drop the windows before it.
@@ -343,6 +224,7 @@ class WindowWriter:
             extra={
                 **window.header.extra,
                 "parameters": window.header.parameters,
+                "layout": window.header.layout,
                 "carried": carried,
                 "first_captured_at": window.captured_at,
                 "next": following,
@@ -407,49 +289,6 @@ class WindowWriter:
         return result
 
 
-def _same(first: SlotPlan, second: SlotPlan) -> bool:
-    """Whether two plans of a slot are of the same schedule."""
-    return first is second or (first.active is second.active and first.frozen is second.frozen)
-
-
-class _OperatorTable:
-    """The operators of a window as JSON, and their numbers in it: the same as long as the schedule is."""
-
-    def __init__(self) -> None:
-        self._groups: list[tuple[Operator, ...]] = []
-        self._operators = EncodedList([])
-        self._index: dict[str, int] = {}
-        self._numbers: dict[int, tuple[tuple[Operator, ...], EncodedList]] = {}
-
-    def of(self, plan: WindowPlan) -> tuple[EncodedList, dict[str, int]]:
-        """All operators, and their numbers by name."""
-        groups = [*(slot.active for slot in plan.slots), plan.carried]
-        if len(groups) != len(self._groups) or any(new is not old for new, old in zip(groups, self._groups)):
-            operators = [op for group in groups for op in group]
-            self._groups = groups
-            self._operators = EncodedList(op.to_json() for op in operators)
-            self._index = {op.name: number for number, op in enumerate(operators)}
-            self._numbers = {}
-        return self._operators, self._index
-
-    def numbers(self, operators: tuple[Operator, ...]) -> EncodedList:
-        """The numbers of some of them."""
-        known = self._numbers.get(id(operators))
-        if known is None or known[0] is not operators:
-            known = (operators, EncodedList(self._index[op.name] for op in operators))
-            self._numbers[id(operators)] = known
-        return known[1]
-
-
-@dataclass(frozen=True)
-class _StaticCopy:
-    """Copies of what does not train, and what it looked like behind them."""
-
-    buffer: HostBuffer
-    layout: SnapshotLayout
-    look: StaticLook
-
-
 class _SlotJob:
     """One slot on its way into a file."""
 
@@ -472,9 +311,9 @@ class _SlotJob:
         self._compiled: CompiledSlot | None = None
         self._checked = threading.Event()
         self._sources: SlotSources | None = None  # kept until the copies have arrived: they read from it
-        self._static: _StaticCopy | None = None
+        self._static: StaticCopy | None = None
         # Taken on the training thread, at the iteration's end: copies that began late see later changes, too.
-        self._names = writer.names(slot, plan)
+        self._names = writer._files.names(slot, plan)
         self._versions = writer._live.versions(self._names, iteration)
         self._whole = choose_whole(writer._live, window.plan.slots, slot)
         self._whole_versions = self._versions_of_whole()
@@ -487,13 +326,15 @@ class _SlotJob:
             return
         bus, num_slots = writer._bus, len(window.plan.slots)
         bus.emit(CaptureStarted(iteration=self._iteration, slot=self._slot, num_slots=num_slots))
-        self._compiled, self._sources = writer.compiled(self._slot, self._plan)
-        buffer = self._buffer = writer.acquire(self._iteration, self._slot, self._compiled.layout.nbytes)
+        self._compiled, self._sources = writer._files.compiled(self._slot, self._plan)
+        buffer = self._buffer = writer._files.acquire(
+            self._iteration, f"slot{self._slot:04d}", self._compiled.layout.nbytes
+        )
         self._compiled.copy(self._sources, buffer)
         self._samples = OperatorSamples(writer._live, self._whole, self._iteration, writer._thread.fence)
         self._look()
-        if self._slot == 0:
-            self._static = writer.copy_static(window)
+        if self._slot == 0 and window.static is not None:
+            self._static = writer._files.copy_static(window.first_iteration, window.static)
 
     def check(self) -> None:
         """Training thread, before the next update: copies that are queued may have run after a change by user code."""
@@ -570,7 +411,8 @@ class _SlotJob:
             }
         )
         if self._slot == 0:
-            window.rest_record = writer.write_rest(window)
+            assert window.rest is not None
+            window.rest_record = writer._files.write_tree(window.first_iteration, "rest", window.rest)
             if self._static is not None:
                 window.static_record = writer._tier.seal(self._static.buffer, self._static.layout)
                 self._static = None

@@ -17,11 +17,14 @@ from moetion_lightning.integrations._loaders import Followed, follow
 from moetion_lightning.integrations._parts import unwrap_optimizer
 from moetion_lightning.integrations.accelerate import AcceleratedLoop
 from moetion_lightning.integrations.loop import Position
+from moetion_lightning.session import SessionSettings
 from moetion_lightning.session.beginning import Beginning
+from moetion_lightning.session.skipped_batches import refuse_skipping
 
 __all__ = ["AutomaticLoop"]
 
 _log = logging.getLogger(__name__)
+_WHERE = "a loop over a prepared dataloader, in a script without attach(accelerator)"
 _AT_ONCE = (
     "the script iterates several prepared dataloaders at once, as in zip(a, b) or with next(iterator) in a loop, and "
     "makes optimizer steps: a restart could not continue all of them. Write `run = moetion_lightning.attach("
@@ -67,6 +70,7 @@ class AutomaticLoop(AcceleratedLoop):
         self._making: Any = None
         self._why_not = ""
         self._ended = False
+        refuse_skipping(SessionSettings.read(settings, _WHERE).config, _WHERE)
         super().__init__(accelerator, settings)
         self._stop_warning()
         self._put_aside()

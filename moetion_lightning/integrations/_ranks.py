@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from moetion_lightning.config import launched_devices, launched_process
+from moetion_lightning.config import launched_process
 from moetion_lightning.distributed.control import default_control, default_world
 from moetion_lightning.distributed.layout import holders, row_offset
+from moetion_lightning.distributed.messages import sum_over_ranks
 from moetion_lightning.engine import RankLayout, Ranks
 from moetion_lightning.errors import ConfigurationError
 
@@ -50,6 +51,4 @@ def make_ranks(
             offsets={name: offset for name, offset in offsets.items() if offset is not None},
         )
 
-    devices = launched_devices()
-    # Without a launcher's word: as if all ranks shared this node's memory, so that it is never promised twice.
-    return Ranks(default_control(), layout, local_size=world_size if devices is None else devices[0])
+    return Ranks(default_control(), layout, sum_counts=sum_over_ranks)

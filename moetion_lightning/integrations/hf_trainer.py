@@ -21,6 +21,7 @@ from moetion_lightning.integrations._trainer_loop import TrainerLoop, step_of
 from moetion_lightning.integrations._trainer_weights import restore_left_out
 from moetion_lightning.session import SessionSettings
 from moetion_lightning.session.beginning import Beginning, of_checkpoint, of_datasets, plain
+from moetion_lightning.session.skipped_batches import refuse_skipping
 
 __all__ = ["MoEtionTrainerCallback"]
 
@@ -65,6 +66,7 @@ class MoEtionTrainerCallback(TrainerCallback):
 
     def __init__(self, **settings: Any) -> None:
         self._settings = SessionSettings.read(settings, _WHERE)
+        refuse_skipping(self._settings.config, _WHERE)
         self._session: _Session | None = None
         _let_trainers_look()
 

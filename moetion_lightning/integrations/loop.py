@@ -308,6 +308,7 @@ class GuidedLoop:
         self._follow(loaders)
         if not self._run.begun:
             self._position.others = OtherLoaders(self._where, self._find_others(loaders))
+            self._run.skipped.where = self._next_step
             self._run.begin_loop(self._position, autocast=self._autocast(), step=self._position.step)
         if self._in_epochs:
             yield from self._one_epoch()
@@ -318,6 +319,9 @@ class GuidedLoop:
                     loader.begin_epoch(self.epoch)
             yield from self._one_epoch()
             self._finish_epoch()
+
+    def _next_step(self) -> int:
+        return self._position.step
 
     def _follow(self, loaders: Sequence[Any]) -> None:
         """The same loaders keep their position from epoch to epoch (workers may live on)."""
@@ -348,6 +352,9 @@ class GuidedLoop:
                     return
                 batches.append(batch)
             step, position.step = position.step, position.step + 1
+            if self._run.skipped.is_left_out(step):
+                self._run.skipped.note(step)
+                continue
             batch = tuple(batches) if len(batches) > 1 else batches[0]
             self._run.drew(batch, position.loaders)
             yield step, batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -24,6 +25,7 @@ from moetion_lightning.config import (
     job_id_from_environment,
     notebook_name,
 )
+from moetion_lightning.distributed.node_windows import NodeWindows
 from moetion_lightning.engine import Engine, LivePoint, Ranks, RestorePoint
 from moetion_lightning.errors import ForeignWindowError, MoEtionError
 from moetion_lightning.session.beginning import Beginning, Difference, adopt, differences, later, merged
@@ -50,6 +52,7 @@ __all__ = ["Fit", "base_job"]
 _log = logging.getLogger(__name__)
 _SWEEPERS = ("optuna", "ray.tune", "hyperopt", "nevergrad", "ax.service", "skopt")
 _KERNEL = "ipykernel_launcher.py"
+_RAY_WORKER = "default_worker.py"
 _DYING_SECONDS = 0.25
 
 _fits: dict[str, int] = {}  # of this process, by job
@@ -61,7 +64,8 @@ def base_job(given: str | None, root_dir: str | os.PathLike[str]) -> str:
     """The identity of a command: the same one started again has the same.
 
     User, working directory, command line, root directory, and which task of an array of jobs it is. Notebooks have no
-    command line of their own: the name of the notebook stands for it, where it is known.
+    command line of their own: the name of the notebook stands for it, where it is known. Workers of Ray Train have one
+    that is new with every worker, and another directory: the name of the run (``RunConfig(name=...)``) stands for both.
 
     Args:
         given: Explicit identity, or None.
@@ -71,12 +75,27 @@ def base_job(given: str | None, root_dir: str | os.PathLike[str]) -> str:
     if explicit is not None:
         return explicit
     words = list(sys.argv)
+    run = _ray_run()
+    if run:
+        return _named(f"ray-{run}", [str(os.getuid()), run])
     if words and Path(words[0]).name == _KERNEL:  # the rest names a file that is new with every kernel
         words = [words[0], notebook_name()]
     parts = [str(os.getuid()), os.getcwd(), str(Path(root_dir).absolute()), sys.executable, *words, array_task()]
     script = Path(words[0]).stem if words and words[0] else "python"
-    name = "".join(c if c.isalnum() or c in "_-" else "_" for c in script)[:40] or "python"
+    return _named(script, parts)
+
+
+def _named(title: str, parts: Sequence[str]) -> str:
+    name = "".join(c if c.isalnum() or c in "_-" else "_" for c in title)[:40] or "python"
     return f"{name}-{xxhash.xxh3_64_hexdigest(chr(0).join(parts).encode())}"
+
+
+def _ray_run() -> str:
+    """Name of the run of Ray Train that this process works for; "" for none."""
+    train = sys.modules.get("ray.train")
+    if train is None or not sys.argv or Path(sys.argv[0]).name != _RAY_WORKER:
+        return ""
+    return str(train.get_context().get_experiment_name() or "")
 
 
 class Fit:
@@ -179,9 +198,15 @@ class Fit:
             others = {_place(self._base, other): at for other, at in opened.items() if other in jobs and other != job}
             for course in self._courses_of(job, others):
                 known = found.get(course.name)
-                if known is None or course.created_at > known.created_at:
+                if known is None or (not course.completed, course.created_at) > (not known.completed, known.created_at):
                     found[course.name] = course
-        return list(found.values())
+        return self._not_complete(list(found.values()))
+
+    def _not_complete(self, courses: list[Course]) -> list[Course]:
+        """Without those that are complete: on all ranks, since one may end well and another one fail behind it."""
+        going = [course.name for course in courses if not course.completed]
+        everywhere = {name for names in self._ranks.agree("not complete", going) for name in names}
+        return [course for course in courses if course.name in everywhere]
 
     def _jobs(self) -> list[str]:
         """Names of this job and of its further fits, of which something is stored."""
@@ -201,18 +226,16 @@ class Fit:
         """The courses of one name; ``others``: when the other fits of this command were begun last, by their place."""
         rank, world = self._ranks.control.rank, self._ranks.control.world_size
         host = HostMemoryTier(self._memory_dir, job, rank, world)
-        tiers: list[HostMemoryTier | DirectoryTier] = [host]
-        busy = is_locked(host.path)
+        found = _courses_in(host, others, busy=is_locked(host.path))
         if self._config.persist_dir is not None:
-            tiers.append(DirectoryTier(self._config.persist_dir, job, rank, world, keep=1))
-        found = []
-        for tier in tiers:
-            try:
-                for folder in (*([] if tier.completed else [""]), *tier.courses_aside()):
-                    found += _newest_of(tier, folder, others, busy=busy)
-            except MoEtionError as error:
-                _log.warning("passed over: job %s in %s: %s", job, tier.name, error)
-        return found
+            found += _courses_in(DirectoryTier(self._config.persist_dir, job, rank, world, keep=1), others, busy=False)
+        if found or self._ranks.alone:
+            return found
+        # This rank may have come back on another node, where others keep copies of its windows, or have their own.
+        here = NodeWindows(host, ())
+        mine = [course for tier in here.tiers(rank) for course in _courses_in(tier, others, busy=False)]
+        theirs = [course for tier in here.tiers() for course in _courses_in(tier, others, busy=False)]
+        return mine or [dataclasses.replace(c, beginning=_of_all_ranks(c.beginning)) for c in theirs]
 
     def _agreed(self, decision: Decision, *, knows: bool) -> Decision:
         """All ranks continue the same course, or none does. A rank whose memory is lost goes with the others."""
@@ -337,9 +360,10 @@ class Fit:
     def ended(self, engine: Engine, *, completed: bool) -> None:
         """The fit is over; what is kept of it goes when the process ends well."""
         if completed:
-            remove = functools.cache(engine.tiers.complete)
+            tiers, ranks = engine.tiers, self._ranks
+            remove = functools.cache(tiers.complete)
             _kept.append(remove)
-            at_good_end(remove)
+            at_good_end(lambda: remove() if ranks.all_end_well() else tiers.complete(all_ranks=False))
 
     def give_room(self) -> bool:
         """Memory is short: remove what is kept of the oldest complete fit of this process. Returns whether one was."""
@@ -357,6 +381,22 @@ def _job_name(base: str, ordinal: int) -> str:
 def _place(base: str, job: str) -> int:
     """The inverse of :func:`_job_name`."""
     return 1 if job == base else int(job.removeprefix(f"{base}-fit"))
+
+
+def _courses_in(tier: HostMemoryTier | DirectoryTier, others: Mapping[int, float], *, busy: bool) -> list[Course]:
+    """The courses in a tier, those that lie aside, too."""
+    found = []
+    try:
+        for folder in ("", *tier.courses_aside()):
+            found += _newest_of(tier, folder, others, busy=busy)
+    except MoEtionError as error:
+        _log.warning("passed over: job %s in %s: %s", tier.job, tier.name, error)
+    return found
+
+
+def _of_all_ranks(beginning: Beginning) -> Beginning:
+    """What is the same on all ranks of how a course began: each may have other parameters and other data."""
+    return {name: beginning[name] for name in ("settings", "checkpoint") if name in beginning}
 
 
 def _newest_of(
@@ -386,6 +426,7 @@ def _newest_of(
                 left=any(at > manifest.created_at for at in later),
                 mine=name in _mine,
                 busy=busy,
+                completed=tier.is_completed(folder),
             )
     return list(found.values())
 

@@ -64,6 +64,7 @@ class Course:
         left: Whether its script has gone on to another fit since its newest window: it failed, or was stopped.
         mine: Whether this very process began or continued it.
         busy: Whether a live process owns it.
+        completed: Whether the process that trained it ended well.
     """
 
     job: str
@@ -77,6 +78,7 @@ class Course:
     left: bool = False
     mine: bool = False
     busy: bool = False
+    completed: bool = False
 
     def __str__(self) -> str:
         state = ", where training is complete" if self.trained else ""

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["at_good_end"]
+__all__ = ["at_good_end", "note_exit_code"]
 
 _log = logging.getLogger(__name__)
 _actions: list[Callable[[], None]] = []
@@ -29,6 +29,11 @@ def at_good_end(action: Callable[[], None]) -> None:
         atexit.register(_end)
         _note_exit_codes()
     _actions.append(action)
+
+
+def note_exit_code(code: int) -> None:
+    """The process is about to end with this code, by an exception and not by ``sys.exit``."""
+    _exit_code[:] = [code]
 
 
 def _note_exit_codes() -> None:

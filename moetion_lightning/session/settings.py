@@ -9,6 +9,7 @@ from typing import Any
 
 from moetion_lightning.config import OF_THE_WINDOW, EngineConfig
 from moetion_lightning.core.layouts import MoESpec
+from moetion_lightning.core.log_policy import GradientLogPolicy
 from moetion_lightning.core.policy import Policy, SparsePolicy
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.events import Sink
@@ -44,7 +45,8 @@ class SessionSettings:
 
         Args:
             given: The fields of :class:`~moetion_lightning.config.EngineConfig`, ``specs``, ``sinks``, ``events_path``,
-                and ``policy``, which takes the place of ``window``, ``max_window``, ``overlap_target`` and ``mtbf``:
+                and ``policy``: ``"sparse"``, ``"gradient_log"`` (:class:`~.log_policy.GradientLogPolicy`, with
+                ``window``), or in place of ``window``, ``max_window``, ``overlap_target`` and ``mtbf``
                 ``DensePolicy(every_n_steps)`` or ``PartialExpertsPolicy(num_experts)`` of
                 :mod:`moetion_lightning.core.policy`.
             where: The call in which it was given, for messages.
@@ -53,6 +55,8 @@ class SessionSettings:
             ConfigurationError: A setting is unknown or out of range.
         """
         policy = given.get("policy")
+        if isinstance(policy, str):
+            return cls._read_named(policy, given, where)
         contradicting = [name for name in OF_THE_WINDOW if policy is not None and name in given]
         if contradicting:
             raise ConfigurationError(
@@ -70,6 +74,19 @@ class SessionSettings:
             sinks=tuple(given.get("sinks") or ()),
             events_path=given.get("events_path"),
         )
+
+    @classmethod
+    def _read_named(cls, policy: str, given: Mapping[str, Any], where: str) -> SessionSettings:
+        """With a policy that is named, and takes its own settings from the engine's."""
+        if policy not in ("sparse", "gradient_log"):
+            raise ConfigurationError(
+                f'{where}: policy={policy!r}: expected "sparse", "gradient_log", DensePolicy(...) or '
+                "PartialExpertsPolicy(...)"
+            )
+        read = cls.read({name: value for name, value in given.items() if name != "policy"}, where)
+        if policy == "sparse":
+            return read
+        return dataclasses.replace(read, policy=GradientLogPolicy(read.config.window))
 
 
 def read_config(values: Mapping[str, Any], where: str, others: Sequence[str] = ()) -> EngineConfig:

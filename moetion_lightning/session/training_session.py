@@ -22,6 +22,7 @@ from moetion_lightning.session.beginning import Beginning, of_optimizers
 from moetion_lightning.session.fits import Fit
 from moetion_lightning.session.lineage import LIMITS
 from moetion_lightning.session.settings import SessionSettings
+from moetion_lightning.session.skipped_batches import SkippedBatches
 
 __all__ = ["TrainingSession"]
 
@@ -67,6 +68,8 @@ class TrainingSession:
         own: tuple[Sink, ...] = (self.reporter, *([self._jsonl] if self._jsonl is not None else []))
         self._bus = EventBus((*own, *settings.sinks, *sinks))
         self._fit = Fit(settings.config, root_dir, ranks)
+        #: Which batches are left out; adapters that ask it say where they are.
+        self.skipped = SkippedBatches(settings.config.skip_batches, self._say_once)
         self._engine: Engine | None = None
         self._point: RestorePoint | LivePoint | None = None
         self._run_state: RunState | None = None
@@ -111,6 +114,7 @@ class TrainingSession:
         self._engine.tiers.left = fit.continues_what_was_left
         self._point = self._engine.open(fit.accept, fresh=fit.is_fresh)
         self._is_open = True
+        self._continue_skipping()
         fit.found(self._point)
         return self._point
 
@@ -127,11 +131,12 @@ class TrainingSession:
     def last_step(self, step: int) -> int:
         """Optimizer steps at the end of the state that was found, given those at its beginning."""
         point = self._point
-        return step + (point.num_slots - 1 if isinstance(point, RestorePoint) else 0)
+        return step + (point.replays if isinstance(point, RestorePoint) else 0)
 
     def find_again(self) -> RestorePoint | LivePoint | None:
         """Ranks were replaced: agree with all others where to continue, in this process."""
         self._point = self.engine.find_again()
+        self._continue_skipping()
         self._run_state = None
         return self._point
 
@@ -164,7 +169,15 @@ class TrainingSession:
         if said:
             self.engine.say_once(said, warning=True)
         self._point = None
+        self._continue_skipping()
         self.engine.tiers.release_point()
+
+    def _continue_skipping(self) -> None:
+        self.skipped.continue_from({} if self._point is None else self._point.extra.get("lineage", {}))
+        self.engine.next_is_another = self._point is not None and self.skipped.next_is_another
+
+    def _say_once(self, message: str, *, warning: bool = False) -> None:
+        self.engine.say_once(message, warning=warning)
 
     def set_precision(self, *, autocast: bool, averaging: bool = False, sharded: bool = False) -> None:
         """Say how the forward reads the weights: whether compute weights may be 16 bits wide is observed only there.
@@ -243,7 +256,7 @@ class TrainingSession:
         for difference in changed:
             engine.say_once(f"changed since the window was captured: {difference}", warning=True)
         engine.changed_settings = [d.name for d in changed if d.counts == "script" and d.name not in LIMITS]
-        engine.lineage = self._fit.lineage
+        engine.lineage = self._lineage
         self._trained = True
         if point is None:
             self._run_state = run_state
@@ -253,6 +266,9 @@ class TrainingSession:
         self._run_state, self._point = run_state, None
         engine.on_recovered = self._fit.adoption(changed, self._optimizers, schedulers)
         engine.restore(run_state)
+
+    def _lineage(self) -> dict[str, Any]:
+        return {**self._fit.lineage, **self.skipped.described()}
 
     # --- training ------------------------------------------------------------------------------------------------
 
@@ -294,6 +310,11 @@ class TrainingSession:
         """Something other than the optimizer may change weights now."""
         if self._engine is not None:
             self._engine.hold()
+
+    def drain(self) -> None:
+        """The process is told to end: :meth:`close` brings what is committed to storage, within ``grace_seconds``."""
+        if self._engine is not None:
+            self._engine.drain()
 
     def close(self, *, completed: bool) -> None:
         """End. Harmless if called again.

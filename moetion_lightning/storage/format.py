@@ -144,10 +144,15 @@ class SnapshotLayout:
         self.header = struct.pack("<Q", len(text)) + text
         self.nbytes = len(self.header) + cursor
         self._offsets = offsets
+        self._by_name = {spec.name: spec for spec in self.specs}
 
     def offset(self, name: str) -> int:
         """First byte of a tensor, counted from the start of the file."""
         return len(self.header) + self._offsets[name]
+
+    def spec(self, name: str) -> TensorSpec:
+        """A tensor by its name. Raises ``KeyError``."""
+        return self._by_name[name]
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tensors that alias their places in a file's bytes.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from moetion_lightning.errors import HostMemoryError, StoreError
+from moetion_lightning.errors import HostMemoryError, MoEtionError, StoreError
 from moetion_lightning.storage.buffers import BufferPool, BufferState, HostBuffer
 from moetion_lightning.storage.folders import FILES, NOTES, WINDOWS, manifest_name, rank_dir, replica_dir
 from moetion_lightning.storage.format import SnapshotLayout
@@ -30,6 +31,7 @@ from moetion_lightning.units import bytes_text
 __all__ = ["HostBuffer", "HostMemoryTier"]
 
 _log = logging.getLogger(__name__)
+_MAX_NOTE_BYTES = 16 << 20
 
 
 class HostMemoryTier(Tier):
@@ -134,10 +136,6 @@ class HostMemoryTier(Tier):
                 self._needed = NeededFiles()
             self.close()
 
-    def mark_completed(self) -> None:
-        """The process ends well: remove everything, which nothing needs any more, and close."""
-        self.destroy()
-
     # --- capture -------------------------------------------------------------------------------------------------
 
     def acquire(self, uid: str, nbytes: int) -> HostBuffer:
@@ -213,6 +211,32 @@ class HostMemoryTier(Tier):
             if buffer is not None:
                 self.release(buffer)
 
+    def take_over(self, manifest: Manifest, source: HostMemoryTier) -> HostMemoryTier:
+        """Commit a verified window of this rank that lies in another directory of this memory; no byte is copied.
+
+        Args:
+            manifest: the window.
+            source: the tier that has it. Whatever becomes of it, the window stays here.
+
+        Returns:
+            Where the window is: here, or still in the source if a file of this tier is in the way.
+        """
+        if source.path == self.path:
+            return self
+        with self._mutex:
+            linked: list[str] = []
+            try:
+                for record in manifest.files:
+                    os.link(source.local_path(record), self.place.files_dir / record.name)
+                    linked.append(record.name)
+                self.commit(manifest)
+            except (OSError, MoEtionError) as error:
+                _log.info("%s: window %d stays in %s: %s", self.path, manifest.iteration, source.path, error)
+                for name in self._needed.unneeded(linked):
+                    self.place.remove(f"{FILES}/{name}")
+                return source
+        return self
+
     # --- windows -------------------------------------------------------------------------------------------------
 
     def commit(self, manifest: Manifest, on_stage: Callable[[str], None] | None = None) -> None:
@@ -262,6 +286,18 @@ class HostMemoryTier(Tier):
             yield manifest
         finally:
             self.unpin(iteration)
+
+    # --- notes ---------------------------------------------------------------------------------------------------
+
+    def keep_note(self, name: str, data: bytes) -> None:
+        """Keep a small file beside the windows; a newer one of its name replaces it whole. Raises ``StoreError``."""
+        if len(data) > _MAX_NOTE_BYTES:
+            raise StoreError(f"note {name!r}: {len(data)} bytes, at most {_MAX_NOTE_BYTES} are kept.")
+        self.place.write(f"note-{name}", data)
+
+    def note(self, name: str) -> bytes | None:
+        """What :meth:`keep_note` kept, here or in a predecessor of this process; None for nothing."""
+        return self.place.read(f"note-{name}", _MAX_NOTE_BYTES)
 
     # --- room ----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from moetion_lightning.storage.jobs import JobInfo, describe_place
 from moetion_lightning.storage.local import LocalPlace
 from moetion_lightning.storage.manifest import Manifest
 from moetion_lightning.storage.tier import Tier
-from moetion_lightning.units import age_text, bytes_text, span_text
+from moetion_lightning.units import age_text, batches_text, bytes_text, span_text
 
 __all__ = ["RootReport", "StoreReport", "WindowReport", "describe", "format_report"]
 
@@ -157,12 +157,21 @@ def format_report(report: StoreReport) -> str:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows if root.windows else ():
             lines.append("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        skipped = _skipped(root)
+        if skipped:
+            lines.append(f"  left out of training (skip_batches): {batches_text(skipped)}")
         lines += [f"  window {w.iteration} PROBLEM: {w.problem}" for w in root.windows if w.problem]
         if not root.windows and not root.problem:
             lines.append("  no committed window")
         lines.append("")
     lines.append("whole" if report.is_whole else "DAMAGED: see the problems above")
     return "\n".join(lines)
+
+
+def _skipped(root: RootReport) -> list[int]:
+    """The batches that the newest window says were left out."""
+    newest = next((w.manifest for w in root.windows if w.manifest is not None and not w.aside), None)
+    return [] if newest is None else list(newest.extra.get("lineage", {}).get("skipped", ()))
 
 
 def _line(info: JobInfo, job: str) -> str:

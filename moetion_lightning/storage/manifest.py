@@ -39,6 +39,7 @@ _FORMAT = "moetion-window"
 # 1 knew nothing of other ranks, 2 nothing of the optimizer state of frozen parameters, 3 of several optimizers of one,
 # 4 nothing of neighbouring rows as one tensor.
 _VERSION = 5
+_POLICIES = ("sparse", "dense", "partial", "gradient_log")
 _FEW = 64  # longer containers are encoded in one go
 _MAX_INT_DIGITS = 40  # far above any size, seed or step; keeps int() from going quadratic on hostile input
 _CHECKSUM = re.compile(r"xxh3:[0-9a-f]{32}")
@@ -162,7 +163,7 @@ class Manifest:
         job: name of the job.
         rank: global rank that captured the window.
         world_size: number of ranks of the job.
-        policy: ``"sparse"``, ``"dense"`` or ``"partial"``.
+        policy: ``"sparse"``, ``"dense"``, ``"partial"`` or ``"gradient_log"``.
         first_iteration: iteration of the first snapshot, ``t0``.
         last_iteration: iteration of the last snapshot, ``t0 + W - 1``; names the window (see :attr:`iteration`).
         created_at: seconds since the epoch.
@@ -333,7 +334,7 @@ _FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "job": (lambda v: isinstance(v, str) and v != "", "a name"),
     "rank": (_is_count, "a rank"),
     "world_size": (_is_count, "a number of ranks"),
-    "policy": (lambda v: v in ("sparse", "dense", "partial"), "sparse, dense or partial"),
+    "policy": (lambda v: v in _POLICIES, f"one of {', '.join(_POLICIES)}"),
     "first_iteration": (_is_count, "an iteration below 10**12"),
     "last_iteration": (_is_count, "an iteration below 10**12"),
     "created_at": (lambda v: type(v) in (int, float) and math.isfinite(v), "seconds since the epoch"),

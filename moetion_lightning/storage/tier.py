@@ -238,7 +238,15 @@ class Tier:
     @property
     def completed(self) -> bool:
         """Whether the process that trained the current windows ended well (:meth:`mark_completed`)."""
-        return self._has(COMPLETED)
+        return self.is_completed()
+
+    def is_completed(self, aside: str = "") -> bool:
+        """The same of a course that lies aside."""
+        return self._has(COMPLETED, aside)
+
+    def mark_uncompleted(self) -> None:
+        """The run was not complete after all: other ranks of it did not end well."""
+        self._forget(COMPLETED)
 
     def mark_continued(self) -> None:
         """The course of the current windows goes on: it is neither at its end nor completed."""

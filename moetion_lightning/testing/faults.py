@@ -17,13 +17,15 @@ from moetion_lightning.capture import copies as copying
 from moetion_lightning.capture import plan
 from moetion_lightning.core import reconstruct
 from moetion_lightning.events import Event
+from moetion_lightning.gradient_log import gradients, rebuild
 
 __all__ = ["KillAt"]
 
 #: What copies tensors into a window, and out of one.
 _COPIES = (
     *((copying, "move"), (copying, "_write_parts"), (plan, "move"), (plan, "copy_tensors")),
-    *((reconstruct, "write_active"), (reconstruct, "write_compute")),
+    *((gradients, "move"), (gradients, "copy_tensors")),
+    *((reconstruct, "write_active"), (reconstruct, "write_compute"), (rebuild, "write_active")),
 )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from tests.runs.drill import Drill, differences, read_events, read_logs
+from tests.runs.drill import Drill, differences, read_events, read_logs, read_steps
 
 pytestmark = pytest.mark.slow
 
@@ -31,8 +32,6 @@ def test_ddp_live(drill: Drill, rank: int) -> None:
 
 
 PHASES: dict[str, dict[str, Any]] = {
-    "first iteration": {"hook": "backward", "step": 0},
-    "before the step": {"hook": "before_step", "step": 7},
     "after the step": {"hook": "batch_end", "step": 9},
     "validation": {"hook": "validation", "step": 8},
     "capture": {"event": "CaptureFinished", "count": 6},
@@ -45,6 +44,31 @@ def test_ddp_phases(drill: Drill, phase: str) -> None:
     check(drill, DDP, [{**PHASES[phase], "rank": 1}])
 
 
+def test_ddp_in_the_first_iteration(drill: Drill) -> None:
+    """Whether the run state before it is on file already decides whether the other process lives on."""
+    out, ended, _ = drill.elastic(DDP, [{"hook": "backward", "step": 0, "rank": 1}], restarts=4)
+    assert ended.good, f"{ended}\n{read_logs(out)}"
+    assert differences(drill.reference(DDP), out) == []
+
+
+@pytest.mark.parametrize(
+    ("hook", "rank", "validates"), [("validation", 0, 0.5), ("validation", 1, 1.0), ("epoch_end", 0, 1.0)]
+)
+def test_what_follows_a_batch_is_done_again_from_living_state(
+    drill: Drill, hook: str, rank: int, validates: float
+) -> None:
+    """A validation, or the end of an epoch: nobody goes back behind the batch before it."""
+    spec = {**DDP, "samples": 48, "val_check_interval": validates, "callbacks": ["checkpoint"], "scheduler": "plateau"}
+    step = 9 if hook == "validation" and validates < 1 else 12
+    out, ended, pids = drill.elastic(spec, [{"hook": hook, "step": step, "rank": rank}])
+    assert ended.good, f"{ended}\n{read_logs(out)}"
+    assert sorted(len(history) for history in pids) == [1, 2]
+    assert {event["replay"] for event in read_events(out, "RestoreApplied")} == {0}
+    assert differences(drill.reference(spec), out) == []
+    steps = read_steps(out, 1 - rank)
+    assert all(len(records) == 1 for records in steps.values()), "no batch is trained on again"
+
+
 def test_four_ranks(drill: Drill) -> None:
     check(drill, {**DDP, "ranks": 4, "samples": 48}, [{"hook": "before_step", "step": 5, "rank": 2}], "live")
 
@@ -52,6 +76,15 @@ def test_four_ranks(drill: Drill) -> None:
 def test_one_after_the_other(drill: Drill) -> None:
     spec = {**DDP, "ranks": 3, "samples": 36}
     kills = [{"hook": "before_step", "step": 3, "rank": 2}, {"hook": "before_step", "step": 7, "rank": 0}]
+    check(drill, spec, kills, "live")
+
+
+def test_live_state_after_a_window_and_again(drill: Drill) -> None:
+    """What was put in place for one recovery must not be read in the next."""
+    spec = {**DDP, "ranks": 3, "samples": 60, "epochs": 5}
+    hooks = ("batch_end", "before_step", "batch_end", "before_step")
+    kills = [{"hook": hook, "step": 7 + 4 * n, "rank": n % 3} for n, hook in enumerate(hooks)]
+    kills[3]["generation"] = 1  # the process that replaced the first one
     check(drill, spec, kills, "live")
 
 
@@ -85,7 +118,7 @@ def test_all_die(drill: Drill) -> None:
 MOETION: dict[str, Any] = {"ranks": 2, "strategy": "moetion", "expert_parallel_size": 2}
 
 
-@pytest.mark.parametrize("phase", ["before the step", "after the step", "validation"])
+@pytest.mark.parametrize("phase", ["after the step", "validation"])
 def test_expert_parallel(drill: Drill, phase: str) -> None:
     """Experts of the lost rank have no living copy: all go back to a window and replay it together."""
     check(drill, MOETION, [{**PHASES[phase], "rank": 1}], "memory")
@@ -99,10 +132,11 @@ def test_data_and_expert_parallel(drill: Drill) -> None:
 FSDP2: dict[str, Any] = {"ranks": 2, "strategy": "fsdp2"}
 
 
-@pytest.mark.parametrize("phase", ["before the step", "after the step", "validation", "commit"])
+@pytest.mark.parametrize("phase", ["before the step", "validation", "commit"])
 def test_fsdp2(drill: Drill, phase: str) -> None:
     """Shards of the lost rank have no living copy: all go back to a window and replay it together."""
-    check(drill, FSDP2, [{**PHASES[phase], "rank": 1}], "memory")
+    kill = {**PHASES, "before the step": {"hook": "before_step", "step": 7}}[phase]
+    check(drill, FSDP2, [{**kill, "rank": 1}], "memory")
 
 
 def test_fsdp2_backward(drill: Drill) -> None:
@@ -114,5 +148,49 @@ def test_before_the_first_window_a_lost_shard_means_the_beginning(drill: Drill) 
     out, ended, pids = drill.elastic(FSDP2, [{"hook": "before_step", "step": 2, "rank": 1}], restarts=3)
     assert ended.good, f"{ended}\n{read_logs(out)}"
     assert len(pids[0]) >= 2, pids
-    assert "no rank has a committed window" in read_logs(out)
+    assert "no window was committed by all ranks" in read_logs(out)
     assert differences(drill.reference(FSDP2), out) == []
+
+
+AGREEING: dict[str, Any] = {**DDP, "module": "agreeing", "callbacks": ["best"], "default_logger": True}
+
+
+@pytest.mark.parametrize("step", [2, 11])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_newcomer_has_what_the_others_agreed_on_at_start(drill: Drill, rank: int, step: int) -> None:
+    """Also before the first window, where nothing else tells it."""
+    out, ended, _ = drill.elastic(AGREEING, [{"hook": "backward", "step": step, "rank": rank}])
+    assert ended.good, f"{ended}\n{read_logs(out)}"
+    reference = drill.reference(AGREEING)
+    names = ("gathered", "folder", "last", "mine", "seed", "total", "parts")
+    for other in (0, 1):
+        here, there = (json.loads((path / f"agreed-{other}.json").read_text()) for path in (out, reference))
+        assert {name: here[name] for name in names} == {name: there[name] for name in names}
+        assert here["log_dir"] == str(out / "lightning_logs" / "version_0")
+        assert here["dirpath"] == f"{here['log_dir']}/checkpoints"
+        assert len(here["best"]) == 2
+    assert [path.name for path in (out / "lightning_logs").iterdir()] == ["version_0"]
+    assert differences(reference, out) == []
+
+
+def test_an_expert_without_tokens_under_plain_ddp_is_named_and_nobody_waits(drill: Drill) -> None:
+    spec = {**DDP, "module": "one-without-tokens", "strategy_args": {"find_unused_parameters": False}}
+    out, ended, _ = drill.elastic(spec, [], restarts=0)
+    assert not ended.good
+    assert not ended.timed_out
+    said = read_logs(out)
+    assert "body.blocks.0 has experts that are modules of their own, under DDP without find_unused_parameters" in said
+    assert "rank 1: no token went to expert 1 of body.blocks.0, expert 1 of body.blocks.1 in this step" in said
+    assert 'use strategy="ddp_find_unused_parameters_true"' in said
+
+
+@pytest.mark.parametrize(("hook", "step"), [("backward", 0), ("batch_end", 1)])
+def test_a_newcomer_that_waits_for_its_first_batch_begins_there_as_the_others_do(
+    drill: Drill, hook: str, step: int
+) -> None:
+    """No state is kept of averaged weights before the first window: the survivor ends, the newcomer lives on."""
+    spec = {**DDP, "callbacks": ["ema"]}
+    out, ended, pids = drill.elastic(spec, [{"hook": hook, "step": step, "rank": 1}], restarts=4)
+    assert ended.good, f"{ended}\n{read_logs(out)}"
+    assert [len(history) for history in pids] == [2, 2], "else it is no newcomer that others are lost to"
+    assert differences(drill.reference(spec), out) == []

@@ -1,4 +1,8 @@
-"""An ordinary Lightning script under `moetion launch` and under torchrun: real processes, killed and stopped."""
+"""An ordinary Lightning script under `moetion launch` and under torchrun: real processes, killed and stopped.
+
+`moetion launch` and its ranks are forks of a process that has imported everything; new interpreters, as users start
+them, are in test_demos.py and test_launch.py. Those of torchrun are new ones.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,18 @@ import psutil
 import pytest
 
 from moetion_lightning.testing.compare import compare_states
-from tests.runs import program
+from tests.command import Forked
+from tests.runs import forked, program
 from tests.runs.drill import Zygote
 from tests.runs.drill import start as run
 from tests.runs.references import References
+from tests.sockets import connections_of, reset
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).parent / "workers" / "lightning_job.py"
+PHASES = Path(__file__).parent / "workers" / "phases_job.py"
 STEPS = 40
-LIMIT_SECONDS = 90.0
+LIMIT_SECONDS = 200.0
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3", "--monitor-interval=0.1")
 
 pytestmark = pytest.mark.slow
@@ -40,8 +47,8 @@ def pids_of(folder: Path) -> list[list[int]]:
     """The processes of both ranks that finished steps, in order."""
     found: list[list[int]] = [[], []]
     for event in events_of(folder, "IterationFinished"):
-        if event["pid"] not in found[event["rank"]]:
-            found[event["rank"]].append(event["pid"])
+        if event["pid"] not in found[event.get("rank", 0)]:  # a job of one rank does not say it
+            found[event.get("rank", 0)].append(event["pid"])
     return found
 
 
@@ -53,15 +60,32 @@ class Training:
         launcher: Module and arguments that start the ranks.
         arguments: Further arguments of the script.
         go: Whether training may begin at once.
+        zygote: Forks `moetion launch` and its ranks; None: they are new interpreters.
+        script: What they run.
+        steps: Length of each fit.
     """
 
-    def __init__(self, folder: Path, launcher: tuple[str, ...], *arguments: object, go: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        launcher: tuple[str, ...],
+        *arguments: object,
+        go: bool = True,
+        zygote: Zygote | None = None,
+        script: Path = SCRIPT,
+        steps: int = STEPS,
+    ) -> None:
         self.folder = folder
         folder.mkdir()
         if go:
             self.go()
-        command = [sys.executable, "-m", *launcher, SCRIPT, folder, STEPS, *arguments]
+        command = [sys.executable, "-m", *launcher, script, folder, steps, *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process: subprocess.Popen[bytes] | Forked
+        (folder / "log").touch()
+        if zygote is not None:
+            self.process = Forked(zygote, forked.spec(*command[3:]), folder / "log", environment)
+            return
         with (folder / "log").open("w") as log:
             self.process = subprocess.Popen(
                 [str(part) for part in command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -144,25 +168,91 @@ def reference(zygote: Zygote, references: References) -> Path:
     return references.get("lightning job", make)
 
 
-def test_killed_rank_is_replaced_and_the_other_lives_on(start: Start, reference: Path) -> None:
-    training = start(launch())
+def test_killed_rank_is_replaced_and_the_other_lives_on(start: Start, reference: Path, zygote: Zygote) -> None:
+    training = start(launch(), zygote=zygote)
     training.signal(1, signal.SIGKILL)
     training.finish()
     assert [len(pids) for pids in training.pids()] == [1, 2]
     assert training.differences(reference) == []
 
 
-def test_hung_rank_is_replaced(start: Start, reference: Path) -> None:
-    training = start(launch("--hang-timeout", 3))
+def test_a_job_of_one_rank_is_started_again_and_goes_on(start: Start, zygote: Zygote) -> None:
+    alone = ("moetion_lightning", "launch", "--nproc-per-node", "1")
+    training, undisturbed = start(alone, zygote=zygote), start(alone, zygote=zygote)
+    training.signal(0, signal.SIGKILL)
+    training.finish()
+    undisturbed.finish()
+    assert [len(run.pids()[0]) for run in (training, undisturbed)] == [2, 1]
+    assert [event["tier"] for event in training.events("RestoreStarted")] == ["host memory"]
+    result = compare_states(training.folder / "final.safetensors", undisturbed.folder / "final.safetensors")
+    assert result.compared > 50
+    assert not result.differences
+
+
+def test_rank_lost_in_a_later_fit_in_test_or_at_the_end_makes_all_begin_again(start: Start, zygote: Zygote) -> None:
+    """One that is lost in the first fit is replaced alone; later ones have no others that could take them back."""
+    undisturbed = start(launch(), zygote=zygote, script=PHASES, steps=12)
+    training = start(launch("--max-restarts", 4), go=False, zygote=zygote, script=PHASES, steps=12)
+    kills = {"fit1": 0, "fit2": 1, "test": 0, "end": 1}
+    for phase in kills:
+        (training.folder / f"hold-{phase}").touch()
+    pids: dict[str, list[int]] = {}
+    for phase, rank in kills.items():
+        notes = [training.folder / f"at-{phase}-{r}" for r in (0, 1) if phase != "end" or r == rank]
+        training.until(lambda: all(note.exists() for note in notes), f"ranks in {phase}")  # noqa: B023
+        pids[phase] = [int(note.read_text()) for note in notes]
+        victim = pids[phase][-1 if phase == "end" else rank]
+        if phase == "end":  # the other one has ended well, and is complete
+            training.until(lambda: not psutil.pid_exists(int(at_test[0].read_text())), "the end of the other")  # noqa: B023
+        at_test = notes
+        os.kill(victim, signal.SIGKILL)
+        training.until(lambda: not psutil.pid_exists(victim), "an end")  # noqa: B023
+        for note in notes if phase == "test" else ():
+            note.unlink()
+        (training.folder / f"hold-{phase}").unlink()
+    training.finish()
+    undisturbed.finish()
+    assert training.log.count("all ranks begin again from the newest state") == 3
+    assert "after 1 ranks had already finished: all ranks begin again" in training.log
+    assert "(failure 4 of at most 4)" in training.log, "each of them is one failure"
+    assert pids["fit1"][1] == pids["fit2"][1], "the other one lived on"
+    assert not set(pids["fit2"]) & set(pids["test"])
+    assert training.differences(undisturbed.folder) == []
+    for rank in (0, 1):
+        assert (training.folder / f"test-{rank}").read_text() == (undisturbed.folder / f"test-{rank}").read_text()
+
+
+def test_every_connection_of_a_rank_may_be_reset(start: Start, reference: Path, zygote: Zygote) -> None:
+    """One after the other, from outside: those to the store are opened again, ranks whose groups break meet again."""
+    training = start(launch(), zygote=zygote)
+    training.until(lambda: len(training.events("WindowCommitted")) >= 4, "windows")
+    pid = training.pids()[1][0]
+    try:
+        found = connections_of(pid)
+    except PermissionError as error:
+        pytest.skip(f"this system does not let a process have another one's sockets: {error}")
+    for connection in found:
+        with connection:
+            reset(connection)
+        count = len(training.events("IterationFinished"))
+        if training.process.poll() is None:
+            training.until(lambda: len(training.events("IterationFinished")) >= count + 4, "progress")  # noqa: B023
+    training.finish()
+    assert len(found) >= 3
+    assert training.differences(reference) == []
+
+
+def test_hung_rank_is_replaced(start: Start, reference: Path, zygote: Zygote) -> None:
+    training = start(launch("--hang-timeout", "step=5"), zygote=zygote)
     training.signal(1, signal.SIGSTOP)
     training.finish()
-    assert "rank 1: hung: no heartbeat for 3 s" in training.log
+    assert "rank 1: hung: nothing of it runs for" in training.log
     assert len(training.pids()[1]) == 2
     assert training.differences(reference) == []
 
 
-def test_warm_standby_takes_over(start: Start, reference: Path) -> None:
-    training = start(launch("--standby", 1), go=False)
+def test_warm_standby_takes_over(start: Start, reference: Path, zygote: Zygote) -> None:
+    training = start(launch("--standby", 1), go=False, zygote=zygote)
     training.until(lambda: "stands by" in training.log, "standbys")
     training.go()
     training.signal(0, signal.SIGKILL)

@@ -1,4 +1,7 @@
-"""A Lightning job on nodes with memories of their own: a node is lost, its memory, too, and a spare takes its place."""
+"""A Lightning job on nodes with memories of their own: a node is lost, its memory, too, and a spare takes its place.
+
+Launchers and ranks are forks of a process that has imported everything.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import psutil
 import pytest
 
 from tests.command import Command, until
-from tests.runs.drill import Drill, differences, read_events, read_logs
+from tests.runs.drill import Drill, Zygote, differences, read_events, read_logs
 
 pytestmark = pytest.mark.slow
 
@@ -48,13 +51,15 @@ def kill_all(command: Command) -> None:
 
 def test_node_and_its_memory_are_lost(drill: Drill, tmp_path: Path) -> None:
     reference = drill.reference(SPEC)
+    zygote = drill.zygote
+    assert isinstance(zygote, Zygote)
     out = tmp_path / "out"
     out.mkdir()
     (tmp_path / "spec.json").write_text(json.dumps({**SPEC, "out": str(out), "memory_dir": None, "job_id": "job"}))
     with commands(tmp_path) as started:
 
         def start(name: str, *args: object, **env: str) -> Command:
-            started.append(Command(tmp_path / f"log-{name}", *args, **env))
+            started.append(Command(tmp_path / f"log-{name}", *args, zygote=zygote, **env))
             return started[-1]
 
         server = start("rendezvous", "rendezvous", "--port", 0)

@@ -89,9 +89,8 @@ def test_a_second_death_while_restoring_changes_nothing(drill: Drill, strategy: 
     [
         {"ranks": 4, "strategy": "moetion", "expert_parallel_size": 2, "samples": 48, "block": "fused"},
         {"ranks": 4, "strategy": "moetion", "expert_parallel_size": 2, "samples": 48},
-        {"ranks": 4, "strategy": "ddp", "samples": 48},
     ],
-    ids=["experts-fused", "experts-list", "ddp"],
+    ids=["experts-fused", "experts-list"],
 )
 def test_four_ranks(drill: Drill, spec: dict[str, Any]) -> None:
     """Data parallel times expert parallel: names of parameters stand for two shards, each on two ranks."""
@@ -99,7 +98,6 @@ def test_four_ranks(drill: Drill, spec: dict[str, Any]) -> None:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "ddp-accumulate": {**DDP, "accumulate": 2, "samples": 72},
     "ddp-accumulate-ragged": {**DDP, "accumulate": 3, "samples": 84},
     "ddp-bf16": {**DDP, "precision": "bf16-mixed"},
     "ddp-list-manual": {**DDP, "block": "list", "manual": True, "kill_after_window": True},

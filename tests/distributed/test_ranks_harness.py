@@ -165,6 +165,7 @@ def test_no_rank_outlives_who_started_it(tmp_path: Path, killed: bool) -> None:
     deadline = time.monotonic() + 30.0
     while not all((tmp_path / f"steps-{rank}.jsonl").exists() for rank in range(2)):
         assert time.monotonic() < deadline, read_logs(tmp_path)
+        time.sleep(0.02)
     ranks = _writing_below(tmp_path)
     assert len(ranks) == 2
     if killed:

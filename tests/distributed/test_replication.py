@@ -1,3 +1,5 @@
+"""Copies of committed windows: fetched by who keeps them, whole or not at all, whatever happens on the way."""
+
 from __future__ import annotations
 
 import contextlib
@@ -6,34 +8,31 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from moetion_lightning.distributed.replicate import ReplicaService, Replicator
 from moetion_lightning.distributed.wire import connect
-from moetion_lightning.errors import ConfigurationError, ReplicationError
-from moetion_lightning.events import EventBus, ReplicationFailed, WindowReplicated
+from moetion_lightning.errors import CorruptSnapshotError, HostMemoryError, ReplicationError, StoreError
+from moetion_lightning.events import ReplicationFailed, WindowReplicated
+from moetion_lightning.storage import host_memory
 from moetion_lightning.storage.format import TensorSpec
-from moetion_lightning.storage.host_memory import HostMemoryTier
 from moetion_lightning.storage.jobs import find_jobs
+from tests.command import until
 from tests.replica_ranks import (
     HOLDER,
     KEY,
     OWNER,
-    SECRET,
     TIMEOUT,
     Proxy,
     Rank,
     assert_whole,
     commit,
-    flush,
-    listed,
     open_tier,
-    push,
     stream_bytes,
 )
 from tests.store_windows import make_manifest, write_snapshot
@@ -41,243 +40,245 @@ from tests.store_windows import make_manifest, write_snapshot
 pytestmark = [pytest.mark.slow]
 
 
-@pytest.fixture
-def base(memory_dir) -> Path:
-    return memory_dir / "base"
+# --- following ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def holder(base) -> Iterator[Rank]:
-    rank = Rank(base, HOLDER)
-    yield rank
-    rank.close()
-
-
-@pytest.fixture
-def owner(base) -> Iterator[Rank]:
-    rank = Rank(base, OWNER)
-    yield rank
-    rank.close()
-
-
-# --- sending ------------------------------------------------------------------------------------------------------
-
-
-def test_committed_windows_arrive_byte_by_byte(holder, owner):
-    owner.replicator.set_targets({HOLDER: holder.address})
+def test_committed_windows_arrive_byte_by_byte(holder: Rank, owner: Rank) -> None:
+    commit(owner.tier, 1)
+    holder.copies.follow({OWNER: owner.address})
     for iteration in (1, 2, 3):
-        owner.replicator.offer(commit(owner.tier, iteration))
-        assert owner.flush()
-        assert owner.acknowledged == {HOLDER: iteration}
-        assert holder.replica_of(OWNER).windows()[0] == iteration
-        assert_whole(holder.replica_of(OWNER), iteration)
-    assert [(e.first_iteration, e.last_iteration, e.peer) for e in owner.of(WindowReplicated)] == [
-        (0, 1, HOLDER),
-        (1, 2, HOLDER),
-        (2, 3, HOLDER),
-    ]
-    assert holder.replicas() == {OWNER: [(2, 3), (1, 2)]}
+        if iteration > 1:
+            commit(owner.tier, iteration)
+        assert holder.copies.wait_held(iteration, TIMEOUT)
+        assert_whole(holder.copies.tier(OWNER), iteration)
+    until(lambda: len(holder.of(WindowReplicated)) == 3, "three events")
+    events = [(e.first_iteration, e.last_iteration, e.owner) for e in holder.of(WindowReplicated)]
+    assert events == [(0, 1, OWNER), (1, 2, OWNER), (2, 3, OWNER)]
+    assert holder.copies.held() == {OWNER: [3, 2]}
+    assert owner.events == []
 
 
-def test_all_files_are_private(holder, owner, base):
-    owner.replicator.set_targets({HOLDER: holder.address})
-    owner.replicator.offer(commit(owner.tier, 1))
-    assert owner.flush()
+def test_three_points_of_a_gradient_log_are_kept(holder: Rank, owner: Rank) -> None:
+    holder.copies.follow({OWNER: owner.address})
+    for iteration in range(1, 6):
+        commit(owner.tier, iteration, policy="gradient_log")
+        assert holder.copies.wait_held(iteration, TIMEOUT)
+    assert holder.copies.held() == {OWNER: [5, 4, 3]}
+
+
+def test_all_files_are_private(holder: Rank, owner: Rank, base: Path) -> None:
+    commit(owner.tier, 1)
+    holder.take(owner.address)
     for path in [base, *base.rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
-def test_file_that_does_not_change_is_sent_once(holder, owner):
+def test_file_that_does_not_change_is_sent_once(holder: Rank, owner: Rank) -> None:
     static = write_snapshot(owner.tier, "static", 7.0, (TensorSpec("frozen", torch.float32, (500_000,)),))
-    owner.replicator.set_targets({HOLDER: holder.address})
     sent = []
     for iteration in (1, 2, 3):
         rest = write_snapshot(owner.tier, f"rest-{iteration}", iteration)
         manifest = make_manifest(iteration, [rest, static], rank=OWNER, world_size=4, static=static.name)
         owner.tier.commit(manifest)
-        owner.replicator.offer(manifest)
-        assert owner.flush()
-        sent.append(owner.of(WindowReplicated)[-1].nbytes)
+        sent.append(holder.take(owner.address))
     assert sent[0] > static.nbytes
     assert max(sent[1:]) < static.nbytes / 100
-    holder.replica_of(OWNER).verify(holder.replica_of(OWNER).read_manifest(3))
+    holder.copies.tier(OWNER).verify(holder.copies.tier(OWNER).read_manifest(3))
 
 
-def test_slow_peer_never_blocks_offers_and_holds_two_windows_at_most(holder, owner):
-    window_bytes = commit(owner.tier, 1).nbytes
-    peak_bytes, peak_pins = 0, 0
-    with Proxy(holder.address, stop_after=1000) as proxy:
-        owner.replicator.set_targets({HOLDER: proxy.address})
-        owner.replicator.offer(owner.tier.read_manifest(1))
+def test_slow_transfer_blocks_no_commit_and_never_leaves_half_a_window(holder: Rank, owner: Rank) -> None:
+    window_bytes, peak_bytes = commit(owner.tier, 1).nbytes, 0
+    with Proxy(owner.address, stop_after=1000) as proxy:
+        holder.copies.follow({OWNER: proxy.address})
         assert proxy.stopped.wait(TIMEOUT)
-        assert owner.replicator._pending is None
         for iteration in range(2, 8):
-            owner.replicator.offer(commit(owner.tier, iteration))  # would hang here: nothing moves until the gate opens
-            assert owner.replicator._pending is not None
+            commit(owner.tier, iteration)
             peak_bytes = max(peak_bytes, owner.tier.used_bytes())
-            peak_pins = max(peak_pins, len(owner.tier._needed._pinned))
-        assert owner.acknowledged == {}
+        assert holder.copies.held() == {OWNER: []}
         proxy.gate.set()
-        assert owner.flush()
-    assert peak_pins == 2
-    assert peak_bytes <= 4 * window_bytes  # in flight, pending (the committed one), its predecessor, and one captured
-    assert [e.last_iteration for e in owner.of(WindowReplicated)] == [1, 7]
-    assert_whole(holder.replica_of(OWNER), 7)
-    assert owner.replicator._pending is None
-    assert not owner.tier._needed._pins
+        holder.until_held(7)
+    assert peak_bytes <= 3 * window_bytes
+    assert_whole(holder.copies.tier(OWNER), 7)
 
 
-def test_closing_breaks_a_hanging_transfer_off_and_unpins(holder, owner):
-    with Proxy(holder.address, stop_after=1000) as proxy:
-        owner.replicator.set_targets({HOLDER: proxy.address})
-        for iteration in (1, 2):
-            owner.replicator.offer(commit(owner.tier, iteration))
-            assert proxy.stopped.wait(TIMEOUT)
-        owner.service.close(completed=False)
-        assert not owner.tier._needed._pins
-        assert owner.of(ReplicationFailed) == []
+def test_closing_breaks_a_hanging_transfer_off(holder: Rank, owner: Rank) -> None:
+    commit(owner.tier, 1)
+    with Proxy(owner.address, stop_after=1000) as proxy:
+        holder.copies.follow({OWNER: proxy.address})
+        assert proxy.stopped.wait(TIMEOUT)
+        holder.copies.stop()
+        assert holder.copies.tier(OWNER).windows() == []
+    assert holder.of(ReplicationFailed) == []
 
 
-def test_dead_target_is_reported_and_does_not_stop_the_others(holder, owner, base, caplog):
+def test_dead_owner_is_reported_and_does_not_stop_the_others(
+    holder: Rank, owner: Rank, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         dead = listener.getsockname()
-    other = Rank(base, 2)
-    owner.replicator.set_targets({3: dead, HOLDER: holder.address, 2: other.address})
-    owner.replicator.offer(commit(owner.tier, 1))
-    assert not owner.flush(0.2)
-    owner.replicator.offer(commit(owner.tier, 2))
-    assert not owner.flush(0.2)
-    owner.replicator.set_targets({HOLDER: holder.address, 2: other.address})
-    assert owner.flush()
-    assert owner.acknowledged == {HOLDER: 2, 2: 2}
-    assert {e.peer for e in owner.of(ReplicationFailed)} == {3}
-    assert "cannot be reached" in owner.of(ReplicationFailed)[0].reason
-    assert "could not be copied to rank 3" in caplog.text
-    other.close()
+    holder.copies.follow({3: dead, OWNER: owner.address})
+    commit(owner.tier, 1)
+    assert holder.copies.wait_held(1, TIMEOUT), "nobody waits for the dead one"
+    assert_whole(holder.copies.tier(OWNER), 1)
+    until(lambda: holder.of(ReplicationFailed), "a report")
+    assert {e.owner for e in holder.of(ReplicationFailed)} == {3}
+    assert "cannot be reached" in holder.of(ReplicationFailed)[0].reason
+    assert "the windows of rank 3 cannot be copied to rank 0" in caplog.text
+    assert holder.copies.held()[3] is None, "no copy that is not there counts as one"
 
 
-def test_target_that_comes_back_gets_the_window_that_it_missed(holder, owner, base):
-    host, port = holder.address
-    owner.replicator.set_targets({HOLDER: holder.address})
-    owner.replicator.offer(commit(owner.tier, 1))
-    assert owner.flush()
-    holder.close()
-    owner.replicator.offer(commit(owner.tier, 2))
-    assert not owner.flush(0.2)
-    tier = open_tier(base, HOLDER)
-    again = ReplicaService(tier, secret=SECRET, bus=EventBus(), host=host, port=port)
-    again.start()
-    assert listed(again.store.tier_of(OWNER)) == [(0, 1)]
-    assert owner.flush()
-    assert listed(again.store.tier_of(OWNER)) == [(1, 2), (0, 1)]
-    again.close(completed=False)
-    tier.close()
+def test_owner_that_can_be_reached_again_is_copied(holder: Rank, owner: Rank) -> None:
+    commit(owner.tier, 1)
+    with Proxy(owner.address, break_after=0) as proxy:
+        holder.copies.follow({OWNER: proxy.address})
+        until(lambda: holder.copies.held() == {OWNER: None}, "that it cannot be reached")
+        proxy._break_after = None
+        holder.until_held(1)
+    assert_whole(holder.copies.tier(OWNER), 1)
 
 
-def test_target_that_restarted_meanwhile_is_connected_to_again_at_once(holder, owner, base):
-    owner.replicator.set_targets({HOLDER: holder.address})
-    owner.replicator.offer(commit(owner.tier, 1))
-    assert owner.flush()
-    holder.close()
-    tier = open_tier(base, HOLDER)
-    again = ReplicaService(tier, secret=SECRET, bus=EventBus(), host=holder.address[0], port=holder.address[1])
-    again.start()
-    owner.replicator.offer(commit(owner.tier, 2))
-    assert owner.flush()
-    assert owner.of(ReplicationFailed) == []
-    assert listed(again.store.tier_of(OWNER))[0] == (1, 2)
-    again.close(completed=False)
-    tier.close()
+def test_end_of_the_server_is_no_failure(holder: Rank, owner: Rank) -> None:
+    commit(owner.tier, 1)
+    holder.copies.follow({OWNER: owner.address})
+    holder.until_held(1)
+    owner.close()
+    until(lambda: holder.copies.held() == {OWNER: None}, "that it is noticed")
+    assert holder.of(ReplicationFailed) == []
+    assert_whole(holder.copies.tier(OWNER), 1)
 
 
-def test_new_target_gets_the_newest_window_at_once(holder, owner, base):
-    owner.replicator.set_targets({HOLDER: holder.address})
-    owner.replicator.offer(commit(owner.tier, 1))
-    assert owner.flush()
-    other = Rank(base, 2)
-    owner.replicator.set_targets({2: other.address})
-    assert owner.flush()
-    assert owner.acknowledged == {2: 1}
-    assert_whole(other.replica_of(OWNER), 1)
-    other.close()
+def test_owner_that_went_back_replaces_its_later_copy(holder: Rank, owner: Rank) -> None:
+    commit(owner.tier, 4)
+    holder.copies.follow({OWNER: owner.address})
+    holder.until_held(4)
+    commit(owner.tier, 9, keep=True)
+    holder.until_held(9)
+    owner.tier.drop(9)
+    until(lambda: holder.copies.held() == {OWNER: [4]}, "that the later copy is gone")
+    assert_whole(holder.copies.tier(OWNER), 4)
 
 
-def test_window_for_another_rank_is_refused(holder, owner):
-    owner.replicator.set_targets({2: holder.address})
-    owner.replicator.offer(commit(owner.tier, 1))
-    assert not owner.flush(0.2)
-    assert "outdated" in owner.of(ReplicationFailed)[0].reason
-    assert holder.replicas() == {}
-    with pytest.raises(ConfigurationError, match="its own replica"):
-        owner.replicator.set_targets({OWNER: owner.address})
+def test_same_name_of_another_course_is_another_window(holder: Rank, owner: Rank) -> None:
+    commit(owner.tier, 4)
+    holder.take(owner.address)
+    holder.copies.drop_later(3)
+    owner.tier.drop(4)
+    manifest = commit(owner.tier, 4, created_at=99.0)
+    holder.take(owner.address)
+    assert holder.copies.tier(OWNER).read_manifest(4) == manifest
+
+
+# --- what is there already, and room ---------------------------------------------------------------------------------
+
+
+def test_damaged_file_is_copied_again(holder: Rank, owner: Rank) -> None:
+    manifest = commit(owner.tier, 1)
+    holder.take(owner.address)
+    holder.copies.close()
+    replica = holder.base / "job" / "replica-00001-at-00000" / "files" / manifest.files[0].name
+    damaged = bytearray(replica.read_bytes())
+    damaged[-1] ^= 1
+    replica.write_bytes(damaged)
+    holder.copies.fetch(owner.address, OWNER, 1, holder.copies.tier(OWNER))
+    assert_whole(holder.copies.tier(OWNER), 1)
+
+
+def test_lack_of_room_is_said_before_anything_is_sent(
+    holder: Rank, owner: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = commit(owner.tier, 1)
+    holder.take(owner.address)
+    commit(owner.tier, 2)
+    monkeypatch.setattr(host_memory, "free_bytes_at", lambda path: first.nbytes - 1)
+    with pytest.raises(HostMemoryError, match="are needed"):
+        holder.take(owner.address)
+    assert holder.copies.tier(OWNER).windows() == [1]
+
+
+def test_other_file_under_a_held_name_is_refused(holder: Rank, owner: Rank) -> None:
+    first = commit(owner.tier, 1)
+    holder.take(owner.address)
+    owner.tier.drop(1)
+    owner.tier.close()
+    owner.tier.open()
+    record = write_snapshot(owner.tier, first.files[0].name.removesuffix(".safetensors"), 99.0)
+    owner.tier.commit(make_manifest(2, [record], rank=OWNER, world_size=4))
+    with pytest.raises(StoreError, match="in use"):
+        holder.take(owner.address)
+    assert_whole(holder.copies.tier(OWNER), 1)
 
 
 # --- broken connections -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [i / 20 for i in range(21)])
-def test_connection_torn_anywhere_leaves_a_whole_window(base, holder, share):
+@pytest.mark.parametrize("share", [i / 10 for i in range(11)])
+def test_connection_torn_anywhere_leaves_a_whole_window(base: Path, holder: Rank, owner: Rank, share: float) -> None:
     total = stream_bytes(base)
-    with open_tier(base, OWNER) as tier:
-        commit(tier, 1)
-        push(holder.address, tier, 1)
-        commit(tier, 2, keep=True)
-        cut = round(share * total)
-        with Proxy(holder.address, break_after=cut) as proxy:
-            if cut < total:
-                with pytest.raises(ReplicationError):
-                    push(proxy.address, tier, 2)
-            else:  # torn after the last byte: the acknowledgement may be lost
-                with contextlib.suppress(ReplicationError):
-                    push(proxy.address, tier, 2)
-        replica = holder.replica_of(OWNER)
+    commit(owner.tier, 1)
+    holder.take(owner.address)
+    commit(owner.tier, 2)
+    cut = round(share * total)
+    with Proxy(owner.address, break_after=cut) as proxy:
         if cut < total:
-            assert replica.windows() == [1]
-            assert_whole(replica, 1)
-        push(holder.address, tier, 2)
-        assert replica.windows() == [2, 1]
-        assert_whole(replica, 2)
-        assert replica.used_bytes() <= 3 * replica.read_manifest(2).nbytes
+            with pytest.raises(ReplicationError):
+                holder.take(proxy.address)
+        else:
+            holder.take(proxy.address)
+    copies = holder.copies.tier(OWNER)
+    if cut < total:
+        assert copies.windows() == [1]
+        assert_whole(copies, 1)
+        holder.take(owner.address)
+    assert copies.windows() == [2, 1]
+    assert_whole(copies, 2)
+    assert copies.used_bytes() <= 3 * copies.read_manifest(2).nbytes
 
 
-def test_any_altered_byte_is_refused_and_the_old_replica_stays(base, holder):
+def test_any_altered_byte_is_refused_and_the_old_copy_stays(base: Path, holder: Rank, owner: Rank) -> None:
     total = stream_bytes(base)
-    with open_tier(base, OWNER) as tier:
-        commit(tier, 1)
-        push(holder.address, tier, 1)
-        commit(tier, 2, keep=True)
-        for flip in [0, 30, 60, 72, 75, 80, 200, 900, *range(2000, total, total // 12), total - 1]:
-            with Proxy(holder.address, flip=flip) as proxy, pytest.raises(ReplicationError):
-                push(proxy.address, tier, 2, timeout=0.5)  # a length that grew is waited for
-            assert holder.replica_of(OWNER).windows() == [1]
-            assert_whole(holder.replica_of(OWNER), 1)
-        push(holder.address, tier, 2)
-        assert_whole(holder.replica_of(OWNER), 2)
+    commit(owner.tier, 1)
+    holder.take(owner.address)
+    commit(owner.tier, 2)
+    for flip in [0, 30, 60, 72, 75, 80, 200, 900, *range(2000, total, total // 12), total - 1]:
+        with Proxy(owner.address, flip=flip) as proxy, pytest.raises((ReplicationError, CorruptSnapshotError)):
+            holder.take(proxy.address, timeout=0.5)  # a length that grew is waited for
+        assert holder.copies.tier(OWNER).windows() == [1]
+        assert_whole(holder.copies.tier(OWNER), 1)
+    holder.take(owner.address)
+    assert_whole(holder.copies.tier(OWNER), 2)
 
 
 # --- killed processes ---------------------------------------------------------------------------------------------
 
 
-def _send_in_child(base: Path, pipe) -> None:
-    tier = open_tier(base, OWNER)
-    commit(tier, 1)
-    commit(tier, 2, keep=True)
-    direct, proxied = pipe.recv()
-    push(direct, tier, 1)
-    pipe.send("sent the first")
-    with contextlib.suppress(ReplicationError):
-        push(proxied, tier, 2)
-    pipe.send("done")
+def _serve_in_child(base: Path, pipe: Any) -> None:
+    rank = Rank(base, OWNER)
+    commit(rank.tier, 1)
+    pipe.send(rank.address)
+    pipe.recv()
+    commit(rank.tier, 2)
+    pipe.send("committed")
     signal.pause()
 
 
-def _hold_in_child(base: Path, pipe) -> None:
-    pipe.send(Rank(base, HOLDER).address)
+def _hold_in_child(base: Path, pipe: Any) -> None:
+    rank = Rank(base, HOLDER)
+    direct, proxied = pipe.recv()
+    rank.take(direct)
+    pipe.send("has the first")
+    pipe.recv()
+    rank.take(proxied)
+    pipe.send("has the second")
+    signal.pause()
+
+
+def _sleep_in_child(base: Path, pipe: Any) -> None:
+    pipe.send("forked")
     signal.pause()
 
 
 @contextlib.contextmanager
-def child(target, base: Path):
+def child(target: Callable[[Path, Any], None], base: Path) -> Iterator[tuple[Any, Any]]:
     context = get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(base, theirs))
@@ -286,103 +287,98 @@ def child(target, base: Path):
         yield process, ours
     finally:
         if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
+            os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.002, 0.2, 0.34, 0.5, 0.8, 0.999, 1.0])
-def test_killed_sender_leaves_a_whole_replica(base, share):
+@pytest.mark.parametrize("share", [0.002, 0.34, 0.999])
+def test_killed_owner_leaves_a_whole_copy(base: Path, share: float) -> None:
     total = stream_bytes(base)
-    with child(_send_in_child, base) as (process, pipe):  # before this process has threads
+    with child(_serve_in_child, base) as (process, pipe):  # before this process has threads
+        address = pipe.recv()
         holder = Rank(base, HOLDER)
-        with Proxy(holder.address, stop_after=round(share * total) if share < 1 else None) as proxy:
-            pipe.send((holder.address, proxy.address))
-            assert pipe.recv() == "sent the first"
+        holder.take(address)
+        pipe.send("go on")
+        assert pipe.recv() == "committed"
+        with Proxy(address, stop_after=round(share * total)) as proxy:
+            errors: list[Exception] = []
+            thread = threading.Thread(target=lambda: _take_quietly(holder, proxy.address, errors))
+            thread.start()
+            assert proxy.stopped.wait(TIMEOUT)
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        thread.join()
+        assert len(errors) == 1
+        copies = holder.copies.tier(OWNER)
+        assert copies.windows() == [1]
+        assert_whole(copies, 1)
+        assert copies.used_bytes() <= 2 * copies.read_manifest(1).nbytes
+        holder.close()
+
+
+def _take_quietly(holder: Rank, address: Any, errors: list[Exception]) -> None:
+    try:
+        holder.take(address)
+    except ReplicationError as error:
+        errors.append(error)
+
+
+@pytest.mark.parametrize("share", [0.002, 0.34, 0.999, 1.0])
+def test_killed_holder_leaves_a_whole_copy(base: Path, share: float) -> None:
+    total = stream_bytes(base)
+    with child(_hold_in_child, base) as (process, pipe):
+        owner = Rank(base, OWNER)
+        commit(owner.tier, 1)
+        with Proxy(owner.address, stop_after=round(share * total) if share < 1 else None) as proxy:
+            pipe.send((owner.address, proxy.address))
+            assert pipe.recv() == "has the first"
+            commit(owner.tier, 2)
+            pipe.send("go on")
             if share < 1:
                 assert proxy.stopped.wait(TIMEOUT)
             else:
-                assert pipe.recv() == "done"
+                assert pipe.recv() == "has the second"
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-        holder.close()
-    with open_tier(base, OWNER, holder=HOLDER) as replica:
-        assert replica.windows() == ([1] if share < 1 else [2, 1])
-        for iteration in replica.windows():
-            assert_whole(replica, iteration)
-        assert replica.used_bytes() == sum(replica.read_manifest(i).nbytes for i in replica.windows())
-
-
-@pytest.mark.parametrize("share", [0.0, 0.002, 0.2, 0.34, 0.5, 0.8, 0.999, 1.0])
-def test_killed_holder_leaves_a_whole_replica(base, share):
-    total = stream_bytes(base)
-    with child(_hold_in_child, base) as (process, pipe):
-        address = pipe.recv()
-        with open_tier(base, OWNER) as tier:
-            commit(tier, 1)
-            push(address, tier, 1)
-            commit(tier, 2, keep=True)
-            with Proxy(address, stop_after=round(share * total) if share < 1 else None) as proxy:
-                sender = threading.Thread(target=lambda: _push_quietly(proxy.address, tier))
-                sender.start()
-                if share < 1:
-                    assert proxy.stopped.wait(TIMEOUT)
-                else:
-                    sender.join()
-                os.kill(process.pid, signal.SIGKILL)
-                process.join()
-                proxy.gate.set()
-                sender.join()
         again = Rank(base, HOLDER)
-        replica = again.replica_of(OWNER)
-        assert replica.windows() == ([1] if share < 1 else [2, 1])
-        for iteration in replica.windows():
-            assert_whole(replica, iteration)
-        assert replica.used_bytes() == sum(replica.read_manifest(i).nbytes for i in replica.windows())
-        with open_tier(base, OWNER) as tier:
-            push(again.address, tier, 2)
-        assert_whole(replica, 2)
+        copies = again.copies.tier(OWNER)
+        assert copies.windows() == ([1] if share < 1 else [2, 1])
+        for iteration in copies.windows():
+            assert_whole(copies, iteration)
+        assert copies.used_bytes() == sum(copies.read_manifest(i).nbytes for i in copies.windows())
+        if share < 1:
+            again.take(owner.address)
+        assert_whole(copies, 2)
         again.close()
+        owner.close()
 
 
-def _push_quietly(address, tier: HostMemoryTier) -> None:
-    with contextlib.suppress(ReplicationError):
-        push(address, tier, 2)
-
-
-def _sleep_in_child(base: Path, pipe) -> None:
-    pipe.send("forked")
-    signal.pause()
-
-
-def test_forked_child_that_outlives_a_rank_keeps_no_socket_of_it_open(base):
-    holder = Rank(base, HOLDER)
-    connection = connect(holder.address, KEY, timeout_seconds=TIMEOUT)
+def test_forked_child_that_outlives_a_rank_keeps_no_socket_of_it_open(base: Path) -> None:
+    owner = Rank(base, OWNER)
+    connection = connect(owner.address, KEY, timeout_seconds=TIMEOUT)
     with child(_sleep_in_child, base) as (_, pipe):
         assert pipe.recv() == "forked"
-        holder.close()
+        owner.close()
         with pytest.raises(ReplicationError, match="closed the connection|reset"):
             connection.receive()
         with pytest.raises(ReplicationError, match="cannot be reached"):
-            connect(holder.address, KEY, timeout_seconds=TIMEOUT)
+            connect(owner.address, KEY, timeout_seconds=TIMEOUT)
 
 
 # --- ends ---------------------------------------------------------------------------------------------------------
 
 
-def test_completed_run_leaves_no_replica(base, holder, owner):
-    owner.replicator.set_targets({HOLDER: holder.address})
-    owner.replicator.offer(commit(owner.tier, 1))
-    assert owner.flush()
-    assert len(find_jobs(base)) == 3
-    holder.service.close(completed=True)
-    assert {info.rank_name for info in find_jobs(base)} == {"rank-00000", "rank-00001"}
-
-
-def test_replicator_without_targets_pins_nothing(base):
-    with open_tier(base, OWNER) as tier:
-        replicator = Replicator(tier, KEY, EventBus(), timeout_seconds=TIMEOUT)
-        replicator.offer(commit(tier, 1))
-        assert not tier._needed._pins
-        assert replicator._pending is None
-        assert flush(replicator, 0.0)
-        replicator.close()
+def test_copies_stay_at_the_end_of_a_process_and_go_when_nobody_wants_them(
+    base: Path, holder: Rank, owner: Rank
+) -> None:
+    commit(owner.tier, 1)
+    holder.take(owner.address)
+    holder.copies.close()
+    with open_tier(holder.base, OWNER, holder=HOLDER) as left:
+        assert_whole(left, 1)
+    assert {info.rank_name for info in find_jobs(holder.base)} == {"rank-00000", "replica-00001-at-00000"}
+    holder.copies.tier(OWNER)
+    holder.copies.drop(keep={OWNER})
+    assert_whole(holder.copies.tier(OWNER), 1)
+    holder.copies.drop()
+    assert {info.rank_name for info in find_jobs(holder.base)} == {"rank-00000"}

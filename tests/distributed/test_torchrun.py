@@ -17,6 +17,7 @@ import torch.distributed as dist
 from moetion_lightning.config import TorchrunWorker, torchrun_worker
 from moetion_lightning.distributed import torchrun
 from moetion_lightning.errors import RankLostError
+from tests.runs.elastic import StoreHost
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).parent / "workers" / "restarts.py"
@@ -34,6 +35,28 @@ def test_job_survives_kills_at_any_moment(tmp_path: Path, kills: list[str]) -> N
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):  # no attempt failed but those that were killed; the second call had nothing to do
         assert (tmp_path / f"rank{rank}").read_text(encoding="utf-8") == f"{len(kills)} 32.0 (True, False)"
+
+
+@pytest.mark.slow
+def test_rendezvous_of_this_package_serves_torchrun(tmp_path: Path) -> None:
+    """Stock torchrun; a rank is killed, and all meet again in a new round (of several nodes: see test_rendezvous)."""
+    installed = tmp_path / "path" / "a_name-1.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: a-name\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(
+        "[torchrun.handlers]\nmoetion = moetion_lightning.entry_points:torchrun_rendezvous\n"
+    )
+    server = StoreHost()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2"]
+    command += ["--rdzv-backend=moetion", f"--rdzv-endpoint=127.0.0.1:{server.port}", "--rdzv-id=job"]
+    command += ["--monitor-interval=0.1", str(SCRIPT), str(tmp_path), "shared", "stepping"]
+    path = os.pathsep.join([str(tmp_path / "path"), str(ROOT)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MOETION_MEMORY_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    server.close()
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        assert (tmp_path / f"rank{rank}").read_text(encoding="utf-8").split()[1] == "32.0"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from tests.runs.drill import Drill, differences, read_events
 
-#: Killed twice: after a window and a half, and again while the next window is captured.
+#: Killed twice: after a window and a half, and again while the next window is captured, in the last of two epochs.
 KILLS = [{"hook": "backward", "step": 8}, {"event": "CaptureStarted", "copies": 2, "fields": {"iteration": 12}}]
 
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_killed_run_ends_bitwise_equal(drill: Drill, name: str) -> None:
-    spec = TRAININGS[name]
+    spec = {"epochs": 2, **TRAININGS[name]}
     killed = drill.killed(spec, KILLS)
     assert differences(drill.reference(spec), killed) == []
     finished = read_events(killed, "ReplayFinished")

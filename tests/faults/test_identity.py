@@ -99,8 +99,7 @@ GRIDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize(("grid", "window"), [("rates", 1), ("rates", 4), ("optimizers", 4), ("widths", 1)])
 def test_a_trial_that_was_stopped_is_not_taken_for_the_next_one(drill: Drill, grid: str, window: int) -> None:
     """The next one is killed before its first window, more than once, and is the first fit of its process then."""
     story = Story(drill, "sweep", fails=True, skip=True, seeds=(1, 1, 1), window=window, **GRIDS[grid])
@@ -142,8 +141,7 @@ def test_phases_that_are_skipped_leave_the_window_to_its_phase(drill: Drill, kil
     assert story.differences(story.twin()) == []
 
 
-@pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("kill", ["f2-9", "f2-2"])
+@pytest.mark.parametrize(("kill", "skip"), [("f2-9", False), ("f2-9", True), ("f2-2", True)])
 def test_folds_that_begin_alike_are_told_apart(drill: Drill, skip: bool, kill: str) -> None:
     story = Story(drill, "folds", skip=skip)
     story.start(kill=kill)
@@ -280,8 +278,7 @@ def test_a_script_without_a_seed_continues(drill: Drill) -> None:
     assert "0" not in story.steps(1)
 
 
-@pytest.mark.parametrize("then", ["raise", "exit", "kill"])
-@WINDOWS
+@pytest.mark.parametrize(("then", "window"), [("raise", 1), ("raise", 4), ("exit", 4), ("kill", 1)])
 def test_a_failure_after_training_continues_at_its_end(drill: Drill, then: str, window: int) -> None:
     story = Story(drill, "plain", window=window, changes={"0": {"then": then}})
     story.start(code={"raise": 1, "exit": 3, "kill": -signal.SIGKILL}[then])

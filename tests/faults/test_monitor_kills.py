@@ -109,13 +109,17 @@ def test_lost_tokens_are_those_of_the_engine(drill: Drill, ranks: int) -> None:
 @pytest.mark.slow
 def test_ranks_log_the_mean_over_ranks(drill: Drill) -> None:
     spec = {**SPEC, "ranks": 2, "samples": 80}
-    out = drill.killed(spec, KILLS)
+    out = drill.killed({**spec, "busy": {"1": 0.05}}, KILLS)
     assert differences(drill.reference({**spec, "callbacks": []}), out) == []
     first, second = (check_times(out, rank) for rank in range(2))
     together = [first[name] + second[name] for name in ("useful_seconds", "wall_seconds", "stall_seconds")]
     for record in (first, second):
         assert record["values"]["moetion/ettr"] == together[0] / together[1]
         assert record["values"]["moetion/stall_seconds_per_iteration"] == together[2] / 58
+        assert record["values"]["moetion/slowest_rank"] == 1
+        assert record["values"]["moetion/slowest_over_median"] > 1.5
+    assert "rank 1 is slow: " in read_logs(out)
+    assert "rank 0 is slow" not in read_logs(out)
     assert first["tokens"] == second["tokens"]
     counted = read_events(out, "TokensCounted", rank=0)[-1]["iteration"]
     assert all(sum(row) == 2 * 2 * 4 * counted for row in first["tokens"].values())

@@ -29,6 +29,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "best-and-last-files": {"savers": ["best"]},
     "best-and-last-files-window-1": {"savers": ["best"], **ONE},
     "files-of-one-folder": {"savers": ["fixed"]},
+    "validated-first": {"savers": ["best"], "validated_first": True},
 }
 
 

@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from moetion_lightning.cli import main
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.command import Forked
+from tests.runs import program
+from tests.runs.drill import Zygote
 
 
 @pytest.fixture
-def killed_run(memory_dir: Path, tmp_path: Path) -> Path:
+def killed_run(memory_dir: Path, tmp_path: Path, zygote: Zygote) -> Path:
     """The memory directory of a run that was killed after its first committed window."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "MOETION_MEMORY_DIR": str(memory_dir),
-        "MOETION_JOB_ID": "killed",
-    }
-    command = [sys.executable, "-m", "moetion_lightning", "fit", "--config", "recipe:tiny_moe_cpu"]
+    environment = {**os.environ, "MOETION_MEMORY_DIR": str(memory_dir), "MOETION_JOB_ID": "killed"}
+    command = ["-m", "moetion_lightning", "fit", "--config", "recipe:tiny_moe_cpu"]
     command += ["--trainer.max_steps", "5000", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+    log = tmp_path / "log"
     deadline = time.monotonic() + 120
-    with (tmp_path / "log").open("wb") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path)
-        try:
-            windows = memory_dir / "killed" / "rank-00000" / "windows"
-            while not (windows.is_dir() and any(windows.glob("[0-9]*.json"))):
-                assert child.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < deadline, "no window was committed"
-                time.sleep(0.02)
-        finally:
-            child.kill()
-            child.wait()
+    child = Forked(zygote, program.spec(tmp_path, *command), log, environment)
+    try:
+        windows = memory_dir / "killed" / "rank-00000" / "windows"
+        while not (windows.is_dir() and any(windows.glob("[0-9]*.json"))):
+            assert child.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, "no window was committed"
+            time.sleep(0.02)
+    finally:
+        child.kill()
+        child.wait()
     return memory_dir
 
 

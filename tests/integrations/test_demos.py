@@ -1,21 +1,27 @@
 """`moetion demo`, `demo ranks` and `demo pipeline`, end to end.
 
-What is killed runs as the user starts it. The undisturbed twin, with which it is compared bit by bit, is forked from a
-process that has imported everything, and its ranks by an ordinary elastic agent's rules.
+What is killed runs as the user starts it; of the pipeline, `moetion launch` and its ranks are forks of a process that
+has imported everything. The undisturbed twin, with which it is compared bit by bit, is forked, too, and its ranks by an
+ordinary elastic agent's rules.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
 import pytest
 
 from moetion_lightning.cli import main
 from moetion_lightning.demo import job, single
+from moetion_lightning.demo import stage as running
 from moetion_lightning.demo.stage import run_child
-from tests.runs import program
+from tests.command import Forked
+from tests.runs import forked, program
 from tests.runs.drill import Zygote, read_logs
 from tests.runs.ranks import elastic_environments
 
@@ -46,6 +52,14 @@ def forked_twins(zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return forked
 
 
+@pytest.fixture
+def forked_launcher(zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+    def popen(command: list[str], *, stdout: BinaryIO, stderr: int, env: dict[str, str], cwd: Path) -> Forked:
+        return Forked(zygote, forked.spec(*command[3:], folder=cwd), Path(stdout.name), env)
+
+    monkeypatch.setattr(running, "subprocess", SimpleNamespace(Popen=popen, STDOUT=subprocess.STDOUT))
+
+
 def demonstrate(capsys: pytest.CaptureFixture[str], folder: Path, forked: list[str], *arguments: str) -> str:
     status = main(["demo", *arguments, "--dir", str(folder)])
     out = capsys.readouterr().out
@@ -60,8 +74,7 @@ FEW = ["--steps", "14", "--window", "3", "--kill-after-windows", "1"]
 
 
 def test_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_twins: list[str]) -> None:
-    few = ["--steps", "30", "--window", "4", "--kill-after-windows", "3"]
-    demonstrate(capsys, tmp_path / "demo", forked_twins, "--small", *few)
+    demonstrate(capsys, tmp_path / "demo", forked_twins, "--small", *FEW)
 
 
 def test_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_twins: list[str]) -> None:
@@ -73,6 +86,7 @@ def test_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_twins:
     assert re.search(r"seconds from the kill to the next new step +\d", out), out
 
 
+@pytest.mark.usefixtures("forked_launcher")
 def test_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_twins: list[str]) -> None:
     """A stage is killed, and it alone is replayed from its neighbours' logs."""
     out = demonstrate(capsys, tmp_path / "demo", forked_twins, "pipeline", *FEW)

@@ -27,6 +27,10 @@ DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 #: Values that a message gives differ; the documentation writes this in their place.
 GAP = "…"
+OTHER_COMMANDS = {
+    *("pip", "torchrun", "accelerate", "python", "git", "export"),
+    *("apt-get", "kubectl", "sbatch", "srun"),
+}
 
 
 def _blocks(language: str) -> list[Any]:
@@ -92,7 +96,7 @@ def _check_moetion(words: list[str]) -> None:
 
 
 def _check_make(words: list[str]) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     for word in words:
         assert "=" in word or word in targets, f"make has no target {word!r}"
 
@@ -110,7 +114,9 @@ def test_commands_exist(text: str) -> None:
         elif words[:1] == ["python"] and words[1] not in ("-m", "-c"):
             assert words[1] == "train.py" or (ROOT / words[1]).is_file(), line
         elif words:
-            assert words[0] in ("pip", "torchrun", "accelerate", "python", "git", "export"), line
+            assert words[0] in OTHER_COMMANDS, line
+            for word in words[1:]:  # files of this repository
+                assert not word.startswith("examples/") or (ROOT / word).is_file(), line
 
 
 def test_every_command_and_recipe_is_documented() -> None:

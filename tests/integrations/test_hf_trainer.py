@@ -78,6 +78,15 @@ def test_killed_trainer_ends_bitwise_equal(drill: Drill, name: str) -> None:
     assert all(event["verified"] for event in read_events(killed, "ReplayFinished"))
 
 
+@pytest.mark.parametrize("name", ["accumulate-clip-warmup", "persistent-workers", "scaler-skipped-step"])
+def test_killed_trainer_that_logs_gradients_loses_one_iteration(drill: Drill, name: str) -> None:
+    spec = {**RUNS[name], "policy_args": {"window": 3, "policy": "gradient_log"}}
+    killed = drill.killed(spec, [{"hook": "before_step", "step": 8}, {"hook": "step_end", "step": 12}])
+    assert differences(drill.reference(spec), killed) == []
+    assert len(read_events(killed, "StateRebuilt")) == 2
+    assert all(event["verified"] for event in read_events(killed, "ReplayFinished"))
+
+
 @pytest.mark.parametrize(
     "name", ["accumulate-clip-warmup", "augment-workers", "persistent-workers", "bf16", "grouped", "seedable", "stream"]
 )
@@ -229,6 +238,8 @@ def _trainer(tmp_path: Path, memory_dir: Path, kind: type[Trainer] = Trainer, **
 def test_unknown_setting_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="MoEtionTrainerCallback: no setting is named 'windows'"):
         MoEtionTrainerCallback(windows=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigurationError, match=r"MoEtionTrainerCallback: skip_batches=\[1, 3\] has no effect there"):
+        MoEtionTrainerCallback(skip_batches=[3, 1, 3])
 
 
 def test_batch_size_that_is_searched_for_is_refused(tmp_path: Path, memory_dir: Path) -> None:

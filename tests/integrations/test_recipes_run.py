@@ -14,7 +14,8 @@ import yaml
 from moetion_lightning.cli import main
 from moetion_lightning.recipes import Recipe, list_recipes, recipe_path
 from moetion_lightning.testing.compare import compare_losses, compare_states, read_losses, read_state
-from tests.runs import program
+from tests.command import Forked
+from tests.runs import forked, program
 from tests.runs.drill import Zygote
 from tests.runs.ranks import environments
 
@@ -114,8 +115,8 @@ def _fit_ranks(
         name: Of the recipe.
         folder: For what it writes.
         ranks: How many.
-        launcher: Who starts them: ``"launch"``, ``"torchrun"``, or nobody but Lightning.
-        zygote: It forks them in the launcher's place.
+        launcher: Who starts them: ``"launch"``, or nobody but Lightning.
+        zygote: It forks them in the launcher's place, or the launcher and them.
         callbacks: Whether the recipe has its own ones.
     """
     folder.mkdir(exist_ok=True)
@@ -132,6 +133,15 @@ def _fit_ranks(
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     fit = ["-m", "moetion_lightning", "fit", "--config", str(path)]
+    if launcher == "launch":
+        assert zygote is not None
+        command = forked.spec("launch", "--nproc-per-node", ranks, *fit, folder=folder)
+        launched = Forked(zygote, command, folder / "log", dict(os.environ))
+        try:
+            assert launched.wait(180) == 0, (folder / "log").read_text()
+        finally:
+            launched.kill()
+        return
     if zygote is not None:
         logs = [folder / f"log-{rank}" for rank in range(ranks)]
         memory = {"MOETION_MEMORY_DIR": os.environ["MOETION_MEMORY_DIR"]}
@@ -139,10 +149,6 @@ def _fit_ranks(
         ended = zygote.run_group([program.spec(folder, *fit)] * ranks, logs, given)
         assert ended.good, "\n".join(log.read_text() for log in logs)
         return
-    if launcher == "torchrun":
-        fit = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *fit]
-    elif launcher == "launch":
-        fit = ["-m", "moetion_lightning", "launch", "--nproc-per-node", str(ranks), *fit]
     done = subprocess.run(
         [sys.executable, *fit],
         cwd=folder,
@@ -156,19 +162,15 @@ def _fit_ranks(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", PIPELINES)
-def test_pipeline_recipe_equals_the_run_without_callbacks_under_torchrun(
+def test_pipeline_recipe_equals_the_run_without_callbacks(
     recipe: Recipe, own_memory: Path, tmp_path: Path, zygote: Zygote
 ) -> None:
-    """Capturing windows and logging boundaries changes nothing, and the launcher makes no difference.
+    """Capturing windows and logging boundaries changes nothing, under torchrun's rules.
 
-    One recipe runs under the real torchrun; the others differ from it in what they train only. That it is the same
-    under `moetion launch` is shown in test_demos.py.
+    That it is the same under `moetion launch` is shown in test_demos.py; test_launch_training.py starts torchrun.
     """
     launched, plain = tmp_path / "launched", tmp_path / "plain"
-    if recipe.name == "pipeline_moe_cpu":
-        _fit_ranks(recipe.name, launched, 3, "torchrun")
-    else:
-        _fit_ranks(recipe.name, launched, 3, "", zygote)
+    _fit_ranks(recipe.name, launched, 3, "", zygote)
     _fit_ranks(recipe.name, plain, 3, "", zygote, callbacks=False)
     held = []
     for rank in range(3):
@@ -197,7 +199,7 @@ def test_recipe_of_ranks_runs_on_two(
     if launcher == "forks":
         _fit_ranks(name, tmp_path, 2, "", zygote)
     else:
-        _fit_ranks(name, tmp_path, 2, launcher)
+        _fit_ranks(name, tmp_path, 2, launcher, zygote if launcher else None)
     losses = [read_losses(tmp_path / f"losses-{rank}.jsonl") for rank in (0, 1)]
     assert [len(found) for found in losses] == [5, 5]
     assert losses[0] != losses[1]  # each rank has its own batches

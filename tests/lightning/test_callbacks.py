@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,8 +32,10 @@ from moetion_lightning.callbacks import (
     FaultToleranceMonitor,
     PartialExpertsCheckpoint,
     SparseExpertCheckpoint,
+    _fits,
 )
 from moetion_lightning.callbacks._base import EngineCallback
+from moetion_lightning.commands import automatic
 from moetion_lightning.errors import (
     ConfigurationError,
     ForeignWindowError,
@@ -40,6 +43,7 @@ from moetion_lightning.errors import (
     JobBusyError,
     OperatorError,
     StoreError,
+    StrandedRankError,
     UnsupportedStateError,
 )
 from moetion_lightning.events import CaptureStarted, Event, WindowCommitted
@@ -449,6 +453,28 @@ def test_validate_test_and_predict_are_left_alone(tmp_path: Path, memory_dir: Pa
     capture = SparseExpertCheckpoint(memory_dir=str(memory_dir / "never"))
     trainer(tmp_path, capture, limit_val_batches=1).validate(module(), loader(), verbose=False)
     assert not (memory_dir / "never").exists()
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("generation", [0, 1])
+def test_a_process_that_replaces_a_lost_one_does_nothing_alone(
+    tmp_path: Path, memory_dir: Path, monkeypatch: pytest.MonkeyPatch, generation: int, ours: bool
+) -> None:
+    """Its collectives would do nothing: what it evaluated or trained would be of its own data alone."""
+    for name, value in {"STORE": "127.0.0.1:1", "GENERATION": str(generation)}.items():
+        monkeypatch.setenv(f"MOETION_{name}", value)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "job.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(_fits, "current_groups", lambda: SimpleNamespace(alone=generation > 0))
+    callbacks = [SparseExpertCheckpoint(memory_dir=str(memory_dir))] if ours else []
+    run = trainer(tmp_path, *callbacks, limit_val_batches=1)
+    assert sum(isinstance(c, automatic.OnlyAsOthersDo) for c in run.callbacks) == generation
+    refused = pytest.raises(StrandedRankError, match="all ranks have to begin again")
+    with refused if generation else contextlib.nullcontext():
+        run.validate(module(), loader(), verbose=False)
+    if not ours:
+        with refused if generation else contextlib.nullcontext():
+            run.fit(module(), loader())
 
 
 def test_adding_the_callback_changes_no_number(tmp_path: Path, memory_dir: Path) -> None:

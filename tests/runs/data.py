@@ -130,6 +130,26 @@ class PlainBatches:
         return iter(self.loader)
 
 
+class LeavingOut:
+    """A loader without some of its batches; of no length, for its epochs have different ones.
+
+    Args:
+        loader: Draws them all.
+        numbers: Those to leave out, counted over all passes.
+    """
+
+    def __init__(self, loader: Any, numbers: list[int]) -> None:
+        self.loader = loader
+        self.numbers = set(numbers)
+        self.drawn = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            self.drawn += 1
+            if self.drawn - 1 not in self.numbers:
+                yield batch
+
+
 def make_loader(kind: str, samples: Samples, batch_size: int) -> Any:
     count = len(samples)
     if kind == "shuffle":

@@ -19,8 +19,8 @@ from tests.runs.references import References
 
 #: What a run without callbacks knows nothing of.
 _OF_CAPTURES = (
-    *("policy", "policy_args", "engine_args", "persist", "break", "kill"),
-    *("slow_sink", "slow_holders", "count_windows", "hosts", "boundary_log"),
+    *("policy", "policy_args", "engine_args", "persist", "break", "kill", "once"),
+    *("slow_sink", "slow_holders", "count_windows", "hosts", "nodes", "boundary_log"),
 )
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +83,21 @@ class Zygote:
         pids = answer.pop("pids")
         return Ended(**answer), pids
 
+    def begin(self, spec: dict[str, Any], log: Path, env: dict[str, str]) -> int:
+        """Start a process, and return its pid; :meth:`reap` must be asked until it has ended."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"start": spec, "log": str(log), "env": env}) + "\n")
+        self._process.stdin.flush()
+        return int(self._answer())
+
+    def reap(self, pid: int) -> int | None:
+        """Exit status of a process that was begun; None while it runs."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"reap": pid}) + "\n")
+        self._process.stdin.flush()
+        status: int | None = json.loads(self._answer())
+        return status
+
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -132,8 +147,12 @@ class Drill:
     def start(self, spec: dict[str, Any], out: Path, timeout_seconds: float = TIMEOUT_SECONDS) -> Ended:
         """All ranks of a run, once, from start to end; they write below ``out``."""
         ranks = spec.get("ranks", 1)
+        specs = [{**spec, "out": str(out)}] * ranks
+        if "nodes" in spec:  # each rank's, with a memory of its own
+            memory = Path(spec["memory_dir"])
+            specs = [{**specs[0], "memory_dir": str(memory / node)} for node in spec["nodes"]]
         return self.zygote.run_group(
-            [{**spec, "out": str(out)}] * ranks,
+            specs,
             [out / f"log{suffix(rank, ranks)}" for rank in range(ranks)],
             environments(ranks, spec.get("job_id", "job")),
             timeout_seconds,

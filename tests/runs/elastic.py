@@ -47,14 +47,14 @@ def environment(rank: int, ranks: int, job_id: str, port: int, generation: int, 
     }
 
 
-class _StoreHost:
+class StoreHost:
     """A process that serves the store: ranks forked beside the server's thread would inherit the locks it holds."""
 
     def __init__(self) -> None:
         reads, writes = os.pipe()
         alive, self._alive = os.pipe()
-        self._pid = os.fork()
-        if not self._pid:
+        self.pid = os.fork()
+        if not self.pid:
             os.close(self._alive)
             try:
                 store = host_store("127.0.0.1")
@@ -69,7 +69,7 @@ class _StoreHost:
 
     def close(self) -> None:
         os.close(self._alive)
-        os.waitpid(self._pid, 0)
+        os.waitpid(self.pid, 0)
 
 
 def run_elastic(
@@ -104,7 +104,7 @@ class _Job:
     def __init__(self, fork: Fork, spec: dict[str, Any], logs: list[str], control: int) -> None:
         self._fork, self._spec, self._logs, self._control = fork, spec, logs, control
         self._ranks, self._id = spec["ranks"], spec.get("job_id", "job")
-        self._server = _StoreHost()
+        self._server = StoreHost()
         self._announced = PrefixStore(self._id, connect_store("127.0.0.1", self._server.port))
         self._hosts: list[str] = list(spec.get("hosts") or ["here"] * self._ranks)
         self._has_hosts = "hosts" in spec

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from moetion_lightning.core.log_policy import GradientLogPolicy
 from moetion_lightning.core.policy import DensePolicy, PartialExpertsPolicy
 from moetion_lightning.testing.compare import flatten_state, write_state
 from moetion_lightning.testing.faults import KillAt
@@ -46,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "average": False,
     "counting": False,  # the module keeps what its forward does in plain attributes
     "loader": "shuffle",
+    "skip_batches": [],
     "augment": False,
     "samples": 28,
     "batch_size": 4,
@@ -64,7 +66,11 @@ DEFAULTS: dict[str, Any] = {
     "job_id": "job",
     "ranks": 1,
 }
-POLICIES: dict[str, Callable[..., Any]] = {"dense": DensePolicy, "partial": PartialExpertsPolicy}
+POLICIES: dict[str, Callable[..., Any]] = {
+    "dense": DensePolicy,
+    "partial": PartialExpertsPolicy,
+    "gradient_log": GradientLogPolicy,
+}
 
 
 class Counter:
@@ -141,11 +147,12 @@ def settings(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         "memory_dir": spec["memory_dir"],
         "job_id": spec["job_id"],
         "events_path": str(out / "events.jsonl"),
+        "skip_batches": spec["skip_batches"],
     }
     if spec["persist"]:
         given["persist_dir"] = str(out / "persist")
-    if spec["policy"] == "sparse":
-        given |= spec["policy_args"]
+    if spec["policy"] in ("sparse", "gradient_log"):
+        given |= {**spec["policy_args"], "policy": spec["policy"]}
     else:
         given["policy"] = POLICIES[spec["policy"]](**spec["policy_args"])
     kill = spec["kill"]
@@ -188,7 +195,9 @@ def ordinary_steps(bench: Bench) -> Callable[..., Iterator[tuple[int, Any]]]:
             if epochs > 1 and bench.spec["framework"] == "plain" and hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
             for batch in loader:
-                yield next(taken), batch
+                step = next(taken)
+                if step not in bench.spec["skip_batches"]:
+                    yield step, batch
 
     return steps
 

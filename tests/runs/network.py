@@ -1,7 +1,8 @@
-"""What may happen on the way between two ranks' memories, from inside one of them.
+"""What may happen on the way between two nodes' memories, from inside one of them.
 
 A kill with ``transfer`` ends the process in the middle of the ``count``-th transfer of that kind, after its first file:
-``sending`` a window to its holder, ``receiving`` one as a holder, or ``serving`` one to a rank that fetches it.
+``sending`` a window to a rank that keeps a copy, ``receiving`` one as such a rank, or ``serving`` one to a node that
+restores. With an ``owner``, only transfers of that rank's windows count, and it dies before the first file.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import signal
 import time
 from typing import Any
 
-from moetion_lightning.distributed import replica_server, replica_store, replicate
+from moetion_lightning.distributed import window_server, window_transfer
+
+_OPS = {"sending": "next", "serving": "get"}
 
 
-def kill_in_transfer(kind: str, count: int = 1) -> None:
+def kill_in_transfer(kind: str, count: int = 1, owner: int | None = None) -> None:
     left = [count]
 
     def is_time() -> bool:
@@ -22,37 +25,45 @@ def kill_in_transfer(kind: str, count: int = 1) -> None:
         return left[0] == 0
 
     if kind == "receiving":
-        receive = replica_store._receive_file
+        receive = window_transfer._receive_file
 
-        def receive_file(*args: Any) -> str | None:
+        def receive_file(*args: Any) -> str:
             problem = receive(*args)
             if is_time():
                 os.kill(os.getpid(), signal.SIGKILL)
             return problem
 
-        replica_store._receive_file = receive_file
+        window_transfer._receive_file = receive_file
         return
-    module: Any = {"sending": replicate, "serving": replica_server}[kind]
-    send, files = module.send_window, replica_store.send_files
 
-    def first_file(connection: Any, tier: Any, manifest: Any, answer: dict[str, Any]) -> None:
-        files(connection, tier, manifest, {**answer, "need": answer["need"][:1]})
-        os.kill(os.getpid(), signal.SIGKILL)
+    server: Any = window_server.WindowServer
+    find = server._find
 
-    def send_window(*args: Any) -> None:
-        if is_time():
-            replica_store.send_files = first_file
-        send(*args)
+    def find_and_kill(self: Any, connection: Any, request: dict[str, Any]) -> Any:
+        found = find(self, connection, request)
+        if found is None or request["op"] != _OPS[kind] or owner not in (None, request["owner"]) or not is_time():
+            return found
+        if owner is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            send = connection.send_file
 
-    module.send_window = send_window
+            def send_file(*args: Any) -> None:
+                send(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            connection.send_file = send_file
+        return found
+
+    server._find = find_and_kill
 
 
 def slow_down(seconds: float) -> None:
     """Take so long for each file that is received."""
-    receive = replica_store._receive_file
+    receive = window_transfer._receive_file
 
-    def receive_file(*args: Any) -> str | None:
+    def receive_file(*args: Any) -> str:
         time.sleep(seconds)
         return receive(*args)
 
-    replica_store._receive_file = receive_file
+    window_transfer._receive_file = receive_file

@@ -19,7 +19,7 @@ from tests.runs.models import make_optimizer
 from tests.runs.scenario import DEFAULTS
 
 VOCABULARY, LENGTH = 32, 5
-EPOCH = 3  # steps
+EPOCH = 2  # steps
 
 COMMON: dict[str, Any] = {
     "model": "decoder",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 
@@ -225,6 +226,55 @@ def _missing_micro_batch() -> None:
     Announced.receive = receive
 
 
+def _log_changed(change: Callable[[list[Any]], None]) -> None:
+    """What a restore reads of a gradient log is changed first."""
+    from moetion_lightning.engine.restore import RestorePoint
+
+    original = RestorePoint.logged
+
+    def logged(self: Any) -> Any:
+        found = list(original(self))
+        change(found)
+        return tuple(found)
+
+    RestorePoint.logged = logged
+
+
+def _log_dropped() -> None:
+    _log_changed(lambda found: found.pop())
+
+
+def _log_swapped() -> None:
+    def swap(found: list[Any]) -> None:
+        last, before = found[-1], found[-2]
+        found[-2] = dataclasses.replace(before, calls=last.calls)
+        found[-1] = dataclasses.replace(last, calls=before.calls)
+
+    _log_changed(swap)
+
+
+def _log_settings() -> None:
+    """Optimizers step with the settings that they happen to have."""
+    from moetion_lightning.gradient_log.steps import Settings
+
+    Settings.apply = lambda self, optimizer, parameters: None
+
+
+def _log_full() -> None:
+    """The memory of rank 1 is full from an iteration on."""
+    from moetion_lightning.engine.log_writer import LogWriter
+    from moetion_lightning.errors import HostMemoryError
+
+    original = LogWriter.commit
+
+    def commit(self: Any, behind: Any, *args: Any) -> None:
+        if _rank() == 1 and behind.iteration >= 4:
+            raise HostMemoryError("no room")
+        original(self, behind, *args)
+
+    LogWriter.commit = commit
+
+
 def _attributes() -> None:
     from moetion_lightning.engine.plain_attributes import PlainAttributes
 
@@ -236,6 +286,10 @@ def _rank() -> int:
 
 
 SABOTAGE = {
+    "log_dropped": _log_dropped,
+    "log_swapped": _log_swapped,
+    "log_settings": _log_settings,
+    "log_full": _log_full,
     "activation": _activation,
     "adam_step": _adam_step,
     "one_optimizer": _one_optimizer,

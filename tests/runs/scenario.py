@@ -22,9 +22,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from moetion_lightning.events import Event
 from moetion_lightning.testing.compare import flatten_state, write_state
 from moetion_lightning.testing.faults import KillAt
-from tests.runs import changing, compiled, network, optimizers, variants
+from tests.runs import agreeing, changing, compiled, network, optimizers, variants
 from tests.runs.commits import kill_when_committed
-from tests.runs.data import Samples, make_loader
+from tests.runs.data import LeavingOut, Samples, make_loader
 from tests.runs.decoder import Decoder
 from tests.runs.models import Automatic, Manual, Sharded
 from tests.runs.ranks import suffix
@@ -57,18 +57,23 @@ DEFAULTS: dict[str, Any] = {
     "fits": 1,
     "val_check_interval": 1.0,
     "callbacks": [],
+    "default_logger": False,
     "policy": "sparse",
     "policy_args": {"window": 4},
+    "skip_batches": [],  # left out; without captures by the loader
     "engine_args": {},  # settings that the callbacks do not have
     "capture": True,
     "persist": False,
     "slow_sink": "",
+    "busy": {},  # processor seconds that a rank, by its number as text, takes in each batch
     "slow_holders": {},  # seconds that a rank, by its number as text, takes for each file that it receives
     "count_windows": False,
     "wipe_memory": False,
     "break": "",
+    "keep_at": -1,  # batches after which the whole state, and Lightning's own checkpoint, are written
     "kill": None,
     "kills": [],  # of an elastic job: each in the process of its rank that was started in its generation
+    "once": [],  # kills, each in the first process of its rank that comes to its hook at its step or later
     "seed": 1,
     "job_id": "job",
     "ranks": 1,
@@ -86,14 +91,34 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+class Keeper(pl.Callback):
+    """Writes the state between two batches, and the checkpoint that Lightning itself makes of it."""
+
+    def __init__(self, spec: dict[str, Any], out: Path) -> None:
+        self._batches, self._state = spec["keep_at"], out / f"kept{spec['suffix']}.safetensors"
+        self._checkpoint = out / "kept.ckpt" if spec["strategy"] != "fsdp2" else None
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self._batches:
+            write_state(self._state, *flatten_state(module, trainer.optimizers))
+            if self._checkpoint is not None:
+                trainer.save_checkpoint(self._checkpoint)
+
+
 class Recorder(pl.Callback):
     """Writes every micro-batch's step, epoch, loss and sample ids; may draw from generators; may kill the process."""
 
-    def __init__(self, path: Path, kill: dict[str, Any] | None, seed: int | None) -> None:
+    def __init__(self, path: Path, kill: dict[str, Any] | None, seed: int | None, busy: float = 0.0) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._events = path.with_name(path.name.replace("steps", "events"))
         self._kill = dict(kill) if kill and "hook" in kill else None
         self._seed = seed
+        self._busy = busy
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        until = time.thread_time() + self._busy
+        while time.thread_time() < until:
+            pass
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         """Lightning seeds all ranks alike; then a rank restored with another one's generators would go unnoticed."""
@@ -103,7 +128,12 @@ class Recorder(pl.Callback):
             torch.manual_seed(self._seed)
 
     def _maybe_kill(self, hook: str, step: int) -> None:
-        if self._kill and self._kill["hook"] == hook and self._kill["step"] == step:
+        if not self._kill or self._kill["hook"] != hook:
+            return
+        if "mark" in self._kill and step >= self._kill["step"]:
+            Path(self._kill["mark"]).touch()
+            kill_when_committed(self._kill, self._events)
+        elif step == self._kill["step"]:
             kill_when_committed(self._kill, self._events)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -128,13 +158,16 @@ class Recorder(pl.Callback):
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         self._maybe_kill("before_step", trainer.global_step)
 
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self._maybe_kill("epoch_end", trainer.global_step)
+
     def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
         if not trainer.sanity_checking:
             self._maybe_kill("validation", trainer.global_step)
 
 
 def _callbacks(spec: dict[str, Any], out: Path) -> list[Any]:
-    made: list[Any] = []
+    made: list[Any] = [Keeper(spec, out)] if spec["keep_at"] >= 0 else []
     for name in spec["callbacks"]:
         if name == "early_stopping":
             made.append(EarlyStopping("train_loss_epoch", patience=1, min_delta=0.5, check_on_train_epoch_end=True))
@@ -142,6 +175,8 @@ def _callbacks(spec: dict[str, Any], out: Path) -> list[Any]:
             made.append(
                 ModelCheckpoint(out / "ckpt", monitor="train_loss_step", every_n_train_steps=2, save_top_k=2)
             )  # fmt: skip
+        elif name == "best":  # in the folder of the logger's version
+            made.append(ModelCheckpoint(monitor="val_loss", save_top_k=2))
         elif name == "ema":
             made.append(EMAWeightAveraging(decay=0.9))
         elif name == "history":
@@ -158,7 +193,7 @@ def _callbacks(spec: dict[str, Any], out: Path) -> list[Any]:
 def _module(spec: dict[str, Any]) -> pl.LightningModule:
     if spec["module"]:
         kinds = {**variants.MODULES, **compiled.MODULES, **optimizers.MODULES, **changing.MODULES}
-        kind = {**kinds, "decoder": Decoder}[spec["module"]]
+        kind = {**kinds, "decoder": Decoder, "agreeing": agreeing.Agreeing}[spec["module"]]
     else:
         kind = Manual if spec["manual"] else Automatic
     if spec["strategy"] == "fsdp2":
@@ -209,8 +244,10 @@ def _capturing(spec: dict[str, Any], out: Path) -> list[Any]:
         "sparse": callbacks.SparseExpertCheckpoint,
         "dense": callbacks.DenseInMemoryCheckpoint,
         "partial": callbacks.PartialExpertsCheckpoint,
+        "gradient_log": callbacks.GradientLogCheckpoint,
     }
     callback = kinds[spec["policy"]](**spec["policy_args"], **common)
+    callback.config = dataclasses.replace(callback.config, skip_batches=spec["skip_batches"])
     more = {k: v.format(**spec) if isinstance(v, str) else v for k, v in spec["engine_args"].items()}
     callback.config = dataclasses.replace(callback.config, **more)
     if spec["boundary_log"] is None:
@@ -258,6 +295,7 @@ def _count_windows(memory: Path, rank: int, path: Path) -> Callable[[Event], Non
 def _trainer(spec: dict[str, Any], out: Path, record: str) -> pl.Trainer:
     manual = spec["manual"] or spec["module"] == "toggling"
     seed = spec["seed"] + 1000 * spec["rank"] if spec["ranks"] > 1 else None
+    busy = spec["busy"].get(str(spec["rank"]), 0.0)
     options: dict[str, Any] = {}
     if not manual and spec["clip"]:
         options = {"gradient_clip_val": spec["clip"], "gradient_clip_algorithm": spec["clip_algorithm"]}
@@ -279,10 +317,10 @@ def _trainer(spec: dict[str, Any], out: Path, record: str) -> pl.Trainer:
         val_check_interval=spec["val_check_interval"],
         num_sanity_val_steps=1,
         reload_dataloaders_every_n_epochs=spec["reload"],
-        callbacks=[*_callbacks(spec, out), Recorder(out / record, spec["kill"], seed), *_capturing(spec, out)],
+        callbacks=[*_callbacks(spec, out), Recorder(out / record, spec["kill"], seed, busy), *_capturing(spec, out)],
         default_root_dir=out,
-        logger=False,
-        enable_checkpointing="checkpoint" in spec["callbacks"],
+        logger=spec["default_logger"],
+        enable_checkpointing=not {"checkpoint", "best"}.isdisjoint(spec["callbacks"]),
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
@@ -296,14 +334,17 @@ def run(given: dict[str, Any]) -> None:
     end = suffix(rank, spec["ranks"])
     spec |= {"rank": rank, "suffix": end, "strategy": spec["strategy"] or ("ddp" if spec["ranks"] > 1 else "")}
     generation = int(os.environ.get("MOETION_GENERATION", "0"))
-    for kill in [spec["kill"], *spec["kills"]]:
+    marks = [out / f"killed-{number}" for number in range(len(spec["once"]))]
+    once = [{**kill, "mark": str(mark)} for kill, mark in zip(spec["once"], marks) if not mark.exists()]
+    for kill in [spec["kill"], *spec["kills"], *once]:
         if kill and kill.get("rank", 0) == rank and kill.get("generation", generation) == generation:
             spec["kill"] = kill
             break
     else:
         spec["kill"] = None
     if spec["kill"] and "transfer" in spec["kill"]:
-        network.kill_in_transfer(spec["kill"]["transfer"], spec["kill"].get("count", 1))
+        kill = spec["kill"]
+        network.kill_in_transfer(kill["transfer"], kill.get("count", 1), kill.get("owner"))
     if str(rank) in spec["slow_holders"]:
         network.slow_down(spec["slow_holders"][str(rank)])
     if spec["break"]:
@@ -313,6 +354,8 @@ def run(given: dict[str, Any]) -> None:
     pl.seed_everything(spec["seed"], verbose=False)
     samples = Samples(spec["samples"], augment=spec["augment"])
     loader = make_loader(spec["loader"], samples, spec["batch_size"])
+    if not spec["capture"] and spec["skip_batches"]:
+        loader = LeavingOut(loader, spec["skip_batches"])
     for _ in range(spec["fits"] - 1):  # whole fits before the one that is drilled, on the same loader
         earlier = _module(spec)
         trainer = _trainer({**spec, "kill": None}, out, f"earlier{end}.jsonl")

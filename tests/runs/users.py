@@ -476,6 +476,8 @@ def run(given: dict[str, Any]) -> None:
         enable_progress_bar=bool(bars),
     )
     with contextlib.redirect_stdout(io.StringIO()) if bars else contextlib.nullcontext():
+        if spec.get("validated_first"):
+            trainer.validate(module, DataLoader(Samples(8, augment=False), batch_size=4), verbose=False)
         if spec.get("datamodule"):
             trainer.fit(module, datamodule=Data())
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -396,7 +397,100 @@ class Metrics(Automatic):
         self.all_losses.reset()
 
 
+class NoisyBackward(Automatic):
+    """Kernels that are not deterministic: no two backward passes give the same."""
+
+    def on_after_backward(self) -> None:
+        noise = torch.Generator().manual_seed(time.time_ns() % (1 << 60))
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad += 1e-3 * torch.randn(parameter.grad.shape, generator=noise)
+
+
+class Clamped(Automatic):
+    """Weights that are also changed between two steps."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            self.body.head.weight.clamp_(-0.2, 0.2)
+
+
+class ClampedThroughData(Automatic):
+    """A few elements of one weight are clamped where no version counter counts."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.body.blocks[0].gate.weight.data.clamp_(-0.3, 0.3)
+
+
+class MomentsReset(Automatic):
+    """What the optimizer keeps is changed by hand, once."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.global_step == 10:
+            for state in self.optimizers().optimizer.state.values():
+                state["exp_avg"].zero_()
+
+
+class OldStyleSGD(torch.optim.Optimizer):
+    """Weight decay is added to the gradients themselves, where no version counter counts."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.05})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            gradient = parameter.grad.data
+            gradient.add_(parameter.data, alpha=0.1)
+            parameter.data.add_(gradient, alpha=-0.05)
+        return loss
+
+
+class OldStyle(Automatic):
+    def configure_optimizers(self) -> Any:
+        return OldStyleSGD(self.parameters())
+
+
+class Corrupted(Automatic):
+    """A fault of the hardware: one element of each part of the optimizer's state changes by itself."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.global_step == 9:
+            for state in self.optimizers().optimizer.state.values():
+                state["exp_avg"].data.view(-1)[3] += 2.0**-12
+
+
+class ZeroedInPlace(Automatic):
+    """Gradients are zeroed, never dropped."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        optimizer.zero_grad(set_to_none=False)
+
+
+class OneWithoutTokens(Automatic):
+    """Every expert has a gradient, but for one of the last rank in the third step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        spared = self.global_step == 2 and self.global_rank == self.trainer.world_size - 1
+        rest = torch.zeros(())
+        for block in self.body.blocks:
+            block.bias_correction.zero_()
+            if spared:
+                block.bias_correction[1] = -100.0
+            used = [expert for index, expert in enumerate(block.experts) if index != 1 or not spared]
+            rest = rest + sum(p.sum() for expert in used for p in expert.parameters())
+        return super().training_step(batch, batch_idx) + 0 * rest
+
+
 MODULES: dict[str, type[Automatic]] = {
+    "one-without-tokens": OneWithoutTokens,
+    "noisy_backward": NoisyBackward,
+    "clamped": Clamped,
+    "zeroed_in_place": ZeroedInPlace,
+    "corrupted": Corrupted,
+    "clamped_through_data": ClampedThroughData,
+    "moments_reset": MomentsReset,
+    "old_style": OldStyle,
     "teacher": Teacher,
     "weight_norm": WeightNorm,
     "late_penalty": LatePenalty,

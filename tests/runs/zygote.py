@@ -3,11 +3,12 @@
 Protocol: one JSON line in (``{"specs": [...], "logs": [...], "envs": [...], "timeout_seconds": s}``, an item for each
 rank), one JSON line out when all have ended (the fields of :class:`tests.runs.ranks.Ended`). A rank is a process of
 its own with its own pid; killing it is a real SIGKILL. ``runner`` in a spec names the module whose ``run(spec)`` it is.
+A process that is only started (``{"start": spec, "log": ..., "env": {...}}``) is answered with its pid at once; how it
+ended (``{"reap": pid}``) with its exit status, or null while it runs.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import gc
 import importlib
@@ -30,9 +31,11 @@ def main() -> None:
     import torch
     import torch.distributed.fsdp
 
-    import moetion_lightning.callbacks  # noqa: F401
+    import moetion_lightning.callbacks
+    import moetion_lightning.distributed.launch  # noqa: F401
     from moetion_lightning.distributed import groups
     from tests.runs import scenario
+    from tests.runs.forked import leave
 
     torch.set_num_threads(1)
 
@@ -43,7 +46,8 @@ def main() -> None:
         if pid:
             os.setpgid(pid, pid)
             return pid
-        try:
+
+        def work() -> None:
             os.setpgid(0, 0)
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives this process
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -52,21 +56,20 @@ def main() -> None:
             os.environ.update(environment)
             groups.install()
             runner.run(spec)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException as error:
-            sys.last_type = type(error)  # as the interpreter does for an error that nobody catches
-            sys.excepthook(type(error), error, error.__traceback__)
-            code = 1
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+        leave(work)
 
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        if "start" in request:
+            print(fork(request["start"], request["log"], request["env"]), file=answers, flush=True)
+            continue
+        if "reap" in request:
+            pid, status = os.waitpid(request["reap"], os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if pid else None
+            print(json.dumps(code), file=answers, flush=True)
+            continue
         if "elastic" in request:
             from tests.runs.elastic import run_elastic
 

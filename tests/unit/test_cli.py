@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonargparse
 import pytest
 import yaml
 
@@ -17,8 +17,9 @@ from moetion_lightning.commands.arguments import expand_recipes
 from moetion_lightning.core.schedule import window_bytes
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import list_recipes, recipe_path
+from tests.runs import program
+from tests.runs.drill import Zygote
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """\
 seed_everything: 1
 trainer:
@@ -56,7 +57,7 @@ def test_help_fits_one_screen(args: list[str], capsys: pytest.CaptureFixture[str
     assert max(map(len, lines)) <= 110
 
 
-def test_modules_of_the_users_own_folder_are_found(tmp_path: Path) -> None:
+def test_modules_of_the_users_own_folder_are_found(tmp_path: Path, zygote: Zygote) -> None:
     """Also by the installed command, whose own folder Python looks into first."""
     (tmp_path / "mine.py").write_text(
         "from moetion_lightning.recipes.models import ByteMoE\n\n\n"
@@ -66,21 +67,33 @@ def test_modules_of_the_users_own_folder_are_found(tmp_path: Path) -> None:
     )
     code = (
         "import sys; sys.path = [p for p in sys.path if p]; from moetion_lightning.cli import main;"
+        "sys.stdout = open('printed', 'w');"
         "sys.exit(main(['fit', '--config', 'recipe:tiny_moe_cpu', '--model', 'mine.Mine', '--model.extra', '3',"
         " '--print_config']))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = yaml.safe_load(done.stdout)["model"]
+    log = tmp_path / "log"
+    assert zygote.run(program.spec(tmp_path, "-c", code), log) == 0, log.read_text()
+    found = yaml.safe_load((tmp_path / "printed").read_text())["model"]
     assert (found["class_path"], found["init_args"]["extra"]) == ("mine.Mine", 3)
 
 
-def test_completion_of_a_shell_is_printed() -> None:
-    command = [sys.executable, "-m", "moetion_lightning", "--print_completion", "shtab-bash"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--trainer.max_steps" in done.stdout
+def test_completion_of_a_shell_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a small parser in place of Lightning's, of whose thousands of options jsonargparse makes it as well."""
+
+    def parse(args: list[str]) -> int:
+        parser = jsonargparse.ArgumentParser(prog="moetion")
+        parser.add_argument("--trainer.max_steps", type=int)
+        parser.parse_args(args)
+        return 0
+
+    monkeypatch.setattr("moetion_lightning.commands.train.train", parse)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["--print_completion", "shtab-bash"])
+    finally:
+        jsonargparse.set_parsing_settings(add_print_completion_argument=False)
+    assert ended.value.code in (None, 0)
+    assert "--trainer.max_steps" in capsys.readouterr().out
 
 
 def test_help_names_every_command() -> None:

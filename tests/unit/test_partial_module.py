@@ -139,7 +139,7 @@ def count_together(stand_in: bool) -> list[TokenCounts]:
                 net.blocks[1 - stage].gate(tokens)
             counts.end_iteration()
         counts.settle(ranks.agree)
-        counts.add([facts["tokens"] for facts in ranks.agree("window", counts.facts())], 2)
+        counts.add(ranks.sum("tokens", counts.counts()), 2)
         counts.close()
         return counts
 
@@ -179,7 +179,7 @@ def test_a_layer_that_its_holders_reject_is_none_anywhere() -> None:
                 x = expert(x)
         counts.end_iteration()
         changed = counts.settle(ranks.agree)
-        counts.add([facts["tokens"] for facts in ranks.agree("window", counts.facts())], 2)
+        counts.add(ranks.sum("tokens", counts.counts()), 2)
         counts.close()
         assert changed
         return [layer.name for layer in counts.layers]
@@ -200,7 +200,7 @@ def test_what_a_replay_counted_is_forgotten() -> None:
         return [value, [["blocks.1"], ["blocks.1"]]]
 
     counts.settle(alone)
-    counts.add([counts.facts()["tokens"]], 1)
+    counts.add(counts.counts(), 1)
     counts.close()
     assert counts.popularity.tokens()[0].sum() == 5
 
@@ -218,7 +218,7 @@ def test_counts_continue_those_of_a_window_with_the_same_layers(state: str) -> N
             block(torch.randn(8, WIDTH))
         counts.end_iteration()
         counts.settle(alone)
-        counts.add([counts.facts()["tokens"]], 1)
+        counts.add(counts.counts(), 1)
         counts.close()
 
     net, _ = part(0)

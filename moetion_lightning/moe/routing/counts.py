@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import logging
-import zlib
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,12 +43,12 @@ class Routing:
         """A window may begin. Returns whether :attr:`layers` are others now."""
         return False
 
-    def facts(self) -> dict[str, str]:
-        """What the other ranks must know before the window."""
-        return {}
+    def counts(self) -> Tensor | None:
+        """What is summed over the ranks before a window; None where nothing is counted."""
+        return None
 
-    def add(self, ranks: Sequence[str], iteration: int) -> None:
-        """What :meth:`facts` gave on every rank, by rank."""
+    def add(self, total: Tensor, iteration: int) -> None:
+        """The sum of what :meth:`counts` gave on every rank."""
 
     def context(self) -> dict[str, Any]:
         """Fields of the ``PolicyContext``."""
@@ -152,33 +149,25 @@ class TokenCounts(Routing):
         self._begin(confirmed, settled=True)
         return True
 
-    def facts(self) -> dict[str, str]:
-        """This rank's counts of the iterations since the last window, as text."""
+    def counts(self) -> Tensor:
+        """This rank's counts of the iterations since the last window, int64 ``[iterations, layers, experts]``."""
         shape = self.lost.tokens.shape
         counts = [self._on_host(c) if self._counted else torch.zeros(shape, dtype=torch.int64) for c in self._pending]
         self._pending = []
-        stacked = torch.stack(counts) if counts else torch.zeros(0, *shape, dtype=torch.int64)
-        return {"tokens": base64.b64encode(zlib.compress(stacked.numpy().tobytes(), 1)).decode()}
+        return torch.stack(counts) if counts else torch.zeros(0, *shape, dtype=torch.int64)
 
-    def add(self, ranks: Sequence[str], iteration: int) -> None:
-        """Sum what :meth:`facts` gave on every rank, iteration by iteration.
+    def add(self, total: Tensor, iteration: int) -> None:
+        """The sum of what :meth:`counts` gave on every rank.
 
         Args:
-            ranks: The texts.
+            total: Like those.
             iteration: Up to which they count.
         """
-        shape = self.lost.tokens.shape
-        if not shape.numel():
-            return
-        total = sum(
-            np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.int64).reshape(-1, *shape) for text in ranks
-        )
-        iterations = torch.from_numpy(np.array(total))
-        for counts in iterations:
+        for counts in total:
             self.popularity.update(counts)
             self.lost.count(counts)
-        if len(iterations):
-            rows = iterations.sum(dim=0).tolist()
+        if total.numel():
+            rows = total.sum(dim=0).tolist()
             tokens = {layer.name: row[: layer.num_experts] for layer, row in zip(self.layers, rows)}
             self._bus.emit(TokensCounted(iteration=iteration, tokens=tokens))
 

@@ -48,7 +48,7 @@ def main(folder: Path, steps: int, kill_step: int | None) -> None:
     trainer = pl.Trainer(
         strategy="ddp",
         accelerator="cpu",
-        devices=2,
+        devices=int(os.environ["WORLD_SIZE"]),
         max_steps=steps,
         gradient_clip_val=1.0,
         default_root_dir=folder,

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moetion_lightning.config import launched_process
+from moetion_lightning.config import LaunchedProcess, launched_process
 from moetion_lightning.distributed.control import StoreControl
-from moetion_lightning.distributed.membership import Membership
+from moetion_lightning.distributed.membership import Membership, StoreMembership
 from moetion_lightning.errors import RankLostError
 
-_TIMEOUT = timedelta(seconds=20)
+_TIMEOUT = timedelta(seconds=12)
 _SECONDS = 0.02
 
 
@@ -32,15 +32,16 @@ def _write(path: Path, text: str) -> None:
     path.with_suffix(".tmp").rename(path)
 
 
-def _build(membership: Membership) -> dist.ProcessGroup:
+def _build(membership: Membership, process: LaunchedProcess) -> dist.ProcessGroup:
     prefix = f"moetion/pg/{membership.generation}"
     own = membership.store()
     # gloo would wait for a rank that is lost again; this looks.
     control = StoreControl(own, membership.rank, membership.world_size, scope=prefix, check=membership.check)
+    membership.watch(lambda newest: control.interrupt())
     control.all_gather("build", membership.rank)
-    store = dist.PrefixStore(prefix, own)
+    store = dist.PrefixStore(prefix, own.torch_store(_TIMEOUT.total_seconds()))
     options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1", lazy_init=False)]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=process.local_address, lazy_init=False)]
     options._timeout = _TIMEOUT
     return dist.ProcessGroupGloo(store, membership.rank, membership.world_size, options)
 
@@ -63,7 +64,7 @@ def main() -> None:
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     process = launched_process()
     assert process is not None
-    membership = Membership(process)
+    membership = StoreMembership(process)
     rank = membership.rank
     seen = {
         "pid": os.getpid(),
@@ -87,7 +88,7 @@ def main() -> None:
         try:
             membership.check()
             if group is None:
-                group = _build(membership)
+                group = _build(membership, process)
                 step = _together(group, step, dist.ReduceOp.MAX)
             membership.check()
             go = _together(group, int((folder / "go").exists()), dist.ReduceOp.MIN)
@@ -97,7 +98,7 @@ def main() -> None:
                 _write(folder / f"{rank}.step", f"{step} {os.getpid()}")
         except (RankLostError, RuntimeError) as error:
             group = None
-            if not membership.wait_for_loss(15.0):
+            if not membership.lost(15.0):
                 raise
             try:
                 membership.advance()

@@ -1,0 +1,1 @@
+"""From restore points to ordinary checkpoints, without the training script."""
