@@ -69,6 +69,7 @@ _OWN = {
     "export": ("moetion_lightning.commands.export", "export"),
     "report": ("moetion_lightning.commands.report", "report"),
     "demo": ("moetion_lightning.demo", "main"),
+    "drill": ("moetion_lightning.commands.drill", "drill"),
     "run": ("moetion_lightning.commands.run", "run"),
     "launch": ("moetion_lightning.commands.launch", "launch"),
     "rendezvous": ("moetion_lightning.commands.launch", "rendezvous"),
