@@ -48,12 +48,18 @@ looking
   demo ranks     kill one rank of several; it is replaced while the others live on
   demo pipeline  kill one stage of three; it alone is replayed, from its neighbours' logs
 
+proving
+  drill       does this script recover exactly? it is killed, started again and compared with its twin
+  diff        the first step, tensor and value in which two recorded runs differ
+  punish      SIGKILL to random ranks of a live job of one's own, at a given rate
+
 examples
   moetion fit --config recipe:tiny_moe_cpu --trainer.max_steps 20
   moetion fit --config recipe:tiny_moe_cpu --model.init_args.num_experts 16 --print_config > mine.yaml
   moetion fit --config mine.yaml --model my_package.MyModule
   moetion explain recipe:qwen3_moe_tiny
   moetion run train.py --my-argument 1
+  moetion drill --steps 60 -- train.py --my-argument 1
   moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
 
 Each command has its own --help.  moetion --version; moetion --print_completion shtab-bash (or -zsh, -fish)
@@ -69,6 +75,8 @@ _OWN = {
     "export": ("moetion_lightning.commands.export", "export"),
     "report": ("moetion_lightning.commands.report", "report"),
     "demo": ("moetion_lightning.demo", "main"),
+    "diff": ("moetion_lightning.commands.diff", "diff"),
+    "punish": ("moetion_lightning.commands.punish", "punish"),
     "drill": ("moetion_lightning.commands.drill", "drill"),
     "run": ("moetion_lightning.commands.run", "run"),
     "launch": ("moetion_lightning.commands.launch", "launch"),

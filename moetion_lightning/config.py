@@ -36,6 +36,7 @@ __all__ = [
     "notebook_name",
     "report_channel",
     "socket_interface",
+    "started_rank",
     "torchrun_worker",
     "unnumbered_slurm_nodes",
     "update_environment",
@@ -219,6 +220,12 @@ def launched_process() -> LaunchedProcess | None:
             f"{STORE_VARIABLE}={os.environ[STORE_VARIABLE]!r} is set, but the rest of what `moetion launch` sets is "
             f"missing or malformed ({type(error).__name__}: {error}). Start the job with `moetion launch`, or unset it."
         ) from error
+
+
+def started_rank() -> int:
+    """This process's global rank, as ``moetion launch`` or ``torchrun`` told it; 0 if neither started it."""
+    launched, worker = launched_process(), torchrun_worker()
+    return launched.rank if launched is not None else 0 if worker is None else worker.rank
 
 
 def launched_run() -> tuple[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from moetion_lightning.commands.run import run
-from moetion_lightning.config import EngineConfig, launched_process
+from moetion_lightning.config import EngineConfig, started_rank
 from moetion_lightning.distributed.rank import execute
 from moetion_lightning.events import Event, listen
 from moetion_lightning.testing.drill_plan import ANYTIME, Kills
@@ -84,8 +84,7 @@ def main(args: Sequence[str]) -> int:
     """
     path, *program = args
     order = Order.read(Path(path))
-    launched = launched_process()
-    rank = 0 if launched is None else launched.rank
+    rank = started_rank()
     _isolate(order)
     _note_writes(order)
     if order.idle:
@@ -117,7 +116,8 @@ def _isolate(order: Order) -> None:
             object.__setattr__(config, name, value)
         check(config)
 
-    EngineConfig.__post_init__ = isolated  # type: ignore[method-assign]
+    seam: Any = EngineConfig
+    seam.__post_init__ = isolated
 
 
 def _note_writes(order: Order) -> None:
@@ -143,7 +143,8 @@ def _let_callbacks_idle() -> None:
     """Lightning's callbacks of ours begin no session: what trains is the script alone."""
     from moetion_lightning.callbacks._base import EngineCallback
 
-    EngineCallback._begin = lambda self, trainer: None  # type: ignore[method-assign]
+    seam: Any = EngineCallback
+    seam._begin = lambda self, trainer: None
 
 
 if __name__ == "__main__":

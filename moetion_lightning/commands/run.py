@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moetion_lightning.commands.arguments import add_program
-from moetion_lightning.config import AUTOMATIC_VARIABLE, automatic_setting, update_environment
+from moetion_lightning.config import AUTOMATIC_VARIABLE, automatic_setting, started_rank, update_environment
 from moetion_lightning.distributed.rank import execute
 from moetion_lightning.errors import ConfigurationError, MoEtionError
 
@@ -57,6 +57,10 @@ def run(args: Sequence[str]) -> int:
     except ConfigurationError as error:
         print(f"moetion run: error: {error}", file=sys.stderr)
         return 2
+    if options.record:
+        from moetion_lightning.testing.step_recorder import StepRecorder
+
+        StepRecorder(Path(options.record).resolve(), rank=started_rank()).install()
     update_environment({AUTOMATIC_VARIABLE: setting})
     zero_lines = ZeroLines(settings)
     zero_lines.install()
@@ -90,8 +94,8 @@ def _say_after_traceback(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moetion run",
-        usage="moetion run [--config NAME] SCRIPT [ARGUMENTS]\n"
-        "       moetion run [--config NAME] -m MODULE [ARGUMENTS]",
+        usage="moetion run [--config NAME] [--record DIR] SCRIPT [ARGUMENTS]\n"
+        "       moetion run [--config NAME] [--record DIR] -m MODULE [ARGUMENTS]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -100,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
         "--config",
         metavar="NAME",
         help="a recipe, or a YAML file with trainer.callbacks or callbacks (default: MOETION, else default settings)",
+    )
+    parser.add_argument(
+        "--record",
+        metavar="DIR",
+        help="write down losses, inputs and digests of all tensors of every step, for `moetion diff`",
     )
     add_program(parser, "what to run")
     return parser

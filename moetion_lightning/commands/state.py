@@ -12,7 +12,7 @@ from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.storage.jobs import JobInfo, clean_stale, default_base_dir, find_jobs
 from moetion_lightning.units import age_text, bytes_text
 
-__all__ = ["clean", "inspect", "jobs", "parse_duration"]
+__all__ = ["clean", "inspect", "jobs", "memory_base", "parse_duration"]
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -51,7 +51,7 @@ def jobs(args: Sequence[str]) -> int:
         "one for each rank whose windows another one keeps copies of (replica-00003-at-00000).",
     )
     _add_memory_dir(parser)
-    base = _base(parser.parse_args(args).memory_dir)
+    base = memory_base(parser.parse_args(args).memory_dir)
     found = find_jobs(base)
     if not found:
         print(f"no jobs in {base}")
@@ -83,7 +83,7 @@ def clean(args: Sequence[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(args)
-    base, age = _base(options.memory_dir), parse_duration(options.older_than)
+    base, age = memory_base(options.memory_dir), parse_duration(options.older_than)
     stale = clean_stale(base, age, options.keep, options.job, dry_run=options.dry_run)
     for info in stale:
         print(f"{'would remove' if options.dry_run else 'removed'}  {_line(info)}")
@@ -109,7 +109,8 @@ def _add_memory_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-dir", type=Path, help="base directory of the host-memory tier, if not the default")
 
 
-def _base(given: Path | None) -> Path:
+def memory_base(given: Path | None) -> Path:
+    """Base directory of the host-memory tier: the given one, that of the environment, or the default."""
     return given or default_memory_dir() or default_base_dir()
 
 
