@@ -19,7 +19,7 @@ from moetion_lightning.commands.arguments import add_program
 from moetion_lightning.commands.drill_page import Page
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.testing.divergence import Outcome, compare_recordings
-from moetion_lightning.testing.drill_plan import PHASES, DrillPlan
+from moetion_lightning.testing.drill_plan import PHASES, DrillPlan, Kills
 from moetion_lightning.testing.drilled_run import DrilledRun
 from moetion_lightning.testing.order import Order
 from moetion_lightning.testing.processes import RunError, last_output
@@ -196,7 +196,7 @@ def _carry_out(options: _Options, plan: DrillPlan, folder: Path, memory: Path, s
         command=shlex.join(options.program),
         outcome=outcome,
         recording=recording,
-        kills=plan.kills[:done],
+        kills=Kills(folder / "kills").taken(),
         planned=len(plan.kills),
         twin=_twin_text(twin.recording()),
         divergence=tuple(lines),

@@ -20,7 +20,7 @@ from moetion_lightning.commands.run import run
 from moetion_lightning.config import EngineConfig, started_rank
 from moetion_lightning.distributed.rank import execute
 from moetion_lightning.events import Event, listen
-from moetion_lightning.testing.drill_plan import ANYTIME, Kills
+from moetion_lightning.testing.drill_plan import Kills
 from moetion_lightning.testing.fault_points import EVENT_POINTS, FaultPoints, event_point
 from moetion_lightning.testing.order import Order
 from moetion_lightning.testing.step_recorder import StepRecorder
@@ -61,10 +61,9 @@ class _Faults:
         """Point at which this process is to be killed in a step, if there is one."""
         assert self.recorder is not None
         kill = self._kills.next()
-        if kill is None or kill.rank != self._rank or kill.phase == ANYTIME or not self.recorder.committed:
+        if kill is None or kill.rank != self._rank or not self.recorder.committed:
             return None
-        late = kill.phase in ("restore", "replay") or step >= kill.step
-        return kill.phase if late else None
+        return kill.point(step)
 
     def _reached(self, point: str) -> None:
         assert self.recorder is not None
@@ -72,7 +71,7 @@ class _Faults:
         if self._due(step) != point:
             return
         kill = self._kills.next()
-        if kill is not None and self._kills.take(kill):
+        if kill is not None and self._kills.take(kill, point):
             os.kill(os.getpid(), signal.SIGKILL)
 
 

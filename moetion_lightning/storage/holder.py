@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from moetion_lightning.storage.jobs import JobInfo
 
 __all__ = ["LockHolder", "holder_of"]
+
+_END_SECONDS = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class LockHolder:
     lock: Path
 
     def kill(self) -> bool:
-        """Send SIGKILL, to this process and to no later one of the same number.
+        """Send SIGKILL, to this process and to no later one of the same number, and wait for its end.
 
         Returns:
             False if it has ended, or holds the lock no more.
@@ -40,6 +43,7 @@ class LockHolder:
             if not _holds(self.pid, self.lock):  # asked while the number is taken: nobody else can have it now
                 return False
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            select.select([descriptor], [], [], _END_SECONDS)
         except ProcessLookupError:
             return False
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moetion_lightning.errors import ConfigurationError
@@ -17,6 +17,7 @@ ANYTIME = "anytime"
 #: Where drills kill, of :data:`~moetion_lightning.testing.fault_points.POINTS`.
 PHASES = (ANYTIME, "capture", "replay", "commit", "backward", "optimizer_step", "restore", "forward", "data")
 _OF_A_RESTART = ("replay", "restore")
+_PATIENCE_STEPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,20 @@ class Kill:
     phase: str
     rank: int = 0
     delay: float = 0.0
+
+    def point(self, step: int) -> str | None:
+        """The named point at which it is due in a step; None where it is not.
+
+        A phase that does not come (nothing is replayed in windows of one step) would keep all later kills away: so much
+        later the kill comes behind an update instead.
+
+        Args:
+            step: The step.
+        """
+        comes_early = self.phase in _OF_A_RESTART
+        if self.phase == ANYTIME or (step < self.step and not comes_early):
+            return None
+        return self.phase if step <= self.step + (0 if comes_early else _PATIENCE_STEPS) else "optimizer_step"
 
     def __str__(self) -> str:
         where = "at a random moment" if self.phase == ANYTIME else f"in {self.phase}"
@@ -114,13 +129,22 @@ class Kills:
             count += 1
         return count
 
-    def take(self, kill: Kill) -> bool:
-        """Note that a kill is done now; False if another process was faster."""
+    def take(self, kill: Kill, phase: str) -> bool:
+        """Note that a kill is done now, and where; False if another process was faster."""
         try:
-            os.close(os.open(self._mark(self._plan.index(kill)), os.O_CREAT | os.O_EXCL, 0o600))
+            mark = os.open(self._mark(self._plan.index(kill)), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             return False
+        os.write(mark, phase.encode())
+        os.close(mark)
         return True
+
+    def taken(self) -> tuple[Kill, ...]:
+        """The kills that were done, each with the phase in which it was."""
+        return tuple(
+            replace(kill, phase=self._mark(index).read_text(encoding="utf-8"))
+            for index, kill in enumerate(self._plan[: self.done])
+        )
 
     def _mark(self, index: int) -> Path:
         return self._folder / f"killed-{index}"

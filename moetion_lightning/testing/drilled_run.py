@@ -135,7 +135,7 @@ class _Watch:
             return False
         assert self._kills is not None
         self._due_at = None
-        if not self._kills.take(kill):
+        if not self._kills.take(kill, ANYTIME):
             return False
         if self._kills_ranks:
             os.kill(self._pids[kill.rank], signal.SIGKILL)
