@@ -44,14 +44,9 @@ looking
   clean       remove what dead jobs left there
   export      an ordinary checkpoint of a restore point, without the training script
   report      one HTML page about a run from its events: time line, failures, effective training time
-  demo        train, kill, restart, compare bit for bit with a run that never failed
-  demo ranks     kill one rank of several; it is replaced while the others live on
-  demo pipeline  kill one stage of three; it alone is replayed, from its neighbours' logs
-
-proving
-  drill       does this script recover exactly? it is killed, started again and compared with its twin
-  diff        the first step, tensor and value in which two recorded runs differ
-  punish      SIGKILL to random ranks of a live job of one's own, at a given rate
+  demo        train, kill, restart, compare bit for bit; `demo ranks`, `demo pipeline`: one rank, one stage
+  drill       the same with your script: does it recover exactly, what differs first, what to change
+  diff        the step and tensor in which two recorded runs part; `punish JOB`: kill ranks of a live job
 
 examples
   moetion fit --config recipe:tiny_moe_cpu --trainer.max_steps 20
@@ -59,7 +54,6 @@ examples
   moetion fit --config mine.yaml --model my_package.MyModule
   moetion explain recipe:qwen3_moe_tiny
   moetion run train.py --my-argument 1
-  moetion drill --steps 60 -- train.py --my-argument 1
   moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
 
 Each command has its own --help.  moetion --version; moetion --print_completion shtab-bash (or -zsh, -fish)

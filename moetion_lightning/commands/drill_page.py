@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ _COUNTED = {
     "settings": "optimizer settings (learning rates)",
     "rng": "random generators",
 }
+_COLUMNS = 76
 _STYLE = "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap}"
 
 
@@ -142,19 +144,28 @@ class Page:
         return found
 
     def _kills(self) -> list[str]:
-        lines = [f"{len(self.kills)} of {self.planned} planned"] if len(self.kills) < self.planned else []
-        several = len(self.recording.ranks) > 1
         after = restarts(self.recording)
-        if several:
-            after = [r for rank in dict.fromkeys(k.rank for k in self.kills) for r in after if r.rank == rank]
-            lines += [f"rank {kill.rank}: {kill}" for kill in self.kills]
-        for number, restart in enumerate(after):
-            who = f"rank {restart.rank}" if several else str(self.kills[number]) if number < len(self.kills) else "?"
-            went_on = f"went on behind step {restart.step} from {restart.source}" if restart.source else "began anew"
-            lines.append(
-                f"{who}: died behind step {restart.reached}, {went_on}; "
-                f"steps done again: {restart.again}, of these replayed: {restart.replayed}"
-            )
+        names = [kill.place for kill in self.kills]
+        if len(self.recording.ranks) > 1:  # kill by kill, the restarts of its rank in their order
+            left = list(after)
+            after = []
+            for kill in self.kills:
+                own = next((restart for restart in left if restart.rank == kill.rank), None)
+                if own is not None:
+                    left.remove(own)
+                    after.append(own)
+            names = [f"rank {kill.rank}, {kill.place}" for kill in self.kills]
+        rows = [["where", "behind step", "went on behind", "done again", "replayed", "from"]]
+        for name, restart in zip(names, after):
+            numbers = map(str, (restart.reached, restart.step, restart.again, restart.replayed))
+            rows.append([name, *numbers, restart.source or "nowhere: it began anew"])
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = []
+        for where, *columns, source in rows:
+            shown = "  ".join(column.rjust(width) for column, width in zip(columns, widths[1:]))
+            lines.append(f"{where.ljust(widths[0])}  {shown}  {source}")
+        if len(self.kills) < self.planned:
+            lines.append(f"{len(self.kills)} of {self.planned} planned kills came: the run ended before the others")
         return lines
 
     def _compared(self) -> list[str]:
@@ -163,7 +174,7 @@ class Page:
         counts = ", ".join(f"{outcome.compared[key]} {name}" for key, name in _COUNTED.items() if outcome.compared[key])
         return [
             f"with {self.twin}",
-            f"{outcome.steps} steps{ranks}, executed {outcome.executions} times: {counts}",
+            f"{outcome.steps} steps{ranks}, in {outcome.executions} executions: {counts}",
             f"{self.seconds[0]:.0f} s with its restarts, {self.seconds[1]:.0f} s undisturbed",
         ]
 
@@ -171,6 +182,8 @@ class Page:
         """For a terminal."""
         blocks = []
         for heading, lines in self.sections():
+            if heading not in ("", "Kills"):
+                lines = [part for line in lines for part in _wrapped(line)]
             blocks.append("\n".join([heading, *(f"  {line}" for line in lines)] if heading else lines))
         return "\n\n".join(blocks)
 
@@ -210,6 +223,11 @@ class Page:
             "warnings": list(self.warnings),
             "seconds": {"disturbed": self.seconds[0], "twin": self.seconds[1]},
         }
+
+
+def _wrapped(line: str) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip(" -")))
+    return textwrap.wrap(line, _COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 _NOT_FOUND = (

@@ -50,9 +50,10 @@ class Kill:
             return None
         return self.phase if step <= self.step + (0 if comes_early else _PATIENCE_STEPS) else "optimizer_step"
 
-    def __str__(self) -> str:
-        where = "at a random moment" if self.phase == ANYTIME else f"in {self.phase}"
-        return f"{where}, from step {self.step} on"
+    @property
+    def place(self) -> str:
+        """Where it comes, in words."""
+        return "at a random moment" if self.phase == ANYTIME else f"in {self.phase}"
 
 
 @dataclass(frozen=True, kw_only=True)
