@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,35 +38,41 @@ def copy_folder(source: Path, target: Path) -> Scratch:
         source: The folder.
         target: A new folder.
     """
-    scratch = Scratch(folder=target)
-    target.mkdir(parents=True)
-    room, files = _ALL_BYTES, _ALL_FILES
-    for path in _walk(source):
-        copy = target / path.relative_to(source)
-        if path.is_symlink():
-            copy.symlink_to(path.resolve())
-        elif path.is_dir():
-            copy.mkdir()
-        elif path.is_file():
-            size = path.stat().st_size
-            if size > _LARGE_BYTES or size > room or files == 0:
-                copy.symlink_to(path)
-                scratch.linked.append(str(path.relative_to(source)))
-            else:
-                shutil.copy2(path, copy)
-                room, files = room - size, files - 1
-    return scratch
+    copy = _Copy(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    copy.folder(source, target)
+    return Scratch(folder=target, linked=copy.linked)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Everything below, folders before what is in them; by names, so that two copies are alike."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except PermissionError:
-        return
-    for entry in entries:
-        if entry.name in _LEFT_OUT:
-            continue
-        yield Path(entry.path)
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path))
+class _Copy:
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        self._room, self._files = _ALL_BYTES, _ALL_FILES
+        self.linked: list[str] = []
+
+    def folder(self, source: Path, target: Path) -> None:
+        """Its entries by their names, so that two copies are alike."""
+        target.mkdir()
+        try:
+            entries = sorted(os.scandir(source), key=lambda entry: entry.name)
+        except PermissionError:
+            return
+        for entry in entries:
+            path, copy = Path(entry.path), target / entry.name
+            if entry.name in _LEFT_OUT:
+                continue
+            if entry.is_symlink():
+                copy.symlink_to(path.resolve())
+            elif entry.is_dir() and self._files > 0:
+                self.folder(path, copy)
+            elif entry.is_dir() or entry.is_file():
+                self._entry(entry, copy)
+
+    def _entry(self, entry: os.DirEntry[str], copy: Path) -> None:
+        size = entry.stat().st_size
+        if entry.is_dir() or size > min(_LARGE_BYTES, self._room) or self._files == 0:
+            copy.symlink_to(entry.path)
+            self.linked.append(os.path.relpath(entry.path, self._source))
+        else:
+            shutil.copy2(entry.path, copy)
+            self._room, self._files = self._room - size, self._files - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,3 +58,33 @@ def test_drill_proves_a_script_and_finds_the_step_in_which_a_global_counter_show
     assert first["step"] < found["step"] <= first["reached"] + 1, "at once behind the first restart"
     assert "losses" not in found["equal"]
     assert "global" in page["remedy"]
+
+
+_FAULTY = """
+import lightning.pytorch as pl
+from moetion_lightning import SparseExpertCheckpoint
+from moetion_lightning.testing import FaultInjection
+from tests.runs.counting_script import Net, Samples, torch
+
+callbacks = [FaultInjection(at=9, point=point) for point in ("backward", "restore")]
+callbacks.append(SparseExpertCheckpoint(job_id="faulty"))
+quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+trainer = pl.Trainer(max_steps=12, accelerator="cpu", callbacks=callbacks, **quiet)
+trainer.fit(Net(), torch.utils.data.DataLoader(Samples(), batch_size=2))
+print("ended at", trainer.global_step)
+"""
+
+
+def test_injected_faults_kill_once_each_and_the_third_start_passes(
+    zygote: Zygote, tmp_path: Path, memory_dir: Path
+) -> None:
+    """In a backward pass; then, in the restarted run, when a restore point was chosen."""
+    log = tmp_path / "log"
+    spec = program.spec(tmp_path, "-c", _FAULTY)
+    codes = [zygote.run_group([spec], [log], [{"MOETION_MEMORY_DIR": str(memory_dir)}]).codes[0] for _ in range(3)]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0], log.read_text()
+    assert "ended at 12" in log.read_text()
+    assert {path.name for path in tmp_path.glob(".moetion-fault-*")} == {
+        ".moetion-fault-backward-9-0",
+        ".moetion-fault-restore-9-0",
+    }

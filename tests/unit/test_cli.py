@@ -97,10 +97,11 @@ def test_completion_of_a_shell_is_printed(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_help_names_every_command() -> None:
-    for command in ("fit", "validate", "test", "predict", "recipes", "explain", "inspect", "jobs", "clean", "demo"):
+    looking = ("recipes", "explain", "inspect", "jobs", "clean", "demo", "drill", "diff")
+    for command in ("fit", "validate", "test", "predict", *looking):
         assert f"  {command}  " in HELP
     for kind in ("ranks", "pipeline"):
-        assert f"  demo {kind}  " in HELP
+        assert f"`demo {kind}`" in HELP
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
