@@ -11,13 +11,14 @@ NAMES = {
     "inputs": "model inputs",
     "settings": "optimizer settings",
     "losses": "losses",
+    "gradient": "gradients",
     "optimizer": "optimizer state",
     "parameter": "parameters",
     "buffer": "buffers",
     "rng": "random generators",
 }
 #: Keys of :mod:`moetion_lightning.engine.replay_check`.
-_RECORD_KEYS = {"inputs": "batches", "settings": "lrs", "losses": "losses", "rng": "rng"}
+_RECORD_KEYS = {"inputs": "batches", "settings": "lrs", "losses": "losses", "gradient": "gradients", "rng": "rng"}
 _REMEDIES = {
     "inputs": (
         "Let what a sample is follow from its index, seeds and restored generators alone. What counts or remembers "
@@ -33,6 +34,7 @@ _REMEDIES = {
         "global variables. Labels and masks must follow from the sample. Else switch on "
         "torch.use_deterministic_algorithms(True): it names kernels that are not deterministic."
     ),
+    "gradient": "Gradients must come from the losses alone; torch.use_deterministic_algorithms(True) names kernels.",
     "optimizer": "An optimizer must keep its state in .state or state_dict(); gradients come from the losses alone.",
     "parameter": "Change parameters by the optimizers, or in hooks that follow from the state, not from a counter.",
     "buffer": "Buffers must follow from what the module sees: update them in forward, in place.",

@@ -10,8 +10,8 @@ from moetion_lightning.testing.records import Execution, RankRecords, Recording
 __all__ = ["QUANTITIES", "Divergence", "Outcome", "compare_recordings"]
 
 #: In the order in which one follows from another within a step.
-QUANTITIES = ("inputs", "settings", "losses", "optimizer", "parameter", "buffer", "rng")
-_KEYS = {"optimizer": "tensors", "parameter": "tensors", "buffer": "tensors"}
+QUANTITIES = ("inputs", "settings", "losses", "gradient", "optimizer", "parameter", "buffer", "rng")
+_KEYS = {"gradient": "tensors", "optimizer": "tensors", "parameter": "tensors", "buffer": "tensors"}
 
 
 @dataclass(frozen=True, kw_only=True)

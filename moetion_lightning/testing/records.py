@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.testing.processes import read_lines
 
 __all__ = ["Execution", "RankRecords", "Recording", "Start", "read_recording", "step_of_iteration"]
@@ -142,26 +141,17 @@ class Recording:
         return max((records.last_step for records in self.ranks.values()), default=0)
 
 
-def read_recording(folder: str | Path, *, needed: bool = False) -> Recording:
-    """Read a run's records.
+def read_recording(folder: str | Path) -> Recording:
+    """Read a run's records; without ranks if there are none.
 
     Args:
         folder: Where its recorders wrote.
-        needed: Whether it is an error if there are none.
-
-    Raises:
-        ConfigurationError: There are none.
     """
     ranks: dict[int, RankRecords] = {}
     for path in sorted(Path(folder).glob("rank-*-*.jsonl")):
         records = ranks.setdefault(int(path.name.split("-")[1]), RankRecords())
         for line in read_lines(path):
             records.add(line)
-    if needed and not ranks:
-        raise ConfigurationError(
-            f"{folder}: no records there (rank-00000-*.jsonl); expected a folder that `moetion run --record`, or "
-            "`moetion drill --keep`, has written"
-        )
     return Recording(ranks=dict(sorted(ranks.items())))
 
 
