@@ -183,7 +183,7 @@ def _carry_out(options: _Options, plan: DrillPlan, folder: Path, memory: Path, s
 
         lines, likely = where(outcome.divergence, "the disturbed run", "its twin"), causes(outcome.divergence)
         change = remedy(outcome.divergence)
-        if outcome.divergence.start == 1:
+        if outcome.divergence.is_undisturbed:
             second = _twin(options, folder / "second-twin", memory, show, "no kill came before it: a second twin")
             same = compare_recordings(second.recording(), twin.recording()).exact
             lines.append(

@@ -7,7 +7,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moetion_lightning.testing.divergence import Divergence, Outcome
+from moetion_lightning.testing.divergence import Outcome
 from moetion_lightning.testing.drill_plan import Kill
 from moetion_lightning.testing.records import RankRecords, Recording
 
@@ -120,13 +120,9 @@ class Page:
             return f"NOT RECOVERED: of {kills}, {len(self._anew())} began again at the beginning."
         if self.outcome.divergence is None:
             return "NOTHING COMPARED: the runs have no step in common."
-        if self._before_failure(self.outcome.divergence):
+        if self.outcome.divergence.is_undisturbed:
             return "DIFFERS even without a failure: two runs of this script are not the same."
         return f"DIFFERS: after {kills} this script is not the run that never failed."
-
-    @staticmethod
-    def _before_failure(divergence: Divergence) -> bool:
-        return divergence.start == 1
 
     def sections(self) -> list[tuple[str, list[str]]]:
         """Headings and their lines."""
@@ -158,7 +154,8 @@ class Page:
         rows = [["where", "behind step", "went on behind", "done again", "replayed", "from"]]
         for name, restart in zip(names, after):
             numbers = map(str, (restart.reached, restart.step, restart.again, restart.replayed))
-            rows.append([name, *numbers, restart.source or "nowhere: it began anew"])
+            source = restart.source.partition(",")[0]  # a stage's also says where its window was
+            rows.append([name, *numbers, source or "nowhere: it began anew"])
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = []
         for where, *columns, source in rows:

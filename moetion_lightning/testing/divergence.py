@@ -23,6 +23,7 @@ class Divergence:
         rank: Global rank.
         start: Which start of the first run executed it, from 1; 0 if it did not.
         is_replay: Whether that was in a replay.
+        is_undisturbed: Whether it was before any failure that the rank was touched by.
         quantity: Of :data:`QUANTITIES`, or "steps" where one run lacks the step.
         name: Which one of it: a tensor, a micro-batch, a setting, a generator.
         first: Value in the first run.
@@ -35,6 +36,7 @@ class Divergence:
     rank: int
     start: int
     is_replay: bool
+    is_undisturbed: bool
     quantity: str
     name: str
     first: str
@@ -111,7 +113,7 @@ def _taken_over(records: RankRecords, step: int) -> bool:
 def _unseeded(mine: dict[int, list[Execution]], theirs: dict[int, Execution]) -> frozenset[str]:
     """Generators that differ behind the first step already, without a failure."""
     step = min({*mine} & {*theirs}, default=None)
-    if step is None or mine[step][0].start != 1:
+    if step is None or not mine[step][0].is_undisturbed:
         return frozenset()
     return frozenset(_unequal(mine[step][0].quantities["rng"], theirs[step].quantities["rng"]))
 
@@ -130,6 +132,7 @@ def _missing(rank: int, step: int, a: RankRecords, b: RankRecords, first_has_it:
         rank=rank,
         start=0,
         is_replay=False,
+        is_undisturbed=False,
         quantity="steps",
         name="executed" if first_has_it else "not executed",
         first=f"last step {last[0]}",
@@ -164,6 +167,7 @@ def _differs(rank: int, mine: Execution, theirs: Execution, counts: dict[str, in
         rank=rank,
         start=mine.start,
         is_replay=mine.is_replay,
+        is_undisturbed=mine.is_undisturbed,
         quantity=quantity,
         name=name,
         first=_shown(mine, quantity, name),

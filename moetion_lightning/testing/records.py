@@ -19,12 +19,14 @@ class Execution:
         step: Its number, from 1.
         start: Which start of the rank it was, from 1.
         is_replay: Whether it rebuilt a restored state: the state behind it is whole only at the end of the replay.
+        is_undisturbed: Whether neither this rank's process nor its state was replaced before.
         quantities: By kind ("inputs", "settings", "losses", "tensors", "rng"), values by name.
     """
 
     step: int
     start: int
     is_replay: bool
+    is_undisturbed: bool
     quantities: dict[str, dict[str, str]]
     #: Norms of tensors, for messages.
     norms: dict[str, str] = field(default_factory=dict)
@@ -115,6 +117,7 @@ class RankRecords:
                 step=record["step"],
                 start=len(self.starts),
                 is_replay=record["replay"],
+                is_undisturbed=len(self.starts) == 1 and not start.restored,
                 quantities=quantities,
                 norms={name: norm for name, (_, norm) in tensors.items() if norm},
             )

@@ -12,7 +12,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from moetion_lightning.events import (
     WindowCommitted,
     listen,
 )
+from moetion_lightning.pipeline.hollow import is_hollow
 from moetion_lightning.testing.compare import flatten_state
 from moetion_lightning.testing.records import read_recording, step_of_iteration
 
@@ -82,6 +83,7 @@ class StepRecorder:
         self._counted: dict[int, int] = {}  # by optimizer, the backward behind which it stepped last
         self._optimizers: list[Optimizer] = []
         self._module: nn.Module | None = None
+        self._is_stage = False
 
     def install(self) -> None:
         """Begin to record: before the script runs."""
@@ -125,8 +127,9 @@ class StepRecorder:
     def _watched_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self._wants_inputs and torch.is_grad_enabled():
-                self._wants_inputs = False
-                self._inputs.append(digest_of((args, kwargs)).read())
+                tensors = _tensors_in((args, kwargs))
+                self._wants_inputs = not tensors
+                self._inputs += [digest_of(tensors).read()] if tensors else []
             return original(module, *args, **kwargs)
 
         return __call__
@@ -164,13 +167,15 @@ class StepRecorder:
         if not any(optimizer is known for known in self._optimizers):
             self._optimizers.append(optimizer)
             self._module = _module_of(self._optimizers)
+            # What a stage of a pipeline calls first follows from the schedule, and is no batch.
+            self._is_stage = any(is_hollow(parameter) for parameter in self._module.parameters())
         last = self._steps > 0 and self.step >= self._steps
         self._write(
             "step",
             step=self.step,
             replay=self._replay > 0,
             losses=self._losses,
-            inputs=self._inputs,
+            inputs=[] if self._is_stage else self._inputs,
             rng=rng_digests(),
             **self._state(whole=self._replay == 0 and (last or self.step % self._every == 0)),
         )
@@ -192,6 +197,14 @@ class StepRecorder:
     def _write(self, kind: str, **fields: Any) -> None:
         if self._fd >= 0:
             os.write(self._fd, (json.dumps({"kind": kind, **fields}) + "\n").encode())
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """Tensors in plain containers: objects beside them may hold anything, a process id too."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _tensors_in(item)]
 
 
 def _describe(tensor: Tensor) -> list[str]:

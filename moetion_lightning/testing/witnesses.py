@@ -69,6 +69,7 @@ def _execution(iteration: int, record: Mapping[str, Any]) -> Execution:
         step=iteration,
         start=1,
         is_replay=False,
+        is_undisturbed=True,
         quantities={
             "inputs": _numbered("micro-batch", record.get("batches", ())),
             "settings": _numbered("learning rate", record.get("lrs", ())),
