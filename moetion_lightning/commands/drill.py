@@ -20,7 +20,7 @@ from moetion_lightning.commands.drill_page import Page
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.testing.divergence import Outcome, compare_recordings
 from moetion_lightning.testing.drill_plan import PHASES, DrillPlan, Kills
-from moetion_lightning.testing.drilled_run import DrilledRun
+from moetion_lightning.testing.drilled_run import DrilledRun, NotRestartedError
 from moetion_lightning.testing.order import Order
 from moetion_lightning.testing.processes import RunError, last_output
 from moetion_lightning.testing.records import Recording
@@ -75,8 +75,12 @@ def drill(args: Sequence[str]) -> int:
         with _folders(given.keep) as (folder, memory):
             page = _carry_out(options, plan, folder, memory, show)
     except RunError as error:
-        print(f"\nmoetion drill: error: {error}", file=sys.stderr)
-        return 2
+        failed = isinstance(error, NotRestartedError)
+        if given.json:
+            print(json.dumps({"exact": False if failed else None, "error": str(error)}, indent=1))
+        else:
+            print(f"\n{'NOT RECOVERED' if failed else 'moetion drill: error'}: {error}", file=sys.stderr)
+        return 1 if failed else 2
     print(json.dumps(page.data(), indent=1) if given.json else f"\n{page.text()}")
     if out is not None:
         out.write_text(page.markdown() if out.suffix == ".md" else page.html(), encoding="utf-8")

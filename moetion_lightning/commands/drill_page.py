@@ -151,7 +151,7 @@ class Page:
                     left.remove(own)
                     after.append(own)
             names = [f"rank {kill.rank}, {kill.place}" for kill in self.kills]
-        rows = [["where", "behind step", "went on behind", "done again", "replayed", "from"]]
+        rows = [["where", "behind step", "back at", "again", "replayed", "from"]]
         for name, restart in zip(names, after):
             numbers = map(str, (restart.reached, restart.step, restart.again, restart.replayed))
             source = restart.source.partition(",")[0]  # a stage's also says where its window was

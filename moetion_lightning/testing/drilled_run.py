@@ -14,9 +14,13 @@ from moetion_lightning.testing.drill_plan import ANYTIME, Kill, Kills
 from moetion_lightning.testing.processes import RunError, Tail, last_output, run_child
 from moetion_lightning.testing.records import Recording, read_recording
 
-__all__ = ["DrilledRun"]
+__all__ = ["DrilledRun", "NotRestartedError"]
 
 _KILLED = -signal.SIGKILL
+
+
+class NotRestartedError(RunError):
+    """The run could not go on after a kill."""
 
 
 @dataclass(kw_only=True)
@@ -64,6 +68,7 @@ class DrilledRun:
             How many kills were done.
 
         Raises:
+            NotRestartedError: It failed after a kill.
             RunError: It failed or hung, or was killed by somebody else.
         """
         kills = None if plan is None else Kills(plan)
@@ -83,7 +88,9 @@ class DrilledRun:
             if status == 0:
                 return done
             if status != _KILLED or done == before:
-                raise RunError(f"start {self.starts} ended with status {status}; {last_output(self.log)}")
+                kind = NotRestartedError if done else RunError
+                after = f" after {done} kills" if done else ""
+                raise kind(f"start {self.starts} ended with status {status}{after}; {last_output(self.log)}")
 
 
 class _Watch:

@@ -70,6 +70,7 @@ class FaultInjection(Callback):
         self.at, self.point, self.action, self.rank = at, point, action, rank
         self._named = marker
         self._made_in = Path.cwd()
+        self._never = threading.Event()
         self._points = FaultPoints(lambda reached: self._fail())
 
     # --- hooks of Lightning --------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class FaultInjection(Callback):
         if self.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.action == "hang":
-            threading.Event().wait()
+            self._never.wait()
         else:
             self._points.close()
             raise InjectedFaultError(f"injected at {self.point} of step {self.at}")

@@ -113,8 +113,10 @@ class StepRecorder:
 
     def _watched_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(tensors, Tensor) and tensors.numel() == 1:
-                self._losses.append(float(tensors.detach()).hex())
+            roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)  # of a stage: what it puts out
+            if len(roots) == 1 and roots[0].numel() == 1:
+                self._losses.append(float(roots[0].detach()).hex())
+            tensors = roots
             self._wants_inputs = False
             self._backwards += 1
             try:
@@ -166,7 +168,8 @@ class StepRecorder:
         self._stepped(self.step, optimizer)
         if not any(optimizer is known for known in self._optimizers):
             self._optimizers.append(optimizer)
-            self._module = _module_of(self._optimizers)
+            if self._module is None or not _parameters_of([optimizer]) <= {id(p) for p in self._module.parameters()}:
+                self._module = _module_of(self._optimizers)
             # What a stage of a pipeline calls first follows from the schedule, and is no batch.
             self._is_stage = any(is_hollow(parameter) for parameter in self._module.parameters())
         last = self._steps > 0 and self.step >= self._steps
@@ -217,9 +220,13 @@ def _describe(tensor: Tensor) -> list[str]:
     return [digest.hexdigest(), norm]
 
 
+def _parameters_of(optimizers: list[Optimizer]) -> set[int]:
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
 def _module_of(optimizers: list[Optimizer]) -> nn.Module:
     """The outermost module that holds what the optimizers change, without wrappers; its names are the user's."""
-    wanted = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    wanted = _parameters_of(optimizers)
     best: tuple[int, int] = (0, 0)
     found: nn.Module | None = None
     for candidate in gc.get_objects():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,18 @@ def test_points_of_the_engine_are_told_by_its_events(
         bus.emit(event)
     assert sent == [signal.SIGKILL], "once"
     assert (tmp_path / "marker").exists()
+
+
+def test_a_hang_stops_the_thread_that_came_to_the_point(tmp_path: Path) -> None:
+    fault = FaultInjection(at=1, point="capture", action="hang", marker=str(tmp_path / "marker"))
+    thread = threading.Thread(target=fault, args=(EVENTS["capture"],), daemon=True)
+    thread.start()
+    while not (tmp_path / "marker").exists():
+        assert thread.is_alive()
+    thread.join(timeout=0.05)
+    assert thread.is_alive()
+    fault._never.set()
+    thread.join()
 
 
 @pytest.mark.parametrize(
