@@ -68,9 +68,9 @@ def _recordings(first: str, second: str, memory: Path) -> tuple[Recording, Recor
             f"{first}, {second}: one of them has records, the other one has not; windows and records are of different "
             "kinds, give two of one kind"
         )
-    from moetion_lightning.testing.witnesses import common_steps, read_witnesses
+    from moetion_lightning.testing.window_records import common_steps, read_window_records
 
-    return common_steps(read_witnesses(first, memory), read_witnesses(second, memory))
+    return common_steps(read_window_records(first, memory), read_window_records(second, memory))
 
 
 def _records(run: str) -> Path:

@@ -37,6 +37,7 @@ class Restart:
         step: Step behind which training went on.
         replayed: Steps that only rebuilt the state.
         again: Steps that were done again in all.
+        trained: Whether it came to train: the next kill may have come before.
     """
 
     rank: int
@@ -45,6 +46,12 @@ class Restart:
     step: int
     replayed: int
     again: int
+    trained: bool
+
+    @property
+    def is_anew(self) -> bool:
+        """Whether it trained from the beginning, as if there had been nothing to go back to."""
+        return self.trained and not self.source
 
 
 def restarts(recording: Recording) -> list[Restart]:
@@ -62,6 +69,7 @@ def restarts(recording: Recording) -> list[Restart]:
                         step=start.began_at,
                         replayed=_replayed(records, number),
                         again=max(0, min(reached, start.last) - start.began_at),
+                        trained=start.first > 0,
                     )
                 )
             reached = max(reached, start.last)
@@ -108,7 +116,7 @@ class Page:
         return self.outcome.exact and not self._anew()
 
     def _anew(self) -> list[Restart]:
-        return [restart for restart in restarts(self.recording) if not restart.source]
+        return [restart for restart in restarts(self.recording) if restart.is_anew]
 
     @property
     def verdict(self) -> str:
@@ -153,9 +161,11 @@ class Page:
             names = [f"rank {kill.rank}, {kill.place}" for kill in self.kills]
         rows = [["where", "behind step", "back at", "again", "replayed", "from"]]
         for name, restart in zip(names, after):
-            numbers = map(str, (restart.reached, restart.step, restart.again, restart.replayed))
             source = restart.source.partition(",")[0]  # a stage's also says where its window was
-            rows.append([name, *numbers, source or "nowhere: it began anew"])
+            numbers = [restart.step, restart.again, restart.replayed] if restart.trained else "---"
+            if not restart.trained:
+                source = "killed again before it trained"
+            rows.append([name, str(restart.reached), *map(str, numbers), source or "nowhere: it began anew"])
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = []
         for where, *columns, source in rows:

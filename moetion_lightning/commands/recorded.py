@@ -92,11 +92,11 @@ def main(args: Sequence[str]) -> int:
     faults = _Faults(Path(order.kills), rank) if order.kills else None
     if faults is not None:
         stepped = {"stepped": faults.stepped}
-        listen(faults.heard)
     recorder = StepRecorder(order.records, rank=rank, steps=order.steps, every=order.every, **stepped)
+    recorder.install()
     if faults is not None:
         faults.recorder = recorder
-    recorder.install()
+        listen(faults.heard)  # after the recorder: what a kill follows on is written
     if order.capture:
         return run(["--config", order.capture, *program])
     is_module = program[0] == "-m"

@@ -228,6 +228,14 @@ def test_a_restart_from_the_beginning_is_no_recovery_though_all_steps_are_equal(
     assert [restart.source for restart in restarts(found.recording)] == [""]
 
 
+def test_a_start_that_is_killed_before_it_trains_did_not_begin_anew(tmp_path: Path, twin: Path) -> None:
+    again = [*CONTINUED, step(3, replay=True), step(4), step(5), step(6)]
+    found = page(write(tmp_path / "a", BEFORE, [], again), twin)
+    assert found.exact
+    assert [(r.trained, r.source) for r in restarts(found.recording)] == [(False, ""), (True, "host memory")]
+    assert "killed again before it trained" in found.text()
+
+
 def test_a_difference_before_any_failure_is_said_to_be_one(tmp_path: Path, twin: Path) -> None:
     found = page(write(tmp_path / "a", [step(1, losses=["0x0p+0"]), *(step(n) for n in range(2, 7))]), twin)
     assert found.verdict.startswith("DIFFERS even without a failure")

@@ -12,10 +12,10 @@ from moetion_lightning.storage.local import LocalPlace
 from moetion_lightning.storage.tier import Tier
 from moetion_lightning.testing.records import Execution, RankRecords, Recording, Start
 
-__all__ = ["common_steps", "read_witnesses"]
+__all__ = ["common_steps", "read_window_records"]
 
 
-def read_witnesses(target: str, memory_base: Path) -> Recording:
+def read_window_records(target: str, memory_base: Path) -> Recording:
     """The records of all iterations of a job's committed windows; a step is an iteration there.
 
     Args:
