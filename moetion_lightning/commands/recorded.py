@@ -33,12 +33,12 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 class _Faults:
     """Kills this process where the plan says so."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int, recorder: StepRecorder) -> None:
         self._kills = Kills(folder)
         self._rank = rank
         self._points = FaultPoints(self._reached)
         self._optimizers: list[Optimizer] = []
-        self.recorder: StepRecorder | None = None
+        self._recorder = recorder
 
     def stepped(self, step: int, optimizer: Optimizer) -> None:
         """Behind each step: what is due in the next one is watched from now on."""
@@ -59,15 +59,13 @@ class _Faults:
 
     def _due(self, step: int) -> str | None:
         """Point at which this process is to be killed in a step, if there is one."""
-        assert self.recorder is not None
         kill = self._kills.next()
-        if kill is None or kill.rank != self._rank or not self.recorder.committed:
+        if kill is None or kill.rank != self._rank or not self._recorder.committed:
             return None
         return kill.point(step)
 
     def _reached(self, point: str) -> None:
-        assert self.recorder is not None
-        step = self.recorder.step + (0 if point in EVENT_POINTS or point == "optimizer_step" else 1)
+        step = self._recorder.step + (0 if point in EVENT_POINTS or point == "optimizer_step" else 1)
         if self._due(step) != point:
             return
         kill = self._kills.next()
@@ -88,14 +86,11 @@ def main(args: Sequence[str]) -> int:
     _note_writes(order)
     if order.idle:
         _let_callbacks_idle()
-    stepped: dict[str, Any] = {}
-    faults = _Faults(Path(order.kills), rank) if order.kills else None
-    if faults is not None:
-        stepped = {"stepped": faults.stepped}
-    recorder = StepRecorder(order.records, rank=rank, steps=order.steps, every=order.every, **stepped)
+    recorder = StepRecorder(order.records, rank=rank, steps=order.steps, every=order.every)
     recorder.install()
-    if faults is not None:
-        faults.recorder = recorder
+    if order.kills:
+        faults = _Faults(Path(order.kills), rank, recorder)
+        recorder.stepped = faults.stepped
         listen(faults.heard)  # after the recorder: what a kill follows on is written
     if order.capture:
         return run(["--config", order.capture, *program])

@@ -51,7 +51,6 @@ class StepRecorder:
         rank: Global rank of this process.
         steps: End the process in good order behind so many optimizer steps; 0: it ends by itself.
         every: Record all tensors at each so many steps (losses, inputs and settings at each one).
-        stepped: Called with the number of each step, before it is written.
     """
 
     def __init__(
@@ -61,13 +60,13 @@ class StepRecorder:
         rank: int = 0,
         steps: int = 0,
         every: int = 1,
-        stepped: Callable[[int, Optimizer], None] = lambda step, optimizer: None,
     ) -> None:
         self._folder = Path(folder)
         self._rank = rank
         self._steps = steps
         self._every = every
-        self._stepped = stepped
+        #: Called with the number of each step and its optimizer, before it is written.
+        self.stepped: Callable[[int, Optimizer], None] = lambda step, optimizer: None
         self._fd = -1
         self._undo: list[Callable[[], None]] = []
         #: Optimizer steps of the training so far.
@@ -165,7 +164,7 @@ class StepRecorder:
             return
         self._counted[id(optimizer)] = self._backwards
         self.step += 1
-        self._stepped(self.step, optimizer)
+        self.stepped(self.step, optimizer)
         if not any(optimizer is known for known in self._optimizers):
             self._optimizers.append(optimizer)
             if self._module is None or not _parameters_of([optimizer]) <= {id(p) for p in self._module.parameters()}:
