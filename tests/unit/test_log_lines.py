@@ -70,4 +70,5 @@ def test_first_window_is_told_and_then_one_in_ten_minutes(
         now[0] += 10.0
     lines = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
     assert len(lines) == 5
-    assert lines[0].startswith("committed window 1..4") and lines[1].startswith("committed window 241..244")
+    assert lines[0].startswith("committed window 1..4")
+    assert lines[1].startswith("committed window 241..244")
