@@ -60,7 +60,8 @@ class LoggedResults:
         trainer = self._trainer
         for logger in trainer.loggers:
             logger.log_metrics(metrics=dict(metrics), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        trainer._logger_connector._progress_bar_metrics.update(in_bar)
+        shown: Any = trainer._logger_connector._progress_bar_metrics
+        shown.update(in_bar)
 
     def _metrics(self) -> dict[str, Any]:
         connector = self._trainer._logger_connector
