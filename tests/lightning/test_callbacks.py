@@ -565,9 +565,10 @@ def test_numbers_reach_the_logger_and_the_events_file(tmp_path: Path, memory_dir
 def test_restart_says_what_was_found_and_done(
     tmp_path: Path, memory_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    interrupted(tmp_path, memory_dir)
-    capture = SparseExpertCheckpoint(window=3, memory_dir=str(memory_dir), job_id="job")
     with caplog.at_level(logging.INFO, logger="moetion_lightning"):
+        interrupted(tmp_path, memory_dir)
+        assert f"is kept in {memory_dir}/job/rank-00000: the same command continues there" in caplog.text
+        capture = SparseExpertCheckpoint(window=3, memory_dir=str(memory_dir), job_id="job")
         trainer(tmp_path, capture).fit(module(), loader())
     assert "found the window of iterations" in caplog.text
     assert "in host memory" in caplog.text
