@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -36,7 +37,7 @@ input and random generator of every step is compared.
 A script without a callback of ours is run as by `moetion run`, and its twin without this package. Lightning's callbacks
 of ours are idle in the twin; a loop over run.steps(...) is only left alone.
 
-Exit status: 0 exact, 1 differs or was not recovered, 2 could not be carried out.
+Exit status: 0 exact, 1 differs or was not recovered, 2 could not be carried out, 130 stopped by a signal.
 """
 
 
@@ -71,6 +72,7 @@ def drill(args: Sequence[str]) -> int:
     if out is not None and out.suffix not in (".md", ".html"):
         raise ConfigurationError(f"--out {out}: expected a name that ends in .md or .html")
     show = _Progress(options.steps, quiet=given.json)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs end, and nothing stays in memory
     try:
         with _folders(given.keep) as (folder, memory):
             page = _carry_out(options, plan, folder, memory, show)
@@ -81,6 +83,9 @@ def drill(args: Sequence[str]) -> int:
         else:
             print(f"\n{'NOT RECOVERED' if failed else 'moetion drill: error'}: {error}", file=sys.stderr)
         return 1 if failed else 2
+    except KeyboardInterrupt:
+        print("\nmoetion drill: stopped; both runs are ended, and their memory is free again", file=sys.stderr)
+        return 130
     print(json.dumps(page.data(), indent=1) if given.json else f"\n{page.text()}")
     if out is not None:
         out.write_text(page.markdown() if out.suffix == ".md" else page.html(), encoding="utf-8")
@@ -171,7 +176,7 @@ def _carry_out(options: _Options, plan: DrillPlan, folder: Path, memory: Path, s
     began = time.monotonic()
     disturbed, scratch = _run(options, folder / "disturbed", memory, show.step, captured=True)
     plan.write(folder / "kills")
-    show.phase(f"1/2 train, with {options.kills} kills")
+    show.phase(f"1/2 train, with {options.kills} kill{'s'[: options.kills != 1]}")
     done = disturbed.execute(folder / "kills")
     disturbed_seconds = time.monotonic() - began
     _check_happened(disturbed, done)
