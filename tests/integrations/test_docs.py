@@ -184,7 +184,8 @@ def test_links_resolve(page: str) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     listed = re.findall(r"[\w./-]+\.md", navigation)
-    assert sorted(listed) == sorted(PAGES)
+    decisions = {page for page in PAGES if re.match(r"adr/\d", page)}  # listed by adr/index.md
+    assert sorted(listed) == sorted(set(PAGES) - decisions)
 
 
 def test_every_decision_is_listed() -> None:
