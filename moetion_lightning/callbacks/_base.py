@@ -49,7 +49,7 @@ class EngineCallback(EarlyCallback):
     """Runs one session per ``fit``. Subclasses say with what policy.
 
     Args:
-        specs: Descriptions of MoE blocks that are not found by themselves, see `moetion explain`.
+        specs: Descriptions of MoE blocks that are not detected automatically, see `moetion explain`.
         sinks: Callables that get every event.
         events_path: JSONL file for the events of the run; None for none.
         log_metrics: Show window, stall and bytes in progress bar and loggers.
@@ -197,7 +197,7 @@ class EngineCallback(EarlyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         progress.enter(Section.SAVE)  # whatever the script does between two stages
-        # Lightning calls this after a whole fit, and also after an interrupted one that it ends in good order.
+        # Lightning calls this after a whole fit, and also after an interrupted one that it ends cleanly.
         if stage == "fit":
             self._close(completed=trainer.state.status != TrainerStatus.INTERRUPTED and not trainer.received_sigterm)
 

@@ -42,7 +42,7 @@ class FaultToleranceMonitor(Callback):
     Add it beside a capturing callback; order does not matter. To every logger of the Trainer go
 
     * ``moetion/ettr``: share of the wall time since the first start in which training went forward;
-    * ``moetion/lost_seconds``: wall time of no iteration that counts: starts, lost work, the time between processes;
+    * ``moetion/lost_seconds``: wall time not spent in iterations that were kept: starts, lost work, between processes;
     * ``moetion/stall_seconds_per_iteration``, ``moetion/stall_share``: waiting for captures, and preparing them;
     * ``moetion/committed_step``: last iteration of the newest committed window, -1 before the first;
     * ``moetion/protected``: 1 where a window is there to go back to and captures succeed, else 0;
@@ -61,7 +61,7 @@ class FaultToleranceMonitor(Callback):
     nothing behind, and counting begins anew, as training does; ``moetion report`` has that, too. Time that a job was
     stopped on purpose also counts.
 
-    An iteration ends where the next one begins, so the last one of a fit is in no number. Seconds are means over ranks;
+    An iteration ends where the next one begins, so the last one of a fit is not counted. Seconds are means over ranks;
     tokens are summed over ranks already.
 
     Args:
@@ -123,7 +123,7 @@ class FaultToleranceMonitor(Callback):
 
     @property
     def lost_seconds(self) -> float:
-        """Wall time of this rank that belongs to no iteration that counts."""
+        """Wall time of this rank not spent in iterations that were kept."""
         return float(self.ettr.wall_seconds - self.stall.iteration_seconds)
 
     # --- listening -----------------------------------------------------------------------------------------------
