@@ -109,3 +109,20 @@ def test_notebook_is_valid_and_holds_no_output() -> None:
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert cells
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+
+
+def test_contributors_find_every_folder_and_the_files_to_read_first() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text.partition("```text\nmoetion_lightning/\n")[2].partition("tests/\n")[0]
+    listed = set(re.findall(r"^  (\w+)/ ", tree, re.M))
+    package = Path(moetion_lightning.__file__).parent
+    assert listed == {path.parent.name for path in package.glob("*/__init__.py")}
+    first = re.findall(r"^\d\. `([\w/.]+)`", text.partition("## Proof")[0], re.M)
+    assert len(first) == 6
+    assert [name for name in first if not (ROOT / name).is_file()] == []
+
+
+def test_make_targets_for_contributors_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"make ([a-z]+)\b", text)) <= targets
