@@ -235,3 +235,8 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     fetched = re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"?(https?://[^\" >]+)", text)
     assert fetched == []
     assert ":class:" not in text
+    # Search in pages that are opened as files: the index is a script, and a frame stands for the worker.
+    assert (site / "search" / "search_index.js").stat().st_size > 100_000
+    page = (site / "index.html").read_text(encoding="utf-8")
+    assert page.index("assets/iframe-worker.js") < page.index("assets/javascripts/bundle")
+    assert "unpkg.com" not in text
