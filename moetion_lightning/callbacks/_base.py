@@ -46,7 +46,7 @@ def _handed_on(hook: str, *positions: int) -> Any:
 
 
 class EngineCallback(EarlyCallback):
-    """Runs one session per ``fit``. Subclasses say with what policy.
+    """Runs one session per ``fit``. Subclasses choose the policy.
 
     Args:
         specs: Descriptions of MoE blocks that are not detected automatically, see `moetion explain`.
