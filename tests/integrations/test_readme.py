@@ -54,3 +54,11 @@ def test_benchmark_of_every_number_exists() -> None:
     scripts = re.findall(r"`python (benchmarks/\w+\.py)`", README)
     assert len(scripts) >= 3
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
+def test_transcript_has_the_lines_that_the_demo_prints() -> None:
+    (transcript,) = _blocks("text")
+    labels = re.findall(r"^  (\S.*?)  +\S", transcript, re.M)
+    assert len(labels) >= 4
+    said = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "moetion_lightning" / "demo").glob("*.py"))
+    assert [label for label in labels if label not in said] == []
