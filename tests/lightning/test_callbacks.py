@@ -546,7 +546,8 @@ def test_buffers_are_recycled_over_many_windows(tmp_path: Path, memory_dir: Path
 def test_numbers_reach_the_logger_and_the_events_file(tmp_path: Path, memory_dir: Path) -> None:
     logger = CSVLogger(tmp_path, name="csv")
     capture = SparseExpertCheckpoint(window=2, memory_dir=str(memory_dir), events_path=str(tmp_path / "events.jsonl"))
-    trainer(tmp_path, capture, logger=logger, log_every_n_steps=1).fit(module(), loader())
+    run = trainer(tmp_path, capture, logger=logger, log_every_n_steps=1)
+    run.fit(module(), loader())
     header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
     for name in ("committed_step", "stall_ms", "captured_mb", "window_progress", "protected", "checkpoint_stall"):
         assert f"moetion/{name}" in header
@@ -554,6 +555,8 @@ def test_numbers_reach_the_logger_and_the_events_file(tmp_path: Path, memory_dir
         first, *_, last = [row for row in csv.DictReader(file) if row["moetion/protected"]]
     assert (first["step"], float(first["moetion/protected"]), float(first["moetion/committed_step"])) == ("0", 0, -1)
     assert float(last["moetion/protected"]) == 1
+    in_bar = {name: value for name, value in run.progress_bar_metrics.items() if "moetion" in name or name == "ckpt"}
+    assert in_bar == {"ckpt": str(int(float(last["moetion/committed_step"])))}, "one short item"
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     committed = [e for e in events if e["event"] == "WindowCommitted"]
     assert [e["last_iteration"] - e["first_iteration"] for e in committed] == [1] * len(committed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -256,7 +257,12 @@ def test_explain_shows_how_much_host_memory_windows_take(capsys: pytest.CaptureF
     sizes = '{"in_features": 100000, "out_features": 1000}'
     assert main(["explain", "torch.nn:Linear", "--init", sizes, "--meta", "--window", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    table = [line.split() for line in lines[lines.index("window  no replicas  1 replica  2 replicas") + 1 :][:6]]
+    begin = next(
+        i
+        for i, line in enumerate(lines)
+        if line.split() == ["window", "no", "replicas", "1", "replica", "2", "replicas"]
+    )
+    table = [line.split() for line in lines[begin + 1 :][:6]]
     full, compute = 12 * 100_001_000, 4 * 100_001_000
     window_sizes = {w: window_bytes(full, compute, w) / 2**30 for w in (1, 2, 3, 4, 8, 16)}
     assert window_sizes[1] == full / 2**30
@@ -274,6 +280,10 @@ def test_explain_takes_an_importable_class(capsys: pytest.CaptureFixture[str]) -
     assert "blocks.0.moe/gate" in out
     assert "8 experts" in out
     assert "no optimizer given" in out
+    assert main(["explain", target, "--init", '{"num_layers": 1}', "--meta", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["layers"] == [{"name": "blocks.0.moe", "num_experts": 8}]
+    assert sum(told["slot_bytes"]) >= told["dense_bytes"] == sum(row["full_bytes"] for row in told["rows"])
 
 
 def test_explain_takes_a_dense_module_with_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,6 +386,10 @@ def test_strategy_of_ours_takes_its_arguments_from_the_command_line(
 def test_jobs_of_an_empty_machine(memory_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["jobs", "--memory-dir", str(memory_dir)]) == 0
     assert "no jobs" in capsys.readouterr().out
+    assert main(["jobs", "--memory-dir", str(memory_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert main(["jobs", "--memory-dir", str(memory_dir / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_clean_refuses_a_wrong_duration(memory_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
