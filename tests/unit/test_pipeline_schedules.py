@@ -98,7 +98,7 @@ def test_our_rule_of_micro_batches_is_that_of_torch(name: str) -> None:
                 stages = make_stages(layout, 0, group)
                 given = stages if kind.interleaved else stages[0]
                 if kind.runs(number, size):
-                    kind.cls(given, number, loss_fn=lambda loss, index: loss)
+                    make_schedule(kind, stages, number, size, lambda loss, index: loss)
                 else:
                     with pytest.raises(ValueError, match="micro"):
                         kind.cls(given, number, loss_fn=lambda loss, index: loss)

@@ -39,7 +39,7 @@ WORDS = {
     "torch.utils._python_dispatch": "TorchDispatchMode",
     "torch.utils._pytree": "TreeSpec tree_flatten tree_unflatten treespec_dumps treespec_loads",
     "torch.utils.data.dataloader": "_BaseDataLoaderIter _dataset_fetcher _index_sampler _next_index _num_yielded",
-    "torch.distributed.device_mesh": "_dim_group_names _get_root_mesh",
+    "torch.distributed.device_mesh": "_dim_group_names",
     f"{FSDP}._fsdp_state": "_comm_ctx _is_root",
     f"{FSDP}._fsdp_param_group": "_all_gather_result",
     f"{FSDP}._fsdp_param": "_unsharded_param",
@@ -48,7 +48,6 @@ WORDS = {
     "_world _unregister_all_process_groups",
     "torch.distributed.tensor._utils": "compute_local_shape_and_global_offset",
     "torch.testing._internal.distributed.fake_pg": "FakeStore",
-    "torch.distributed.elastic.multiprocessing.api": "_tail_logs",
     "torch.distributed.elastic.multiprocessing.tail_log": "_log_line_prefixes",
     f"{AGENT}.api": "_rendezvous _worker_group _restart_workers",
     f"{AGENT}.local_elastic_agent": "_pcontext _shutdown",
@@ -90,9 +89,9 @@ ATTRIBUTES = {
 #: Of the standard library, of NumPy's public protocol, of one release only (asked for with a default), or our own.
 OTHERS = """
     _exit _getframe _fields _rand _bit_generator _experiment _metadata _optimizer _moetion _moetion_position
-    _hparams_name _group_start _group_end     _calls_early_callbacks _connection _torchdynamo_orig_callable _to_copy _coalesced_ _fsdp_param_groups
-    _pg_registry _stage_meta _slurm_sigusr_handler_fn _val_check_time_interval _init_training_state
-    _eval_dataloaders PrefixStore
+    _hparams_name _group_start _group_end _calls_early_callbacks _connection _torchdynamo_orig_callable _to_copy
+    _coalesced_ _fsdp_param_groups _pg_registry _stage_meta _slurm_sigusr_handler_fn _val_check_time_interval
+    _init_training_state _eval_dataloaders PrefixStore _get_root_mesh _tail_logs _stdout_tail _stderr_tail
 """.split()  # noqa: SIM905
 
 
