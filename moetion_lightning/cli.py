@@ -39,14 +39,14 @@ several processes
 looking
   recipes     list the packaged recipes; `recipes NAME` prints one, `recipes NAME --copy DIR` copies it
   explain     table of operators of recipe:NAME, FILE.yaml or package.module:Class (bytes, tokens, slot)
+  plan, simulate  each policy for a model, hardware and failures: bytes, memory, effective training time
   inspect     windows, slots, operators, sizes and ages under a path; verifies checksums
   jobs        jobs whose state is in this machine's memory
   clean       remove what dead jobs left there
   export      an ordinary checkpoint of a restore point, without the training script
   report      one HTML page about a run from its events: time line, failures, effective training time
   demo        train, kill, restart, compare bit for bit with a run that never failed
-  demo ranks     kill one rank of several; it is replaced while the others live on
-  demo pipeline  kill one stage of three; it alone is replayed, from its neighbours' logs
+              demo ranks: one rank of several; demo pipeline: one stage of three, replayed from logs
 
 examples
   moetion fit --config recipe:tiny_moe_cpu --trainer.max_steps 20
@@ -63,6 +63,8 @@ TRAINING = ("fit", "validate", "test", "predict")
 _OWN = {
     "recipes": ("moetion_lightning.commands.recipes", "recipes"),
     "explain": ("moetion_lightning.commands.explain", "explain"),
+    "plan": ("moetion_lightning.commands.plan", "plan"),
+    "simulate": ("moetion_lightning.commands.simulate", "simulate"),
     "inspect": ("moetion_lightning.commands.state", "inspect"),
     "jobs": ("moetion_lightning.commands.state", "jobs"),
     "clean": ("moetion_lightning.commands.state", "clean"),

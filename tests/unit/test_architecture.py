@@ -30,7 +30,7 @@ TABLE: dict[str, set[str]] = {
     "strategies": set(BELOW_ADAPTERS),
     "integrations": set(BELOW_ADAPTERS),
     "metrics": {"errors", "units", "config", "events"},
-    "planning": {"errors", "core"},
+    "planning": {"errors", "units", "core"},
     "report": {"errors", "units", "events"},
     "export": {*BELOW_ADAPTERS} - {"session"},
     "recipes": {"errors"},
