@@ -16,7 +16,7 @@ from moetion_lightning.units import age_text, aligned, size_text
 
 __all__ = ["job_line", "plan"]
 
-_MTBFS = [60.0 * 2 ** (step / 2) for step in range(23)]  # 1 min to 1.4 d
+_MTBFS = [60.0 * 2**step for step in range(12)]  # 1 min to 1.4 d
 
 
 def plan(args: Sequence[str]) -> int:
