@@ -4,7 +4,7 @@ Random ranks of a job are killed with SIGKILL at random times (exponential, seed
 time is the newest step reached times the time of a step that nothing disturbs; steps that are executed again are not
 useful. The wall time begins with the first step, so that the common first start is not counted.
 
-Beside each ratio stands what the simulator of `moetion simulate` says of the same kills, from what the run has measured:
+Beside each ratio stands what `moetion simulate` would say of the same kills, from what the run has measured itself:
 the pace between failures and how long outages took.
 """
 

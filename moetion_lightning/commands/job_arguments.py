@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.planning.job import Job, Outage, RankState, group_seconds, state_of
+from moetion_lightning.planning.job import Job, Outage, RankState, state_of
 from moetion_lightning.planning.quantities import byte_count, count, count_text, duration
+from moetion_lightning.planning.sources import META_NODE_MTBF, group_seconds
 from moetion_lightning.planning.traces import read_trace
 from moetion_lightning.recipes import PREFIX, recipe_path
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from moetion_lightning.planning.failures import Failure
 
 __all__ = ["Arguments", "add_job", "read_job"]
-
-#: Seconds between two failures of one node: 6.5 failures in 1,000 node-days (Meta's RSC-1, arXiv 2410.21680).
-_NODE_MTBF = 1000 / 6.5 * 86400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +77,12 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--interference", type=float, default=0.25, metavar="SHARE", help="of a copy's time, that "
                          "training loses beside it (0.25)")  # fmt: skip
     machine.add_argument("--iteration-time", type=_as(duration), metavar="T", help="of a recipe: measured here")
-    machine.add_argument("--window", type=int, metavar="W", help="of the sparse policy (else as auto begins)")
+    machine.add_argument("--window", type=int, metavar="W", help="of the sparse policy (else the best)")
 
     fails = parser.add_argument_group("the failures")
     fails.add_argument("--mtbf", type=_as(duration), metavar="T", help="between two failures of the job, e.g. 10min")
-    fails.add_argument("--node-mtbf", type=_as(duration), default=_NODE_MTBF, metavar="T", help="of one node, where "
-                       "--mtbf is not given (154d: 6.5 failures in 1,000 node-days)")  # fmt: skip
+    fails.add_argument("--node-mtbf", type=_as(duration), default=META_NODE_MTBF, metavar="T", help="of one node, "
+                       "where --mtbf is not given (154d: 6.5 failures in 1,000 node-days)")  # fmt: skip
     fails.add_argument("--trace", type=Path, metavar="FILE", help="a public trace; its failures in place of --mtbf")
     fails.add_argument("--trace-span", metavar="FROM,TO", help="a part of it, e.g. 470min,830min")
     fails.add_argument("--node-losses", type=float, default=0.2, metavar="SHARE", help="of the failures, that take a "

@@ -13,9 +13,10 @@ from moetion_lightning.commands.plan import job_line
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.planning.comparison import HEADER, Compared, as_json, compare, compare_rows
 from moetion_lightning.planning.failures import FailureModel
-from moetion_lightning.planning.job import Job, RankState, group_seconds
+from moetion_lightning.planning.job import Job, RankState
 from moetion_lightning.planning.picture import bars, lines, save
 from moetion_lightning.planning.quantities import count, duration
+from moetion_lightning.planning.sources import group_seconds
 from moetion_lightning.units import age_text, aligned
 
 __all__ = ["simulate"]

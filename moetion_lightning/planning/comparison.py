@@ -51,7 +51,7 @@ def compare(
         model: When it fails.
         seconds: How long it runs.
         seed: Of the failures; all policies have the same ones.
-        window: Iterations of the sparse window; None: as "auto" begins.
+        window: Iterations of the sparse window; None: the best.
         names: Only these policies; empty: all.
     """
     lost = model.memory_loss(job.nodes, job.replicas, 0.0 if job.replicas else job.node_losses)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moetion_lightning.core.window_choice import ASSUMED_SHARE
 from moetion_lightning.errors import ConfigurationError
 
-__all__ = ["Job", "Outage", "RankState", "group_seconds", "state_of"]
+__all__ = ["Job", "Outage", "RankState", "state_of"]
 
 #: Adam in mixed precision: float32 weights and two moments; bfloat16 weights; float32 gradients (what `step` consumes).
 FULL_BYTES, COMPUTE_BYTES, GRADIENT_BYTES = 12.0, 2.0, 4.0
@@ -157,14 +157,3 @@ class Job:
     def nodes(self) -> int:
         """Nodes of the job."""
         return -(-self.ranks // self.ranks_per_node)
-
-
-def group_seconds(ranks: int) -> float:
-    """How long a job of so many ranks takes to make its communicators.
-
-    5 s up to 2,048 ranks and 30 s from 10,000 on, a line in between.
-
-    Source: MegaScale (NSDI'24), initialization of communication groups: below 5 s on 2,048 GPUs, below 30 s on more
-    than 10,000.
-    """
-    return 5.0 + 25.0 * min(1.0, max(0.0, (ranks - 2048) / (10_000 - 2048)))

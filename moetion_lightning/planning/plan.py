@@ -48,7 +48,7 @@ def plan(job: Job, *, window: int | None = None, expert_share: float = 1 / 8) ->
 
     Args:
         job: The job.
-        window: Iterations of a sparse window; None: as ``window="auto"`` begins.
+        window: Iterations of a sparse window; None: the best.
         expert_share: Of the experts, that one partial checkpoint holds.
     """
     costs = [sparse(job, window), gradient_log(job), dense_in_memory(job)]

@@ -1,7 +1,7 @@
 """What each policy costs a job: bytes, host memory, stall, and the cycle of restore points that it runs.
 
 A copy into host memory and a copy to another node's memory go over two links at the same time; training loses a share
-of the longer one, and what does not fit behind an iteration: with that ``window="auto"`` begins, too
+of the longer one, and all that does not fit behind an iteration, as ``window="auto"`` assumes until it has measured
 (:func:`~moetion_lightning.core.window_choice.visible_seconds`).
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from moetion_lightning.core.schedule import fractional_bound, window_bytes
-from moetion_lightning.core.window_choice import Facts, choose, visible_seconds
+from moetion_lightning.core.window_choice import visible_seconds
 from moetion_lightning.core.window_memory import held_windows, log_bytes, longest_window
 from moetion_lightning.planning.cycle import Cycle, Fallback, Shares, closed_form
 from moetion_lightning.planning.job import Job, Outage
@@ -29,6 +29,7 @@ __all__ = [
 
 _LONGEST_WINDOW, _LOG_WINDOW = 32, 8
 _LONGEST_INTERVAL = 1 << 20
+_NEGLIGIBLE = 5e-4  # of the ratio: shorter windows take less memory
 _BUDGET = 0.035  # of CheckFreq's overhead
 
 
@@ -81,36 +82,42 @@ def sparse(job: Job, window: int | None = None) -> PolicyCost:
 
     Args:
         job: The job.
-        window: Its iterations; None: what ``window="auto"`` begins with.
+        window: Its iterations; None: the shortest of which the ratio is all but the highest, as ``window="auto"`` finds
+            it by measuring.
     """
+    if window is not None:
+        return _sparse(job, window)
     state = job.state
-    full, compute = state.full_bytes, state.compute_bytes
-    heaviest = {w: int(fractional_bound([full], [compute], w)) for w in range(1, _LONGEST_WINDOW + 1)}
     room = job.host_memory / held_windows(job.replicas) if job.host_memory else math.inf
-    longest = _LONGEST_WINDOW if room == math.inf else longest_window(full, compute, _LONGEST_WINDOW, int(room))
-    if window is None:
-        facts = Facts(
-            heaviest_bytes=heaviest, iteration_seconds=job.iteration_seconds, bytes_per_second=_slowest_link(job),
-            overlap_target=job.overlap, mtbf=job.mtbf, measured={},
-        )  # fmt: skip
-        window = choose(facts, longest=longest)
+    longest = _LONGEST_WINDOW
+    if room < math.inf:
+        longest = longest_window(state.full_bytes, state.compute_bytes, _LONGEST_WINDOW, int(room))
+    costs = [_sparse(job, w) for w in range(1, longest + 1)]
+    highest = max(cost.shares.ettr for cost in costs)
+    return next(cost for cost in costs if cost.shares.ettr >= highest - _NEGLIGIBLE)
+
+
+def _sparse(job: Job, window: int) -> PolicyCost:
+    full, compute = job.state.full_bytes, job.state.compute_bytes
     nbytes = window_bytes(full, compute, window)
     copied = fractional_bound([full], [compute], window)
     stall = _stall(job, copied)
-    step = job.iteration_seconds + stall
-    outage = _restored(job, nbytes, rebuild=(window - 1) * step * job.replay)
+    cycle = Cycle(
+        iteration_seconds=job.iteration_seconds,
+        stall_seconds=stall,
+        interval=window,
+        lag_seconds=_moving(job, copied),
+        outage=_restored(job, nbytes, rebuild=(window - 1) * (job.iteration_seconds + stall) * job.replay),
+    )
     return _in_memory(
         job,
         name="sparse",
         callback=f"SparseExpertCheckpoint(window={window})",
         bytes_per_iteration=nbytes / window,
         host_memory=held_windows(job.replicas) * nbytes,
-        cycle=_live(job, Cycle(
-            iteration_seconds=job.iteration_seconds, stall_seconds=stall, interval=window,
-            lag_seconds=_moving(job, copied), outage=outage,
-        )),
+        cycle=_live(job, cycle),
         deterministic=window > 1,
-    )  # fmt: skip
+    )
 
 
 def gradient_log(job: Job, window: int = _LOG_WINDOW) -> PolicyCost:
@@ -303,11 +310,6 @@ def _restored(job: Job, nbytes: float, rebuild: float = 0.0) -> Outage:
     """What a failure takes where a replaced rank fetches its snapshots from another node."""
     moved = nbytes / job.copy_bandwidth + (nbytes / job.network_bandwidth if job.replicas else 0.0)
     return replace(job.outage, restore=job.outage.restore + moved, rebuild=job.outage.rebuild + rebuild)
-
-
-def _slowest_link(job: Job) -> float:
-    """Bytes per second that reach host memory here and, with replicas, elsewhere."""
-    return min(job.copy_bandwidth, job.network_bandwidth / job.replicas) if job.replicas else job.copy_bandwidth
 
 
 def _moving(job: Job, nbytes: float) -> float:

@@ -15,11 +15,12 @@ from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.planning.comparison import compare
 from moetion_lightning.planning.cycle import Cycle, Fallback, closed_form
 from moetion_lightning.planning.failures import Failure, FailureModel, loss_share
-from moetion_lightning.planning.job import Job, Outage, RankState, group_seconds, state_of
+from moetion_lightning.planning.job import Job, Outage, RankState, state_of
 from moetion_lightning.planning.plan import plan
 from moetion_lightning.planning.policies import checkpoint_files, dense_in_memory, gradient_log, sparse, two_phase
 from moetion_lightning.planning.quantities import byte_count, count, count_text, duration
 from moetion_lightning.planning.simulation import simulate
+from moetion_lightning.planning.sources import group_seconds
 from moetion_lightning.planning.traces import read_trace
 from moetion_lightning.units import size_text
 
