@@ -1,9 +1,9 @@
 """MoC-System, Fig. 5, 14 and 15: the proportion of lost tokens over faults, by K, with dynamic K and two levels.
 
 Measured: a small byte-level MoE (two MoE layers of eight experts, top 2) trains on CPU with
-``PartialExpertsCheckpoint``, is killed by SIGKILL, and started again. The paper's one fault at the midpoint has K = 2 of
-8 experts, a checkpoint every 32 iterations and PLT 3.75 %, which is a training of 1,280 iterations; here it is every 4
-of 160: the same ratio.
+``PartialExpertsCheckpoint``, is killed by SIGKILL and started again. The paper's one fault at the midpoint has K = 2 of
+8 experts, a checkpoint every 32 iterations and PLT 3.75 %: a training of 1,280 iterations. Here it is every 4 of 160,
+the same ratio.
 """
 
 from __future__ import annotations

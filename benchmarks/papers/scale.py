@@ -82,8 +82,8 @@ def main() -> None:
         "scale", "MoEvement, Fig. 11: 671 billion parameters on 512 to 16,384 GPUs", rows,
         notes=[
             "Figure: a failure every 10 min at 16,384 GPUs, and so much rarer on fewer.",
-            "Rows of 32, 67 and 145 billion parameters are not given in numbers, nor are iteration times and links of the "
-            "paper's simulation.",
+            "Rows of 32, 67 and 145 billion parameters are not given in numbers, nor are iteration times and links of "
+            "the paper's simulation.",
             "The rows `ours` have the parameters of docs/planning.md, each with its source.",
         ],
         figure=lines(

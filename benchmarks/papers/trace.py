@@ -52,8 +52,8 @@ def main() -> None:
         notes=[
             "A public trace of the same kind as the paper's: Bamboo's GCP A100 spot instances, minutes 470 to 830.",
             "A replacement is taken to be there at once; the trace's shortage of nodes is not simulated.",
-            "A fall takes several nodes; where it takes all copies of something (two, on nodes drawn from 64), the last "
-            "copy on storage counts, one in 30 min.",
+            "A fall takes several nodes; where it takes all copies of something (two, on nodes drawn from 64), the "
+            "last copy on storage counts, one in 30 min.",
         ],
         figure=bars(
             "Where the time goes: 19 failures in 6 hours",

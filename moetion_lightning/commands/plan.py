@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from xml.etree.ElementTree import Element
@@ -16,6 +17,7 @@ from moetion_lightning.units import age_text, aligned, size_text
 
 __all__ = ["job_line", "plan"]
 
+_LINE = 110  # characters of a line of running text
 _MTBFS = [60.0 * 2**step for step in range(12)]  # 1 min to 1.4 d
 
 
@@ -39,7 +41,8 @@ def plan(args: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(as_json(found), indent=1))
         return 0
-    print("\n".join([job_line(given), "", *aligned([HEADER, *plan_rows(found)], right={1, 2, 3, 4, 5}), "", found.why]))
+    table = aligned([HEADER, *plan_rows(found)], right={1, 2, 3, 4, 5})
+    print("\n".join([job_line(given), "", *table, "", textwrap.fill(found.why, _LINE)]))
     return 0
 
 
@@ -47,11 +50,12 @@ def job_line(given: Arguments) -> str:
     """The job in a line: what the numbers below it belong to."""
     job = given.job
     spare = f"{age_text(job.outage.start)} to start processes" if job.outage.start else "a warm standby"
-    return (
+    text = (
         f"{given.model} on {job.ranks:,} ranks, {size_text(job.state.full_bytes)} of state captured by each; an "
         f"iteration takes {job.iteration_seconds:.3g} s; a failure every {age_text(job.mtbf)}, seen after "
         f"{job.outage.detection:.3g} s, {spare}, {job.outage.groups:.3g} s for communicators"
     )
+    return textwrap.fill(text, _LINE)
 
 
 def _picture(given: Arguments, found: Plan) -> Element:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -76,7 +78,7 @@ def test_simulation_of_a_trace(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     picture = tmp_path / "bars.svg"
     assert main(["simulate", *MODEL[:-2], *trace, "--picture", str(picture)]) == 0
     out = capsys.readouterr().out
-    assert "a failure every 18.9 min" in out
+    assert "a failure every 18.9 min" in " ".join(out.split())
     assert "The trace has 19 failures of 88 nodes in 6.0 h" in out
     assert "detection" in out
     assert picture.read_text().count("<rect") > len(POLICIES)
@@ -110,3 +112,12 @@ def test_wrong_arguments_are_one_line(
 def test_unknown_policy_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *MODEL, "--policy", "wishful"]) == 2
     assert "wishful" in capsys.readouterr().err
+
+
+def test_documentation_shows_what_the_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```bash\n(moetion (?:plan|simulate) [^`]*)^```\n\n^```text\n(.*?)^```", page, re.M | re.S)
+    assert len(shown) == 2
+    for command, text in shown:
+        assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
+        assert capsys.readouterr().out.strip() == text.strip()
