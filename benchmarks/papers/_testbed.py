@@ -36,6 +36,7 @@ TESTBED = Job(
     storage_bandwidth=40e9 / 8 / 96,
     replicas=2,
     interference=0.027,
+    persist_seconds=1800.0,
     mtbf=600.0,
     outage=Outage(detection=2.0, groups=3.0),
 )

@@ -72,8 +72,8 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         "--host-memory", type=_as(byte_count), default=0.0, metavar="B", help="for snapshots of a rank"
     )
     machine.add_argument("--replicas", type=int, default=1, metavar="N", help="copies on other nodes (1)")
-    machine.add_argument("--persist-every", type=_as(duration), default=1800.0, metavar="T", help="copies of "
-                         "snapshots in memory to storage (30min)")  # fmt: skip
+    machine.add_argument("--persist-every", type=_as(duration), default=0.0, metavar="T", help="copies of "
+                         "snapshots in memory to storage (ten times as long as one takes, at least 1min)")  # fmt: skip
     machine.add_argument("--interference", type=float, default=0.25, metavar="SHARE", help="of a copy's time, that "
                          "training loses beside it (0.25)")  # fmt: skip
     machine.add_argument("--iteration-time", type=_as(duration), metavar="T", help="of a recipe: measured here")

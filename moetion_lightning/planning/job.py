@@ -109,7 +109,8 @@ class Job:
         replicas: Copies of each rank's snapshots in other nodes' memory.
         interference: Share of a copy's time that training loses although the copy runs beside it.
         overlap: Share of an iteration behind which copies can hide.
-        persist_seconds: Time between two copies to storage of policies that keep snapshots in memory.
+        persist_seconds: Time between two copies to storage of policies that keep snapshots in memory; 0: ten times as
+            long as one takes, and at least a minute.
         replay: Time of a replayed iteration, by that of an ordinary one.
         live_copies: Whether a living rank holds whatever a lost rank held (replicas that are not sharded): the state is
             then copied from there, and nothing is replayed.
@@ -133,7 +134,7 @@ class Job:
     replicas: int = 1
     interference: float = ASSUMED_SHARE
     overlap: float = 0.8
-    persist_seconds: float = 1800.0
+    persist_seconds: float = 0.0
     replay: float = 1.0
     live_copies: bool = False
     node_losses: float = 0.2
@@ -142,10 +143,10 @@ class Job:
 
     def __post_init__(self) -> None:
         for name in ("ranks", "ranks_per_node", "iteration_seconds", "copy_bandwidth", "network_bandwidth",
-                     "storage_bandwidth", "overlap", "persist_seconds", "replay", "mtbf"):  # fmt: skip
+                     "storage_bandwidth", "overlap", "replay", "mtbf"):  # fmt: skip
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected a number greater than 0")
-        for name in ("host_memory", "replicas", "interference"):
+        for name in ("host_memory", "replicas", "interference", "persist_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected a number of at least 0")
         if not self.node_losses <= 1 or self.node_losses < 0:

@@ -31,6 +31,7 @@ _LONGEST_WINDOW, _LOG_WINDOW = 32, 8
 _LONGEST_INTERVAL = 1 << 20
 _NEGLIGIBLE = 5e-4  # of the ratio: shorter windows take less memory
 _BUDGET = 0.035  # of CheckFreq's overhead
+_PERSIST_SECONDS, _PERSIST_SHARE = 60.0, 10.0  # between copies to storage: at least, and by the time of one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +283,8 @@ def _in_memory(
 ) -> PolicyCost:  # fmt: skip
     """A policy whose snapshots are in memory, and go to storage now and then."""
     persist = job.state.full_bytes / job.storage_bandwidth
-    every = max(1, round(max(job.persist_seconds, persist) / (cycle.step_seconds * cycle.interval))) * cycle.interval
+    seconds = max(persist, job.persist_seconds or max(_PERSIST_SECONDS, _PERSIST_SHARE * persist))
+    every = max(1, round(seconds / (cycle.step_seconds * cycle.interval))) * cycle.interval
     outage = replace(job.outage, restore=job.outage.restore + persist, rebuild=cycle.outage.rebuild)
     share = 0.0 if job.replicas else job.node_losses
     cycle = replace(cycle, fallback=Fallback(share=share, interval=every, lag_seconds=persist, outage=outage))

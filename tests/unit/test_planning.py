@@ -40,8 +40,15 @@ SLOW = Job(
 
 @pytest.mark.parametrize(
     "job",
-    [LARGE, SLOW, replace(SLOW, replicas=0), replace(SLOW, live_copies=True), replace(SLOW, mtbf=7200.0)],
-    ids=["16,384 ranks", "slow links", "no replicas", "live copies", "2 h"],
+    [
+        LARGE,
+        SLOW,
+        replace(SLOW, replicas=0),
+        replace(SLOW, replicas=0, persist_seconds=900.0),
+        replace(SLOW, live_copies=True),
+        replace(SLOW, mtbf=7200.0),
+    ],
+    ids=["16,384 ranks", "slow links", "no replicas", "rarely on storage", "live copies", "2 h"],
 )
 def test_closed_form_and_simulation_agree(job: Job) -> None:
     for row in compare(job, FailureModel(mtbf=job.mtbf), 5000 * job.mtbf, seed=3):
@@ -52,8 +59,9 @@ def test_closed_form_and_simulation_agree(job: Job) -> None:
 
 def test_failures_of_several_nodes_cost_what_their_replicas_held() -> None:
     model = FailureModel(kind="correlated", mtbf=600.0)
-    (found,) = compare(SLOW, model, 5000 * 600.0, names=["dense"], seed=2)
-    (single,) = compare(SLOW, FailureModel(mtbf=600.0), 5000 * 600.0, names=["dense"], seed=2)
+    rare = replace(SLOW, persist_seconds=1800.0)
+    (found,) = compare(rare, model, 5000 * 600.0, names=["dense"], seed=2)
+    (single,) = compare(rare, FailureModel(mtbf=600.0), 5000 * 600.0, names=["dense"], seed=2)
     assert found.simulated.from_storage > 0 == single.simulated.from_storage
     assert found.simulated.shares.ettr < 0.95 * single.simulated.shares.ettr
     assert abs(found.difference) < 0.015
