@@ -46,12 +46,12 @@ looking
   export      an ordinary checkpoint of a restore point, without the training script
   report      one HTML page about a run from its events: time line, failures, effective training time
   demo        train, kill, restart, compare bit for bit with a run that never failed
-              demo ranks: one rank of several; demo pipeline: one stage of three, replayed from logs
+  demo ranks     kill one rank of several; it is replaced while the others live on
+  demo pipeline  kill one stage of three; it alone is replayed, from its neighbours' logs
 
 examples
   moetion fit --config recipe:tiny_moe_cpu --trainer.max_steps 20
   moetion fit --config recipe:tiny_moe_cpu --model.init_args.num_experts 16 --print_config > mine.yaml
-  moetion fit --config mine.yaml --model my_package.MyModule
   moetion explain recipe:qwen3_moe_tiny
   moetion run train.py --my-argument 1
   moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
