@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from moetion_lightning import __version__
+from moetion_lightning.config import report_channel
 from moetion_lightning.errors import MoEtionError
 
 __all__ = ["main"]
@@ -56,7 +57,7 @@ examples
   moetion run train.py --my-argument 1
   moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
 
-Each command has its own --help.  moetion --version; moetion --print_completion shtab-bash (or -zsh, -fish)
+Each command has its own --help.  moetion --version; moetion completion bash (or zsh, fish) for the shell
 """
 
 TRAINING = ("fit", "validate", "test", "predict")
@@ -97,40 +98,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # the user's own modules, as with `python -m`
     try:
-        if command.startswith("--print_completion"):
-            return _complete(args)
+        if command == "completion":
+            return _complete(args[1:])
         if command in TRAINING or (command.startswith("-") and any(word in TRAINING for word in args)):
             return _train(args)
         if command in _OWN:
-            module, function = _OWN[command]
-            return int(getattr(import_module(module), function)(args[1:]))
+            return _own(command)(args[1:])
     except MoEtionError as error:
-        if command in (*TRAINING, "run"):  # an error of the run itself: with its traceback
+        if report_channel() is not None:  # a rank: its launcher reads the error, and its exit status
             raise
         print(f"moetion {command}: error: {error}", file=sys.stderr)
         return 2
-    near = difflib.get_close_matches(command, [*TRAINING, *_OWN], n=1)
+    near = difflib.get_close_matches(command, [*TRAINING, *_OWN, "completion"], n=1)
     hint = f" Did you mean `moetion {near[0]}`?" if near else ""
     print(f"moetion: error: unknown command {command!r}.{hint} See moetion --help.", file=sys.stderr)
     return 2
 
 
-def _complete(args: list[str]) -> int:
-    """Print a shell's completion, made by jsonargparse and shtab."""
-    from jsonargparse import set_parsing_settings
+def _own(command: str) -> Callable[[Sequence[str]], int]:
+    module, function = _OWN[command]
+    found: Callable[[Sequence[str]], int] = getattr(import_module(module), function)
+    return found
 
-    set_parsing_settings(add_print_completion_argument=True)
-    return _train(args)
+
+def _complete(args: list[str]) -> int:
+    from moetion_lightning.commands.completion import completion
+
+    return completion(args, {**dict.fromkeys(TRAINING), **{name: _own(name) for name in _OWN}, "completion": None})
 
 
 def _train(args: list[str]) -> int:
     from moetion_lightning.commands.arguments import expand_recipes
 
-    try:
-        expanded = expand_recipes(args)  # before the heavy imports: a misspelt recipe is told at once
-    except MoEtionError as error:
-        print(f"moetion {args[0]}: error: {error}", file=sys.stderr)
-        return 2
+    expanded = expand_recipes(args)  # before the heavy imports: a misspelt recipe is told at once
     from moetion_lightning.commands.train import train
 
     return train(expanded)

@@ -52,7 +52,7 @@ class EngineCallback(EarlyCallback):
         specs: Descriptions of MoE blocks that are not found by themselves, see `moetion explain`.
         sinks: Callables that get every event.
         events_path: JSONL file for the events of the run; None for none.
-        log_metrics: Show window, stall and bytes in progress bar and loggers.
+        log_metrics: Log window, stall and bytes, and show the newest committed step in the progress bar.
         **settings: Of the engine.
 
     Raises:

@@ -336,6 +336,21 @@ class TrainingSession:
             if self._engine is not None:
                 stack.callback(self._fit.ended, self._engine, completed=completed and self._trained)
                 self._engine.close(trained=completed and self._trained)
+                if self.begun and not completed:
+                    self._say_what_is_kept(self._engine)
+
+    def _say_what_is_kept(self, engine: Engine) -> None:
+        host, disk = engine.tiers.host, engine.tiers.disk
+        kept = host.windows()
+        if kept:
+            also = f", of storage at {disk.location}" if disk is not None else ""
+            _log.info(
+                "training stops before its end. Iteration %d is kept in %s%s: the same command continues there, and "
+                "`moetion clean --older-than 0 --job %s` removes it.",
+                kept[0], host.location, also, host.job,
+            )  # fmt: skip
+        else:
+            _log.info("training stops before its end, and before its first window: the same command begins anew")
 
     def _close_at_exit(self) -> None:
         self.close(completed=False)

@@ -38,7 +38,7 @@ TABLE: dict[str, set[str]] = {
     "entry_points": {"errors", "config", "distributed", "commands"},
     "commands": {*BELOW_ADAPTERS, "callbacks", "integrations", "recipes", "testing", "planning", "report", "export"},
     "demo": {*BELOW_ADAPTERS, "callbacks", "recipes", "testing"},
-    "cli": {"errors", "commands", "demo", "recipes"},
+    "cli": {"errors", "config", "commands", "demo", "recipes"},
     "__main__": {"cli"},
 }
 LIGHTNING = {"callbacks", "strategies", "commands", "recipes", "demo", "testing", "cli"}

@@ -164,6 +164,17 @@ def test_stopped_process_is_shot_before_those_that_are_as_far(limits: Limits) ->
     assert hung(lives[:1], lives[1].watch.standing()) == [], "that of another node is shot there"
 
 
+@pytest.mark.parametrize("values", [{"waits": True}, {"iteration": 8}, {"collectives": 5}])
+def test_process_that_is_stopped_while_it_waits_or_is_ahead_is_shot(limits: Limits, values: dict[str, object]) -> None:
+    """Who waits for it, in a collective or for the control plane, ticks."""
+    for others in (Life(limits), Life(limits, waits=True)):
+        lives = [others, Life(limits, **values)]
+        lives[0].live(20, "ticks")
+        assert "nothing of it runs" in (lives[1].live(20) or "")
+        assert hung(lives) == [1]
+        assert hung(lives[:1], lives[1].watch.standing()) == [], "that of another node is shot there"
+
+
 def test_limits_by_section() -> None:
     assert parse_limits(None) == DEFAULT_LIMITS
     assert set(parse_limits("30").values()) == {30.0}
