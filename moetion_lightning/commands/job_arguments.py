@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moetion_lightning.commands.tables import add_json
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.planning.job import Job, Outage, RankState, state_of
 from moetion_lightning.planning.quantities import byte_count, count, count_text, duration
@@ -93,7 +94,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     fails.add_argument(
         "--group-time", type=_as(duration), metavar="T", help="to make communicators (5s to 30s by ranks)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw it, too")
 
 

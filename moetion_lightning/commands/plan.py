@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from xml.etree.ElementTree import Element
 
 from moetion_lightning.commands.job_arguments import Arguments, add_job, read_job
+from moetion_lightning.commands.tables import print_json, show, table
 from moetion_lightning.planning.picture import lines, save
 from moetion_lightning.planning.plan import HEADER, Plan, as_json, plan_rows
 from moetion_lightning.planning.plan import plan as make_plan
-from moetion_lightning.units import age_text, aligned, size_text
+from moetion_lightning.units import age_text, size_text
 
 __all__ = ["job_line", "plan"]
 
@@ -39,10 +39,10 @@ def plan(args: Sequence[str]) -> int:
     if options.picture is not None:
         save(_picture(given, found), options.picture)
     if options.json:
-        print(json.dumps(as_json(found), indent=1))
+        print_json(as_json(found))
         return 0
-    table = aligned([HEADER, *plan_rows(found)], right={1, 2, 3, 4, 5})
-    print("\n".join([job_line(given), "", *table, "", textwrap.fill(found.why, _LINE)]))
+    rows = table(HEADER, plan_rows(found), right={1, 2, 3, 4, 5})
+    show(job_line(given), "", rows, "", textwrap.fill(found.why, _LINE))
     return 0
 
 

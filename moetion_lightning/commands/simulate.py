@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from xml.etree.ElementTree import Element
 
 from moetion_lightning.commands.job_arguments import Arguments, add_job, read_job
 from moetion_lightning.commands.plan import job_line
+from moetion_lightning.commands.tables import print_json, show, table
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.planning.comparison import HEADER, Compared, as_json, compare, compare_rows
 from moetion_lightning.planning.failures import FailureModel
@@ -17,7 +17,7 @@ from moetion_lightning.planning.job import Job, RankState
 from moetion_lightning.planning.picture import bars, lines, save
 from moetion_lightning.planning.quantities import count, duration
 from moetion_lightning.planning.sources import group_seconds
-from moetion_lightning.units import age_text, aligned
+from moetion_lightning.units import age_text
 
 __all__ = ["simulate"]
 
@@ -58,14 +58,14 @@ def simulate(args: Sequence[str]) -> int:
     if options.picture is not None:
         save(_picture(given, found), options.picture)
     if options.json:
-        print(json.dumps({str(ranks): as_json(rows) for ranks, rows in found.items()}, indent=1))
+        print_json({str(ranks): as_json(rows) for ranks, rows in found.items()})
         return 0
-    print(job_line(given))
+    show(job_line(given))
     for ranks, rows in found.items():
         if len(found) > 1:
-            print(f"\n{ranks:,} ranks")
-        print("\n".join(["", *aligned([HEADER, *compare_rows(rows)], right=set(range(1, len(HEADER))))]))
-    print(f"\n{_note(options, given)}")
+            show(f"\n{ranks:,} ranks")
+        show("", table(HEADER, compare_rows(rows), right=set(range(1, len(HEADER)))))
+    show(f"\n{_note(options, given)}")
     return 0
 
 

@@ -120,4 +120,5 @@ def test_documentation_shows_what_the_commands_print(capsys: pytest.CaptureFixtu
     assert len(shown) == 2
     for command, text in shown:
         assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
-        assert capsys.readouterr().out.strip() == text.strip()
+        printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        assert printed == text.splitlines()
