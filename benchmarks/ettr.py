@@ -243,12 +243,13 @@ def markdown(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         done = [kill for kill in row["kills"] if kill["at"] is not None]
         low, high = row["ettr_range"]
+        said, pace = row.get("predicted", {}), row.get("pace_seconds")  # older results have none
         rows.append([
             MODES[row["name"]].label, f"{row['every']} steps", f"{row['ettr']:.2f} ({low:.2f}..{high:.2f})",
-            f"{row['predicted']['simulated']:.2f}", f"{row['predicted']['closed_form']:.2f}",
+            number(said.get("simulated")), number(said.get("closed_form")),
             str(len(done)), str(row["last_step"] - row["first_step"]),
-            number(1e3 * row["step_seconds"], "{:.0f}"), number(1e3 * row["pace_seconds"], "{:.0f}"),
-            ", ".join(f"{seconds:.1f}" for seconds in row["outages"]) or "-",
+            number(1e3 * row["step_seconds"], "{:.0f}"), number(pace and 1e3 * pace, "{:.0f}"),
+            ", ".join(f"{seconds:.1f}" for seconds in row.get("outages", ())) or "-",
         ])  # fmt: skip
     header = [
         "how", "saves every", "effective training time ratio", "simulated", "closed form", "failures", "new steps",

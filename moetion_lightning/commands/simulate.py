@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from xml.etree.ElementTree import Element
@@ -127,7 +128,7 @@ def _picture(given: Arguments, found: dict[int, list[Compared]]) -> Element:
     if len(found) == 1:
         (rows,) = found.values()
         parts = {
-            row.cost.callback.partition("(")[0].replace("Checkpoint", "\nCheckpoint"): {
+            row.cost.callback.partition("Checkpoint(")[0]: {
                 "useful": row.simulated.shares.ettr,
                 **row.simulated.shares.causes,
             }
@@ -138,10 +139,11 @@ def _picture(given: Arguments, found: dict[int, list[Compared]]) -> Element:
     points: dict[str, list[tuple[float, float]]] = {}
     for ranks, rows in sorted(found.items()):
         for row in rows:
-            name = row.cost.callback.partition("(")[0]
+            name = row.cost.callback.partition("Checkpoint(")[0]
             series.setdefault(name, []).append((ranks, row.cost.shares.ettr))
             points.setdefault(name, []).append((ranks, row.simulated.shares.ettr))
+    lowest = min(y for values in (*series.values(), *points.values()) for _, y in values)
     return lines(
         f"Effective training time by scale (line: closed form): {given.model}", series, points=points,
-        x_label="ranks", y_label="ETTR", x_text=lambda ranks: f"{ranks:,.0f}",
+        x_label="ranks", y_label="ETTR", y_min=math.floor(5 * lowest) / 5, x_text=lambda ranks: f"{ranks:,.0f}",
     )  # fmt: skip

@@ -11,14 +11,15 @@ from moetion_lightning.errors import ConfigurationError
 
 __all__ = ["bars", "lines", "save"]
 
-_WIDTH, _HEIGHT = 760.0, 400.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 200.0, 44.0, 56.0
+_WIDTH, _HEIGHT = 780.0, 400.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 220.0, 44.0, 56.0
+_APART = 64.0  # between two labels of an axis
 _LIGHT = ("#2563c9", "#c2571a", "#1a7f5a", "#8250c4", "#b58900", "#c62f5b", "#57606a", "#0e8a9c")
 _DARK = ("#6ea8ff", "#f0924f", "#4fd19c", "#b791f0", "#e6bf45", "#ff7ba1", "#9aa5b1", "#4cc9dc")
 _STYLE = (
     "svg{font-family:system-ui,'DejaVu Sans',sans-serif;font-size:12px;--ink:#1b1f24;--soft:#57606a;--rule:#d8dde3;"
     "--page:#fff}text{fill:var(--ink)}.soft{fill:var(--soft)}.rule{stroke:var(--rule)}.page{fill:var(--page)}"
-    ".title{font-size:14px;font-weight:600}.line{fill:none;stroke-width:2;stroke-linejoin:round}"
+    ".small{font-size:10px}.title{font-size:14px;font-weight:600}.line{fill:none;stroke-width:2;stroke-linejoin:round}"
     + "".join(f".l{i}{{stroke:{c}}}.f{i}{{fill:{c}}}" for i, c in enumerate(_LIGHT))
     + "@media(prefers-color-scheme:dark){svg{--ink:#e8ebef;--soft:#9aa5b1;--rule:#2d343d;--page:#0f1216}"
     + "".join(f".l{i}{{stroke:{c}}}.f{i}{{fill:{c}}}" for i, c in enumerate(_DARK))
@@ -33,6 +34,7 @@ def lines(
     x_label: str,
     y_label: str,
     x_text: Callable[[float], str],
+    y_min: float = 0.0,
     y_max: float = 1.0,
     points: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     logarithmic: bool = True,
@@ -45,7 +47,8 @@ def lines(
         x_label: Below the axis.
         y_label: Above the other one.
         x_text: Label of a value of x.
-        y_max: Upper end of y; the lower one is 0.
+        y_min: Lower end of y.
+        y_max: Upper end of y.
         points: Marks without a line, in the colour of the series of the same name (or of the next free one).
         logarithmic: Whether x is.
     """
@@ -57,14 +60,18 @@ def lines(
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = _LEFT + (scale(x) - low) / span * (_WIDTH - _LEFT - _RIGHT)
-        return across, _HEIGHT - _BOTTOM - min(y, y_max) / y_max * (_HEIGHT - _TOP - _BOTTOM)
+        share = (min(max(y, y_min), y_max) - y_min) / (y_max - y_min)
+        return across, _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
     names = list(dict.fromkeys([*series, *points]))
     svg = _figure(title, names)
-    _scale(svg, y_label, y_max)
-    for x in _spread(xs, 8):
-        across, _ = at(x, 0.0)
-        _add(svg, "text", x_text(x), x=across, y=_HEIGHT - _BOTTOM + 18, class_="soft", text_anchor="middle")
+    _scale(svg, y_label, y_min, y_max)
+    newest = -_APART
+    for x in xs:
+        across, _ = at(x, y_min)
+        if across - newest >= _APART:
+            _add(svg, "text", x_text(x), x=across, y=_HEIGHT - _BOTTOM + 18, class_="soft", text_anchor="middle")
+            newest = across
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     _add(svg, "text", x_label, x=middle, y=_HEIGHT - 14, class_="soft", text_anchor="middle")
     for name, values in series.items():
@@ -95,7 +102,7 @@ def bars(
     """
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
     svg = _figure(title, parts)
-    _scale(svg, y_label, y_max)
+    _scale(svg, y_label, 0.0, y_max)
     step = (_WIDTH - _LEFT - _RIGHT) / max(1, len(rows))
     for index, (name, row) in enumerate(rows.items()):
         left, top = _LEFT + index * step + 0.15 * step, _HEIGHT - _BOTTOM
@@ -109,7 +116,7 @@ def bars(
             _add(box, "title", f"{name}, {part}: {value:.4g}")
         for line, text in enumerate(name.split("\n")):
             place = {"x": left + 0.35 * step, "y": _HEIGHT - _BOTTOM + 18 + 14 * line}
-            _add(svg, "text", text, class_="soft", text_anchor="middle", **place)
+            _add(svg, "text", text, class_="soft small", text_anchor="middle", **place)
     return svg
 
 
@@ -143,20 +150,21 @@ def _figure(title: str, names: Sequence[str]) -> ElementTree.Element:
     return svg
 
 
-def _scale(svg: ElementTree.Element, label: str, y_max: float) -> None:
+def _scale(svg: ElementTree.Element, label: str, y_min: float, y_max: float) -> None:
     """Horizontal rules with their values."""
     _add(svg, "text", label, x=_LEFT, y=_TOP - 8, class_="soft")
     for fifth in range(6):
         y = _HEIGHT - _BOTTOM - fifth / 5 * (_HEIGHT - _TOP - _BOTTOM)
         _add(svg, "line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="rule")
-        _add(svg, "text", f"{fifth / 5 * y_max:.3g}", x=_LEFT - 8, y=y + 4, class_="soft", text_anchor="end")
-
-
-def _spread(values: Sequence[float], most: int) -> Sequence[float]:
-    """At most so many of the values, the first and the last among them."""
-    if len(values) <= most:
-        return values
-    return [values[round(index * (len(values) - 1) / (most - 1))] for index in range(most)]
+        _add(
+            svg,
+            "text",
+            f"{y_min + fifth / 5 * (y_max - y_min):.3g}",
+            x=_LEFT - 8,
+            y=y + 4,
+            class_="soft",
+            text_anchor="end",
+        )
 
 
 def _add(parent: ElementTree.Element, tag: str, text: str = "", /, **attributes: object) -> ElementTree.Element:
