@@ -312,7 +312,7 @@ class TrainingSession:
             self._engine.hold()
 
     def drain(self) -> None:
-        """The process is told to end: :meth:`close` brings what is committed to storage, within ``grace_seconds``."""
+        """Note a SIGTERM: :meth:`close` copies committed windows to storage within ``grace_seconds``."""
         if self._engine is not None:
             self._engine.drain()
 
