@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,15 @@ from torch.distributed.pipelining import (
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.stage import BoundaryStage
 
-__all__ = ["SCHEDULES", "ScheduleKind", "make_schedule", "schedule_kind", "usable_micro_batches"]
+__all__ = ["SCHEDULES", "ScheduleKind", "make_schedule", "run_step", "schedule_kind", "usable_micro_batches"]
 
 #: Flags by which torch's schedules know that their stages need no negotiation any more; named by version.
 _READY = (
     "_stage_initialized", "_stage_forward_initialized", "_stage_backward_initialized",
     "_stages_initialized", "_stages_forward_initialized", "_stages_backward_initialized",
 )  # fmt: skip
+#: A step need not put together what the last stage returns: it is one loss for each micro-batch.
+_NO_OUTPUTS = {"return_outputs": False} if "return_outputs" in inspect.signature(ScheduleGPipe.step).parameters else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,16 @@ def usable_micro_batches(kind: ScheduleKind, wanted: int, num_samples: int, pipe
     return 1
 
 
+def run_step(schedule: Any, **given: Any) -> None:
+    """Run a schedule over the micro-batches of a step.
+
+    Args:
+        schedule: From :func:`make_schedule`.
+        given: Arguments of its ``step``.
+    """
+    schedule.step(**given, **_NO_OUTPUTS)
+
+
 def make_schedule(
     kind: ScheduleKind,
     stages: Sequence[BoundaryStage],
@@ -118,8 +131,10 @@ def make_schedule(
     """
     cls = kind.cls if kind.runs(num_micro_batches, pipeline_parallel_size) else ScheduleGPipe
     given: Any = list(stages) if kind.interleaved else stages[0]
-    schedule = cls(given, num_micro_batches, loss_fn=loss, scale_grads=False)
+    schedule: Any = cls(given, num_micro_batches, loss_fn=loss, scale_grads=False)
     for name in _READY:
         if hasattr(schedule, name):
             setattr(schedule, name, True)
+    if not _NO_OUTPUTS:  # torch before 2.9
+        schedule._merge_outputs = lambda output_chunks: None
     return schedule

@@ -272,7 +272,7 @@ def test_a_step_that_was_broken_off_leaves_nothing() -> None:
         stage.get_fwd_recv_ops(1)
         stage.get_bwd_recv_ops(0)
         stage.clear_runtime_states()
-        assert not any((stage.fwd_cache, stage._inputs, stage._grads, stage.output_chunks))
+        assert not any((stage._outputs, stage._inputs, stage._grads, stage.output_chunks))
 
 
 # --- all stages of a pipeline in one process -------------------------------------------------------------------------

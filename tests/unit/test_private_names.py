@@ -85,8 +85,7 @@ WORDS = {
 #: Names that are written in C++, where they are looked up.
 ATTRIBUTES = {
     "torch": "_C _foreach_copy_",
-    "torch._C": "_current_graph_task_id _rebuild_buckets _get_backend "
-    "_get_sequence_number_for_group _device_types",
+    "torch._C": "_current_graph_task_id _rebuild_buckets _get_backend _get_sequence_number_for_group _device_types",
 }
 #: Of the standard library, of NumPy's public protocol, of one release only (asked for with a default), or our own.
 OTHERS = """
