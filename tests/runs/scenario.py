@@ -244,6 +244,7 @@ def _capturing(spec: dict[str, Any], out: Path) -> list[Any]:
         "sparse": callbacks.SparseExpertCheckpoint,
         "dense": callbacks.DenseInMemoryCheckpoint,
         "partial": callbacks.PartialExpertsCheckpoint,
+        "two_phase": callbacks.TwoPhaseCheckpoint,
         "gradient_log": callbacks.GradientLogCheckpoint,
     }
     callback = kinds[spec["policy"]](**spec["policy_args"], **common)
