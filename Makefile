@@ -6,7 +6,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm test-ray check bench gpu docs clean setup
+.PHONY: help demo test test-slurm test-ray check bench papers gpu docs clean setup
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -56,6 +56,9 @@ bench: $(BENCH_STAMP)  ## Measure overhead, recovery, replicas, failover; tables
 	  [ -e "$$script" ] || continue; case "$$script" in */_*|*/gpu.py) continue;; esac; \
 	  found=1; echo "== $$script"; $(PY) "$$script" $(ARGS); done; \
 	[ "$$found" = 1 ] || { echo "no benchmark scripts in benchmarks/"; exit 1; }
+
+papers: $(STAMP)  ## Tables and figures of MoEvement and MoC-System, theirs beside ours (minutes)
+	@set -e; for script in benchmarks/papers/[!_]*.py; do echo "== $$script"; $(PY) "$$script"; done
 
 gpu: $(BENCH_STAMP)  ## On a machine with a GPU: run tests/gpu, measure, write benchmarks/results/gpu.md
 	@$(PY) benchmarks/gpu.py $(ARGS)

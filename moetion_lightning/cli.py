@@ -40,6 +40,7 @@ several processes
 looking
   recipes     list the packaged recipes; `recipes NAME` prints one, `recipes NAME --copy DIR` copies it
   explain     table of operators of recipe:NAME, FILE.yaml or package.module:Class (bytes, tokens, slot)
+  plan, simulate  each policy for a model, hardware and failures: bytes, memory, effective training time
   inspect     windows, slots, operators, sizes and ages under a path; verifies checksums
   jobs        jobs whose state is in this machine's memory
   clean       remove what dead jobs left there
@@ -52,7 +53,6 @@ looking
 examples
   moetion fit --config recipe:tiny_moe_cpu --trainer.max_steps 20
   moetion fit --config recipe:tiny_moe_cpu --model.init_args.num_experts 16 --print_config > mine.yaml
-  moetion fit --config mine.yaml --model my_package.MyModule
   moetion explain recipe:qwen3_moe_tiny
   moetion run train.py --my-argument 1
   moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
@@ -64,6 +64,8 @@ TRAINING = ("fit", "validate", "test", "predict")
 _OWN = {
     "recipes": ("moetion_lightning.commands.recipes", "recipes"),
     "explain": ("moetion_lightning.commands.explain", "explain"),
+    "plan": ("moetion_lightning.commands.plan", "plan"),
+    "simulate": ("moetion_lightning.commands.simulate", "simulate"),
     "inspect": ("moetion_lightning.commands.state", "inspect"),
     "jobs": ("moetion_lightning.commands.state", "jobs"),
     "clean": ("moetion_lightning.commands.state", "clean"),

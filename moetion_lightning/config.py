@@ -43,7 +43,7 @@ __all__ = [
     "valid_job_id",
 ]
 
-#: Exit code of a process that SIGTERM has ended in good order (128 + 15), as a shell says it.
+#: Exit code of a process that SIGTERM has ended cleanly (128 + 15), as a shell reports it.
 TERMINATED_EXIT_CODE = 143
 #: Seconds between two failures of a large job: Llama 3's 16,384 GPUs saw 466 in 54 days (arXiv 2407.21783).
 DEFAULT_MTBF = 10_000.0

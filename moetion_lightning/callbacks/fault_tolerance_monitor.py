@@ -42,7 +42,7 @@ class FaultToleranceMonitor(Callback):
     Add it beside a capturing callback; order does not matter. To every logger of the Trainer go
 
     * ``moetion/ettr``: share of the wall time since the first start in which training went forward;
-    * ``moetion/lost_seconds``: wall time of no iteration that counts: starts, lost work, the time between processes;
+    * ``moetion/lost_seconds``: wall time not spent in iterations that were kept: starts, lost work, between processes;
     * ``moetion/stall_seconds_per_iteration``, ``moetion/stall_share``: waiting for captures, and preparing them;
     * ``moetion/committed_step``: last iteration of the newest committed window, -1 before the first;
     * ``moetion/protected``: 1 where a window is there to go back to and captures succeed, else 0;
@@ -50,7 +50,7 @@ class FaultToleranceMonitor(Callback):
     * ``moetion/expert_imbalance``: tokens of the busiest expert over the mean, of the layer where that is largest;
     * ``moetion/slowest_rank``, ``moetion/slowest_over_median``: of several ranks, the one with the longest
       ``own_seconds`` (processor time of the training thread, and its waits for data), and how many times the median of
-      all ranks that is. From 1.5 on it is said in the log. The others wait for it, but it is never ended for that;
+      all ranks that is. From 1.5 on the log says so. The others wait for it, but it is never killed for that;
     * ``moetion/plt``: proportion of lost tokens, which only ``PartialExpertsCheckpoint`` can make more than 0.
 
     The first step is logged, too: what is known by then. The numbers survive SIGKILL. They are part of the state that
@@ -61,7 +61,7 @@ class FaultToleranceMonitor(Callback):
     nothing behind, and counting begins anew, as training does; ``moetion report`` has that, too. Time that a job was
     stopped on purpose also counts.
 
-    An iteration ends where the next one begins, so the last one of a fit is in no number. Seconds are means over ranks;
+    An iteration ends where the next one begins, so the last one of a fit is not counted. Seconds are means over ranks;
     tokens are summed over ranks already.
 
     Args:
@@ -123,7 +123,7 @@ class FaultToleranceMonitor(Callback):
 
     @property
     def lost_seconds(self) -> float:
-        """Wall time of this rank that belongs to no iteration that counts."""
+        """Wall time of this rank not spent in iterations that were kept."""
         return float(self.ettr.wall_seconds - self.stall.iteration_seconds)
 
     # --- listening -----------------------------------------------------------------------------------------------

@@ -74,7 +74,8 @@ def _fish(words: Mapping[str, Sequence[str]], recipes: Sequence[str]) -> str:
     lines = [f"complete -c moetion -n __fish_use_subcommand -f -a '{' '.join(words)}'"]
     for name, options in words.items():
         seen = f"-n '__fish_seen_subcommand_from {name}'"
-        lines += [f"complete -c moetion {seen} -l {option.removeprefix('--')}" for option in options]
+        named = " ".join(f"-l {option.removeprefix('--')}" for option in options)
+        lines.append(f"complete -c moetion {seen} {named}")
     named = " ".join(f"{PREFIX}{name}" for name in recipes)
     lines.append(f"complete -c moetion -n '__fish_seen_subcommand_from fit explain' -a '{named}'")
     lines.append(f"complete -c moetion -n '__fish_seen_subcommand_from recipes' -f -a '{' '.join(recipes)}'")

@@ -69,6 +69,7 @@ class Explanation:
         layers: The MoE layers.
         static: Parameters that never train, in no window.
         notes: What a reader should know: assumptions, what could not be sliced, a dense model.
+        iteration_seconds: Seconds of an iteration; 0 if not known.
     """
 
     title: str
@@ -81,6 +82,7 @@ class Explanation:
     layers: tuple[MoELayer, ...]
     static: tuple[str, ...]
     notes: tuple[str, ...]
+    iteration_seconds: float = 0.0
 
     @property
     def window(self) -> int:
@@ -185,6 +187,7 @@ def explain(
         layers=found,
         static=ops.static,
         notes=tuple(notes),
+        iteration_seconds=iteration_seconds,
     )
 
 

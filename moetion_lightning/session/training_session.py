@@ -23,6 +23,7 @@ from moetion_lightning.session.fits import Fit
 from moetion_lightning.session.lineage import LIMITS
 from moetion_lightning.session.settings import SessionSettings
 from moetion_lightning.session.skipped_batches import SkippedBatches
+from moetion_lightning.session.versions import notice_untested
 
 __all__ = ["TrainingSession"]
 
@@ -59,6 +60,7 @@ class TrainingSession:
     ) -> None:
         rank, world_size = ranks.control.rank, ranks.control.world_size
         show_log_lines(rank)
+        notice_untested()
         self._settings = settings
         self._where = where
         self.ranks = ranks
@@ -312,7 +314,7 @@ class TrainingSession:
             self._engine.hold()
 
     def drain(self) -> None:
-        """The process is told to end: :meth:`close` brings what is committed to storage, within ``grace_seconds``."""
+        """Note a SIGTERM: :meth:`close` copies committed windows to storage within ``grace_seconds``."""
         if self._engine is not None:
             self._engine.drain()
 

@@ -32,6 +32,7 @@ from moetion_lightning.callbacks import (
     FaultToleranceMonitor,
     PartialExpertsCheckpoint,
     SparseExpertCheckpoint,
+    TwoPhaseCheckpoint,
     _fits,
 )
 from moetion_lightning.callbacks._base import EngineCallback
@@ -119,6 +120,9 @@ def interrupted(tmp_path: Path, memory_dir: Path, step: int = 11, **spec: Any) -
         (lambda: SparseExpertCheckpoint(resume="yes"), "resume='yes'"),  # type: ignore[arg-type]
         (lambda: SparseExpertCheckpoint(job_id="../x"), "job_id="),
         (lambda: DenseInMemoryCheckpoint(every_n_steps=0), "every_n_steps=0"),
+        (lambda: TwoPhaseCheckpoint(""), "persist_dir='': expected a directory or URL for the second phase"),
+        (lambda: TwoPhaseCheckpoint("there", every_n_steps=0), "every_n_steps=0"),
+        (lambda: TwoPhaseCheckpoint("there", overhead=1.5), "overhead=1.5: expected a share"),
         (lambda: PartialExpertsCheckpoint(0), "num_experts_per_checkpoint=0"),
         (lambda: PartialExpertsCheckpoint(1, selection="best"), "selection='best'"),  # type: ignore[arg-type]
         (lambda: PartialExpertsCheckpoint(1, plt_limit=2.0), "plt_limit=2.0"),
