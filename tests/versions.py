@@ -1,4 +1,4 @@
-"""``python tests/versions.py lowest|middle|newest``: an environment with these versions, and the tests that depend on them.
+"""``python tests/versions.py lowest|middle|newest``: an environment of these versions, and the tests that need them.
 
 uv makes the environments beside each other, as ``.venv-NAME``. They hold torch as the package index has it: on Linux
 the CUDA build, some gigabytes each, unless ``UV_INDEX`` names an index of CPU builds.
