@@ -25,6 +25,7 @@ DEFAULT_LIMITS: Mapping[Section, float] = {
     Section.SAVE: 900.0,
 }
 _LONGER_THAN_EVER = 10.0
+_OF_THE_FIRST = 0.2
 _STALL = 10.0
 _LONGEST_STEP_SECONDS = 1.0
 _IMPORT_SECONDS = 900.0
@@ -130,9 +131,12 @@ class Watch:
 
     def _learn(self, silence: float, has_changed: bool) -> None:
         if not self._is_disturbed:
-            # The first iteration has the limit of the start, and shows how long the others may be silent.
-            section = Section.STEP if self.report.iteration >= 0 and self._section == Section.START else self._section
-            self._limits.longest[section] = max(self._limits.longest.get(section, 0.0), silence)
+            # The first iteration has the limit of the start, and shows how long the others may be silent: twice that, for
+            # it compiles and sets up communicators as well.
+            is_first = self.report.iteration >= 0 and self._section == Section.START
+            section = Section.STEP if is_first else self._section
+            shown = silence * _OF_THE_FIRST if is_first else silence
+            self._limits.longest[section] = max(self._limits.longest.get(section, 0.0), shown)
             if has_changed and self._section == Section.STEP:
                 self._limits.longest_step = max(self._limits.longest_step, self.unchanged)
         self._is_disturbed = self._is_disturbed and not has_changed

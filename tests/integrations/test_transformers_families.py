@@ -70,6 +70,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm5_next": {"qk_rope_head_dim": 0, "linear_head_dim": 8, "linear_num_heads": 4, "index_head_dim": 8,
                   "index_n_heads": 4, "mlp_layer_types": SPARSE},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2},
+    "hy_v4_vl": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"zero_expert_num": 4},
     "mimo_v2_flash": {"num_key_value_heads": 2},
@@ -97,13 +98,16 @@ def _classes(module: Any, base: type) -> list[type]:
 
 def _configuration(family: str) -> Any:
     module = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
-    classes = [c for c in _classes(module, transformers.PreTrainedConfig) if "Vision" not in c.__name__]
+    classes = [c for c in _classes(module, transformers.PretrainedConfig) if "Vision" not in c.__name__]
     planned = [c for c in classes if "ep_dispatch_experts" in (vars(c).get("base_model_ep_plan") or {}).values()]
     candidates = planned or classes
     text = [c for c in candidates if "Text" in c.__name__]
     cls = (text or candidates[-1:])[0]
     special = SPECIAL.get(family, {})
-    known = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
+    if dataclasses.is_dataclass(cls):
+        known = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
+    else:  # transformers before 5.2
+        known = set(inspect.signature(cls).parameters) | set(cls.attribute_map)
     fields = {name: value for name, value in {**TINY, **special}.items() if name in known or name in special}
     for alias, name in cls.attribute_map.items():
         if alias in fields and name in fields:

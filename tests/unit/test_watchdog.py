@@ -91,7 +91,7 @@ def test_first_iteration_shows_how_long_the_others_may_be_silent(limits: Limits)
     life = Life(limits, section=Section.START, iteration=0)
     assert life.live(40, "ticks") is None
     life.live(1, "ticks", "beats", "changes")
-    assert limits.of(Section.STEP) == 400.0
+    assert limits.of(Section.STEP) == 80.0, "twice that: it compiles, too"
 
 
 def test_wait_for_a_lost_rank_teaches_nothing(limits: Limits) -> None:
