@@ -131,7 +131,7 @@ class Watch:
 
     def _learn(self, silence: float, has_changed: bool) -> None:
         if not self._is_disturbed:
-            # The first iteration has the limit of the start, and shows how long the others may be silent: twice that, for
+            # The first iteration has the limit of the start, and shows how long others may be silent: twice that, for
             # it compiles and sets up communicators as well.
             is_first = self.report.iteration >= 0 and self._section == Section.START
             section = Section.STEP if is_first else self._section

@@ -20,7 +20,15 @@ from torch.distributed.pipelining import (
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.stage import BoundaryStage
 
-__all__ = ["SCHEDULES", "ScheduleKind", "make_schedule", "run_step", "schedule_kind", "usable_micro_batches"]
+__all__ = [
+    "SCHEDULES",
+    "SEVERAL_STAGES",
+    "ScheduleKind",
+    "make_schedule",
+    "run_step",
+    "schedule_kind",
+    "usable_micro_batches",
+]
 
 #: Flags by which torch's schedules know that their stages need no negotiation any more; named by version.
 _READY = (
@@ -29,6 +37,9 @@ _READY = (
 )  # fmt: skip
 #: A step need not put together what the last stage returns: it is one loss for each micro-batch.
 _NO_OUTPUTS = {"return_outputs": False} if "return_outputs" in inspect.signature(ScheduleGPipe.step).parameters else {}
+
+#: Whether torch's schedules can run several stages on a rank with stages of ours: from 2.10 on.
+SEVERAL_STAGES = bool(_NO_OUTPUTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +92,7 @@ def schedule_kind(name: str, chunks_per_rank: int, num_micro_batches: int, pipel
             f"MoEtionStrategy(schedule={name!r}): expected one of {', '.join(map(repr, SCHEDULES))}"
         )
     kind = SCHEDULES[name]
-    if kind.interleaved and not _NO_OUTPUTS:
+    if kind.interleaved and not SEVERAL_STAGES:
         raise ConfigurationError(
             f"MoEtionStrategy(schedule={name!r}): schedules with several stages on a rank need torch 2.10 or newer; "
             f"this is {torch.__version__}. Install a newer one, or take schedule='1f1b' with chunks_per_rank=1"
