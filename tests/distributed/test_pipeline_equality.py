@@ -6,6 +6,7 @@ Bitwise, where the order of summation is that of one process. It is another one,
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,12 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 }
 #: Gradients of several stages (a tied head; T5's embedding serves encoder and decoder) or of replicas are added up.
 OTHER_ORDER = {"tied", "tied-zbv", "t5", "dp2"}
-if not SEVERAL_STAGES:
-    CASES = {world: {n: c for n, c in cases.items() if "chunks_per_rank" not in c} for world, cases in CASES.items()}
+#: Older transformers replace methods of layers to collect what the auxiliary loss needs: a cut is refused there.
+_REFUSED = {
+    *(() if SEVERAL_STAGES else ("chunks_per_rank",)),
+    *(() if importlib.util.find_spec("transformers.utils.output_capturing") else ("aux",)),
+}
+CASES = {world: {n: c for n, c in cases.items() if not _REFUSED & set(c)} for world, cases in CASES.items()}
 CASES_OF = [(world, name) for world, cases in CASES.items() for name in cases if cases[name].get("plain", True)]
 
 
