@@ -32,10 +32,11 @@ __all__ = ["CAUSES", "NANOSECONDS", "Ledger", "Span", "Use"]
 
 NANOSECONDS = 1_000_000_000
 _HOUR = 3600 * NANOSECONDS
+_CLOCKS = NANOSECONDS // 1000  # iterations follow each other: a smaller gap is that of two clocks
 _MARK = 60 * NANOSECONDS  # the last hour is known to the minute
 
 
-class Use(Enum):
+class Use(str, Enum):  # its members are hashed often: as text, that is fast
     """What a piece of wall time was used for. All but the first are causes of badput."""
 
     PRODUCTIVE = "productive"
@@ -193,7 +194,9 @@ class Ledger:
     def _iteration(self, event: IterationFinished | LastIterationFinished, at: int) -> None:
         number, validation, self._validation = event.iteration, self._validation, 0
         first_here = not self._begun or self._went_back
-        self.spend(at - _ns(event.seconds), Use.START if first_here else Use.IDLE)
+        begun = at - _ns(event.seconds)
+        if first_here or begun - self.cursor > _CLOCKS:
+            self.spend(begun, Use.START if first_here else Use.IDLE)
         self._begun, self._went_back = True, False
         if number <= self._replay_until:
             self.spend(at, Use.REPLAY, number)
@@ -202,7 +205,8 @@ class Ledger:
         else:
             stall = min(_ns(event.stall_seconds), max(0, at - self.cursor))
             self.spend(at - stall - validation, Use.PRODUCTIVE, number)
-            self.spend(at - stall, Use.VALIDATION, number)
+            if validation:
+                self.spend(at - stall, Use.VALIDATION, number)
             self.spend(at, Use.STALL, number)
             self.reached = number
 

@@ -63,6 +63,8 @@ def _figure(x_label: str, y_label: str, height: int, **options: Any) -> Figure:
         axis.axis_line_color = axis.major_tick_line_color = RULE
         axis.minor_tick_line_color = None
     made.grid.grid_line_color = RULE
+    if x_label == "iteration":
+        made.xaxis.formatter = NumeralTickFormatter(format="0,0")
     return made
 
 
@@ -85,7 +87,7 @@ def draw_badput(runs: Sequence[Run]) -> Figure:
     if len(runs) == 1 and first.wall_seconds > 3600:
         series.append(("last hour", first.recent, first))
     thick = 0.8 / len(series)
-    made = _figure("share of the wall time", "", 60 + 26 * len(rows) * len(series), y_range=names, x_range=(0, 1.12))
+    made = _figure("share of the wall time", "", 60 + 26 * len(rows) * len(series), y_range=names, x_range=(0, 1.02))
     made.xaxis.formatter = NumeralTickFormatter(format="0 %")
     made.xaxis.ticker = FixedTicker(ticks=[0, 0.25, 0.5, 0.75, 1])
     made.ygrid.grid_line_color = None
@@ -100,6 +102,9 @@ def draw_badput(runs: Sequence[Run]) -> Figure:
                 "text": [f"{seconds[use] / wall:.1%}  {seconds_text(seconds[use])}" for use in rows],
                 "cause": [TEXTS[use] for use in rows],
                 "of": [name] * len(rows),
+                # Of long bars it is written inside: there is no room behind them.
+                "align": ["right" if seconds[use] / wall > 0.6 else "left" for use in rows],
+                "offset": [-6 if seconds[use] / wall > 0.6 else 6 for use in rows],
                 "fill": [COLOURS[use] for use in rows],
             }
         )
@@ -108,8 +113,8 @@ def draw_badput(runs: Sequence[Run]) -> Figure:
             fill_alpha=1.0 if index == 0 else 0.5,
         )  # fmt: skip
         made.text(
-            x="share", y="y", text="text", x_offset=6, text_baseline="middle", text_font_size="11px", text_color=INK,
-            source=source,
+            x="share", y="y", text="text", x_offset="offset", text_align="align", text_baseline="middle",
+            text_font_size="11px", text_color=INK, source=source,
         )  # fmt: skip
         _hover(made, [bars], [("", "@cause"), ("", "@text"), ("", "@of")])
     return made
@@ -120,10 +125,11 @@ def draw_timeline(run: Run, x_range: Any = None) -> Figure:
     history = run.history
     lanes = chosen_lanes(history)
     length, unit = _unit([run])
-    height = min(900, 90 + max(12, min(34, 640 // len(lanes))) * len(lanes))
+    thick = max(12, min(34, 640 // len(lanes)))  # pixels of a lane
+    above = 0.5 + 16 / thick
     x_range = x_range or Range1d(0, history.wall_seconds / length, bounds="auto")
     made = _figure(
-        f"{unit} since the first start", "rank", height, x_range=x_range, y_range=(len(lanes) - 0.5, -0.9),
+        f"{unit} since the first start", "rank", 90 + thick * len(lanes), x_range=x_range, y_range=(len(lanes) - 0.5, -above),
     )  # fmt: skip
     made.ygrid.grid_line_color = None
     every = -(-len(lanes) // 32)
@@ -151,7 +157,7 @@ def draw_timeline(run: Run, x_range: Any = None) -> Figure:
         )  # fmt: skip
         tips = [("", TEXTS[use]), ("rank", "@rank"), ("from, to", f"@left{{0.000}}, @right{{0.000}} {unit}")]
         _hover(made, [bars], [*tips, ("iterations", "@first to @last")] if any(p.first for *_, p in found) else tips)
-    _mark(made, [(f.time - history.start) / length for f in history.failures], top=-0.7)
+    _mark(made, [(f.time - history.start) / length for f in history.failures], top=-0.5 - 8 / thick)
     return made
 
 
@@ -211,7 +217,7 @@ def draw_loss(runs: Sequence[Run]) -> Figure:
 def draw_rates(runs: Sequence[Run], x_range: Any) -> Figure:
     """The learning rate over all restarts."""
     made = _figure("iteration", "learning rate", 180, x_range=x_range)
-    made.yaxis.formatter.use_scientific = True
+    made.yaxis.formatter.precision = 1
     for run, colour in zip(runs, LINES):
         _line(made, _thinned(run.history.rates), colour, "learning rate", "{0.000e+0}")
         _mark(made, [failure.iteration for failure in run.history.failures])

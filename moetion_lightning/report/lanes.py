@@ -17,6 +17,7 @@ from moetion_lightning.report.reading import Record
 __all__ = ["Lane", "Piece", "Process"]
 
 _MOST_PIECES = 4000
+_MINOR = (Use.STALL, Use.VALIDATION, Use.IDLE)  # parts of any iteration
 
 
 @dataclass
@@ -55,29 +56,39 @@ class Lane:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.pieces: list[Piece] = []
-        self._shortest = 0
+        self._shortest, self._shortest_minor = 0, 0
 
     def add(self, span: Span) -> None:
         """What the rank did next."""
         productive = span.end - span.start if span.use is Use.PRODUCTIVE else 0
+        last = self.pieces[-1] if self.pieces else None
+        if last is not None and last.use is span.use:
+            last.end, last.last = span.end, max(last.last, span.iteration)
+            last.first, last.productive = last.first or span.iteration, last.productive + productive
+            return
         self._add(Piece(span.use, span.start, span.end, productive, span.iteration, span.iteration))
         if len(self.pieces) > 2 * _MOST_PIECES:
             self.shorten(_MOST_PIECES)
 
     def shorten(self, most: int) -> None:
-        """Keep at most so many pieces: the longest ones."""
+        """Keep at most so many pieces: the longest ones, and of recoveries as much as there is room for."""
         while len(self.pieces) > most:
             least = (self.pieces[-1].end - self.pieces[0].start) // most
-            self._shortest = max(2 * self._shortest, least // 4, 1)
+            if self._shortest_minor < least:
+                self._shortest_minor = max(2 * self._shortest_minor, least // 4, 1)
+            else:
+                self._shortest = max(2 * self._shortest, least // 4, 1)
             pieces, self.pieces = self.pieces, []
             for piece in pieces:
                 self._add(piece)
 
     def _add(self, piece: Piece) -> None:
         pieces = self.pieces
-        if len(pieces) > 1 and pieces[-1].use is not piece.use and pieces[-1].end - pieces[-1].start < self._shortest:
-            short = pieces.pop()
-            pieces[-1].extend(short)
+        if len(pieces) > 1 and pieces[-1].use is not piece.use:
+            last = pieces[-1]
+            if last.end - last.start < (self._shortest_minor if last.use in _MINOR else self._shortest):
+                pieces.pop()
+                pieces[-1].extend(last)
         if pieces and pieces[-1].use is piece.use:
             pieces[-1].extend(piece)
         else:

@@ -142,6 +142,9 @@ def _figures(body: _Body, runs: Sequence[Run]) -> None:
 
     several = len(runs) > 1
     lines = _key([(draw.LINES[i], run.name) for i, run in enumerate(runs)]) if several else ""
+    order = f"<p>Above: {html.escape(runs[0].name)}; below, pale: {html.escape(runs[-1].name)}.</p>" if several else ""
+    if not several and runs[0].history.wall_seconds > 3600:
+        order = "<p>Below each, pale: the last hour.</p>"
     histories = [run.history for run in runs]
     again = _key([(COLOURS[Use.REDO], "executions that a failure took back")]) if not several else lines
     if any(len(history.loss.iterations) for history in histories):
@@ -150,7 +153,7 @@ def _figures(body: _Body, runs: Sequence[Run]) -> None:
         iterations = loss.x_range
     else:
         iterations = draw.iterations(runs)
-    body.section("Where the time went", _ABOUT_BADPUT, ("badput", draw.draw_badput(runs)), key=lines)
+    body.section("Where the time went", _ABOUT_BADPUT, ("badput", draw.draw_badput(runs)), key=order)
     times = None
     for index, run in enumerate(runs):
         used = [use for use in Use if run.history.uses[use]]

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.events import CaptureFinished, Event, LossRecorded
 
 __all__ = ["Reading", "Record", "find_files", "read_events"]
 
-_KINDS = {kind.__name__: kind for kind in Event.__subclasses__()}
-_FIELDS = {name: dataclasses.fields(kind) for name, kind in _KINDS.items()}
-#: What JSON gives for a field, by the beginning of its annotation.
-_JSON = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "dict": (dict,), "list": (list,)}
 #: Events of every iteration that only draw curves: of very long runs a part of them is enough.
-_OF_CURVES = (CaptureFinished.__name__, LossRecorded.__name__)
-_WHOLE_BYTES = 256 << 20
+_OF_CURVES = (CaptureFinished.__name__.encode(), LossRecorded.__name__.encode())
+_EVENT, _ITERATION = b'"event": "', b'"iteration": '
+_WHOLE_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """One event as a process wrote it down.
 
     Args:
@@ -61,30 +55,30 @@ class Reading:
 
     def __iter__(self) -> Iterator[Record]:
         """Read the files."""
+        every, unwanted, others = self.every, self._unwanted, 0
         for path in self.files:
             with path.open("rb") as file:
                 for line in file:
-                    if not line.isspace():
-                        record = self._read(line)
-                        if record is not None:
-                            yield record
+                    begin = line.find(_EVENT) + len(_EVENT)
+                    name = line[begin : line.find(b'"', begin)]
+                    left_out = name in unwanted or (every > 1 and name in _OF_CURVES and _iteration(line) % every)
+                    if left_out and line.endswith(b"}\n"):
+                        others += 1
+                        continue
+                    record = _parse(line)
+                    if record is not None:
+                        self.num_events += 1
+                        yield record
+                    elif not line.isspace():
+                        self.num_skipped += 1
+        self.num_events += others
 
-    def _read(self, line: bytes) -> Record | None:
-        begin = line.find(b'"event": "') + 10
-        name = line[begin : line.find(b'"', begin)] if begin > 9 else b""
-        if name in self._unwanted and line.endswith(b"}\n"):
-            self.num_events += 1
-            return None
-        if self.every > 1 and name.decode("ascii", "replace") in _OF_CURVES:
-            begin = line.find(b'"iteration": ') + 13
-            number = line[begin : line.find(b",", begin)]
-            if number.isdigit() and int(number) % self.every:
-                self.num_events += 1
-                return None
-        record = _parse(line)
-        self.num_events += record is not None
-        self.num_skipped += record is None
-        return record
+
+def _iteration(line: bytes) -> int:
+    """The iteration of an event; 0 where it cannot be seen at once."""
+    begin = line.find(_ITERATION) + len(_ITERATION)
+    number = line[begin : line.find(b",", begin)]
+    return int(number) if number.isdigit() else 0
 
 
 def find_files(path: Path) -> tuple[Path, ...]:
@@ -128,43 +122,67 @@ def read_events(path: Path, without: Collection[str] = ()) -> Reading:
     return Reading(find_files(path), without)
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse).raw_decode  # no NaN
+
+
 def _parse(line: bytes) -> Record | None:
     """The record of a line, or None if it is none."""
     try:
-        entry = json.loads(line)
-    except ValueError:  # not UTF-8, or no JSON
+        text = line.decode()
+        entry, end = _decode(text)
+    except (ValueError, RecursionError):  # not UTF-8, or no JSON
         return None
-    if not isinstance(entry, dict):
+    if type(entry) is not dict or not _LINE.issubset(entry) or text[end:].strip():
         return None
-    name = str(entry.get("event"))
-    kind = _KINDS.get(name)
-    if kind is None or not _fits(entry.get("time"), "float"):
+    fields = _FIELDS.get(str(entry["event"]))
+    time, pid, rank = entry["time"], entry["pid"], entry.get("rank", 0)
+    if fields is None or type(time) not in _NUMBER or type(pid) is not int or type(rank) is not int:
         return None
-    if not _fits(entry.get("pid"), "int") or not _fits(entry.get("rank", 0), "int"):
-        return None
-    fields: dict[str, Any] = {}
-    for field in _FIELDS[name]:
-        value = entry.get(field.name, field.default)
-        if not _fits(value, str(field.type)):
+    values = {}
+    for name, types, deeper, default in fields.checks:
+        value = values[name] = entry.get(name, default)
+        if type(value) not in types or (deeper is not None and not deeper(value)):
             return None
-        fields[field.name] = value
-    return Record(time=float(entry["time"]), rank=entry.get("rank", 0), pid=entry["pid"], event=kind(**fields))
+    event = object.__new__(fields.kind)
+    event.__dict__.update(values)  # as its __init__ does, which takes as long as all the rest
+    return Record(float(time), rank, pid, event)
 
 
-def _fits(value: Any, annotation: str) -> bool:
-    kind = type(value)
-    if annotation == "float":
-        return (kind is float and math.isfinite(value)) or kind is int
-    if annotation == "int":
-        return kind is int
-    if annotation == "dict[str, list[int]]":
-        return kind is dict and all(
-            isinstance(row, list) and {type(item) for item in row} <= {int} for row in value.values()
-        )
-    if annotation == "list[str]":
-        return kind is list and all(isinstance(item, str) for item in value)
-    if annotation == "dict[str, int]":
-        return kind is dict and all(type(item) is int for item in value.values())
-    if annotation == "dict[str, str]":
-        return kind is dict and all(isinstance(item, str) for item in value.values())
-    return isinstance(value, _JSON[annotation])
+def _are(*types: type) -> Callable[[Any], bool]:
+    """Whether all values of a list, or of a dictionary, are of these types."""
+    return lambda value: {type(item) for item in (value.values() if isinstance(value, dict) else value)} <= {*types}
+
+
+def _counts(value: dict[str, Any]) -> bool:
+    return all(type(row) is list and {type(item) for item in row} <= {int} for row in value.values())
+
+
+_LINE = frozenset(("event", "time", "pid"))
+_NUMBER = (float, int)
+#: What JSON gives for a field, by its annotation: its types, and what else must hold.
+_JSON: dict[str, tuple[tuple[type, ...], Callable[[Any], bool] | None]] = {
+    "int": ((int,), None),
+    "float": (_NUMBER, None),
+    "bool": ((bool,), None),
+    "str": ((str,), None),
+    "list[str]": ((list,), _are(str)),
+    "dict[str, int]": ((dict,), _are(int)),
+    "dict[str, str]": ((dict,), _are(str)),
+    "dict[str, list[int]]": ((dict,), _counts),
+}
+
+
+class _Fields:
+    """What the lines of one kind of event must hold."""
+
+    def __init__(self, kind: type[Event]) -> None:
+        self.kind = kind
+        self.checks = [(f.name, *_JSON[str(f.type)], f.default) for f in dataclasses.fields(kind)]
+
+
+_KINDS = {kind.__name__: kind for kind in Event.__subclasses__()}
+_FIELDS = {name: _Fields(kind) for name, kind in _KINDS.items()}
