@@ -129,7 +129,8 @@ def draw_timeline(run: Run, x_range: Any = None) -> Figure:
     above = 0.5 + 16 / thick
     x_range = x_range or Range1d(0, history.wall_seconds / length, bounds="auto")
     made = _figure(
-        f"{unit} since the first start", "rank", 90 + thick * len(lanes), x_range=x_range, y_range=(len(lanes) - 0.5, -above),
+        f"{unit} since the first start", "rank", 90 + thick * len(lanes), x_range=x_range,
+        y_range=(len(lanes) - 0.5, -above),
     )  # fmt: skip
     made.ygrid.grid_line_color = None
     every = -(-len(lanes) // 32)

@@ -238,7 +238,9 @@ def _mean(of_ranks: Iterable[Mapping[int, float]], *, summed: bool = False) -> C
         total[places] += values
         count[places] += 1
         highest[places] = np.maximum(highest[places], values)
-    return Curve(iterations=numbers, values=total if summed else total / np.maximum(count, 1), highest=highest)
+    if summed:
+        return Curve(iterations=numbers, values=total, highest=total)
+    return Curve(iterations=numbers, values=total / np.maximum(count, 1), highest=highest)
 
 
 def _ratio(lanes: Iterable[Lane], start: int, end: int) -> tuple[Floats, Floats, Floats]:

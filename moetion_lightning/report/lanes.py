@@ -22,28 +22,44 @@ _MINOR = (Use.STALL, Use.VALIDATION, Use.IDLE)  # parts of any iteration
 
 @dataclass
 class Piece:
-    """Time of one use; what is too short to be seen is part of what came before it.
+    """Time of one use, or of several that are too short to be seen.
 
     Args:
-        use: What most of it went into.
         start: Nanoseconds since 1970.
         end: The same.
-        productive: Nanoseconds of it that were productive.
+        parts: Nanoseconds of it by use.
         first: First iteration that it is part of; 0 for none.
         last: Last one.
     """
 
-    use: Use
     start: int
     end: int
-    productive: int
+    parts: dict[Use, int]
     first: int = 0
     last: int = 0
 
+    def __post_init__(self) -> None:
+        #: What most of it went into.
+        self.use = max(self.parts, key=self.parts.__getitem__)
+
+    @property
+    def productive(self) -> int:
+        """Nanoseconds of it that were productive."""
+        return self.parts.get(Use.PRODUCTIVE, 0)
+
+    def take(self, use: Use, end: int, nanoseconds: int, first: int, last: int) -> None:
+        """Take in what follows, or a part of it."""
+        total = self.parts[use] = self.parts.get(use, 0) + nanoseconds
+        if use is not self.use and total > self.parts[self.use]:
+            self.use = use
+        self.end = end
+        if last:
+            self.first, self.last = self.first or first, max(self.last, last)
+
     def extend(self, other: Piece) -> None:
         """Take in what follows."""
-        self.end, self.productive = other.end, self.productive + other.productive
-        self.first, self.last = self.first or other.first, max(self.last, other.last)
+        for use, nanoseconds in other.parts.items():
+            self.take(use, other.end, nanoseconds, other.first, other.last)
 
 
 class Lane:
@@ -60,39 +76,45 @@ class Lane:
 
     def add(self, span: Span) -> None:
         """What the rank did next."""
-        productive = span.end - span.start if span.use is Use.PRODUCTIVE else 0
+        use, length, number = span.use, span.end - span.start, span.iteration
         last = self.pieces[-1] if self.pieces else None
-        if last is not None and last.use is span.use:
-            last.end, last.last = span.end, max(last.last, span.iteration)
-            last.first, last.productive = last.first or span.iteration, last.productive + productive
+        if last is not None and (use is last.use or (length < self._shortest_minor and use in _MINOR)):
+            last.take(use, span.end, length, number, number)
             return
-        self._add(Piece(span.use, span.start, span.end, productive, span.iteration, span.iteration))
+        self._add(Piece(span.start, span.end, {use: length}, number, number))
         if len(self.pieces) > 2 * _MOST_PIECES:
             self.shorten(_MOST_PIECES)
 
     def shorten(self, most: int) -> None:
         """Keep at most so many pieces: the longest ones, and of recoveries as much as there is room for."""
         while len(self.pieces) > most:
-            least = (self.pieces[-1].end - self.pieces[0].start) // most
+            least = 2 * (self.pieces[-1].end - self.pieces[0].start) // most
             if self._shortest_minor < least:
-                self._shortest_minor = max(2 * self._shortest_minor, least // 4, 1)
+                self._shortest_minor = max(2 * self._shortest_minor, least // 8, 1)
             else:
-                self._shortest = max(2 * self._shortest, least // 4, 1)
+                self._shortest = max(2 * self._shortest, least // 8, 1)
             pieces, self.pieces = self.pieces, []
             for piece in pieces:
                 self._add(piece)
 
+    def _is_short(self, piece: Piece) -> bool:
+        return piece.end - piece.start < (self._shortest_minor if piece.use in _MINOR else self._shortest)
+
     def _add(self, piece: Piece) -> None:
         pieces = self.pieces
-        if len(pieces) > 1 and pieces[-1].use is not piece.use:
-            last = pieces[-1]
-            if last.end - last.start < (self._shortest_minor if last.use in _MINOR else self._shortest):
-                pieces.pop()
-                pieces[-1].extend(last)
-        if pieces and pieces[-1].use is piece.use:
+        if not pieces:
+            pieces.append(piece)
+        elif pieces[-1].use is piece.use or (self._is_short(pieces[-1]) and self._is_short(piece)):
             pieces[-1].extend(piece)
+        elif len(pieces) > 1 and self._is_short(pieces[-1]):
+            short = pieces.pop()
+            pieces[-1].extend(short)
+            self._add(piece)
         else:
             pieces.append(piece)
+        if len(pieces) > 1 and pieces[-1].use is pieces[-2].use:
+            last = pieces.pop()
+            pieces[-1].extend(last)
 
 
 @dataclass

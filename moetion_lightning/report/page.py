@@ -170,7 +170,9 @@ def _figures(body: _Body, runs: Sequence[Run]) -> None:
     stalls = draw.draw_curves(runs, lambda h: h.stalls, "stall (ms)", 1e3, iterations)
     body.section("Stall of each iteration", _ABOUT_STALL, ("stalls", stalls), key=lines)
     if any(len(history.nbytes.iterations) for history in histories):
-        nbytes = draw.draw_curves(runs, lambda h: h.nbytes, "captured (MB)", 1e-6, iterations, dense=True)
+        largest = max(float(h.nbytes.values.max(initial=h.dense_bytes)) for h in histories)
+        unit, scale = ("GB", 1e-9) if largest >= 2e9 else ("MB", 1e-6)
+        nbytes = draw.draw_curves(runs, lambda h: h.nbytes, f"captured ({unit})", scale, iterations, dense=True)
         body.section("Bytes captured of each iteration", _ABOUT_BYTES, ("bytes", nbytes), key=lines)
     for index, run in enumerate(runs):
         if run.history.tokens:
