@@ -37,7 +37,7 @@ def describe_process(
         groups_seconds: What forming process groups took in this process.
     """
     global _seen
-    created = time.time() if _seen else psutil.Process().create_time()
+    created = time.time() if _seen else _created()
     again, _seen = _seen, True
     return ProcessStarted(
         created_at=created,
@@ -58,6 +58,15 @@ def describe_process(
         },
         settings={"callback": where, "policy": settings.policy.name, **_given(settings.config)},
     )
+
+
+def _created() -> float:
+    """When this process was made, to a hundredth of a second where the kernel says so (psutil: to one or two)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return psutil.Process().create_time()
 
 
 def commit_of(folder: Path) -> str:
