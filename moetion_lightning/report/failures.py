@@ -133,7 +133,7 @@ def _describe(
     return Failure(
         time=died,
         ranks=tuple(sorted(ranks)),
-        cause="; ".join(dict.fromkeys(loss.new.predecessor or loss.old.reason or UNKNOWN for loss in group)),
+        cause="; ".join(dict.fromkeys(loss.old.reason or loss.new.predecessor or UNKNOWN for loss in group)),
         iteration=reached,
         sources=tuple(dict.fromkeys(r.event.tier for r in mine if isinstance(r.event, RestoreStarted))),
         restored=restored,

@@ -27,6 +27,7 @@ from bokeh.plotting import figure
 
 from moetion_lightning.badput import CAUSES, NANOSECONDS, Use
 from moetion_lightning.report.history import Curve, History
+from moetion_lightning.report.lanes import MINOR
 from moetion_lightning.report.words import COLOURS, FAILURE, INK, OTHER, PAGE, RULE, SOFT, TEXTS, seconds_text
 
 __all__ = ["Run", "draw_badput", "draw_curves", "draw_load", "draw_loss", "draw_rates", "draw_ratio", "draw_timeline"]
@@ -153,8 +154,8 @@ def draw_timeline(run: Run, x_range: Any = None) -> Figure:
             }
         )
         bars = made.hbar(
-            y="row", left="left", right="right", height=0.7, fill_color=COLOURS[use], line_color=COLOURS[use],
-            line_width=0.5, source=source,
+            y="row", left="left", right="right", height=0.7, fill_color=COLOURS[use], source=source,
+            line_width=0.5, line_color=None if use in MINOR else COLOURS[use],
         )  # fmt: skip
         tips = [("", TEXTS[use]), ("rank", "@rank"), ("from, to", f"@left{{0.000}}, @right{{0.000}} {unit}")]
         _hover(made, [bars], [*tips, ("iterations", "@first to @last")] if any(p.first for *_, p in found) else tips)

@@ -14,10 +14,11 @@ from moetion_lightning.events import (
 )
 from moetion_lightning.report.reading import Record
 
-__all__ = ["Lane", "Piece", "Process"]
+__all__ = ["MINOR", "Lane", "Piece", "Process"]
 
 _MOST_PIECES = 4000
-_MINOR = (Use.STALL, Use.VALIDATION, Use.IDLE)  # parts of any iteration
+#: Parts of any iteration.
+MINOR = (Use.STALL, Use.VALIDATION, Use.IDLE)
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Lane:
         """What the rank did next."""
         use, length, number = span.use, span.end - span.start, span.iteration
         last = self.pieces[-1] if self.pieces else None
-        if last is not None and (use is last.use or (length < self._shortest_minor and use in _MINOR)):
+        if last is not None and (use is last.use or (length < self._shortest_minor and use in MINOR)):
             last.take(use, span.end, length, number, number)
             return
         self._add(Piece(span.start, span.end, {use: length}, number, number))
@@ -98,7 +99,7 @@ class Lane:
                 self._add(piece)
 
     def _is_short(self, piece: Piece) -> bool:
-        return piece.end - piece.start < (self._shortest_minor if piece.use in _MINOR else self._shortest)
+        return piece.end - piece.start < (self._shortest_minor if piece.use in MINOR else self._shortest)
 
     def _add(self, piece: Piece) -> None:
         pieces = self.pieces

@@ -188,7 +188,8 @@ def _figures(body: _Body, runs: Sequence[Run]) -> None:
 
 _ABOUT_LOSS = (
     "Over all restarts: the last execution of each iteration, and under it, as spots, executions that a failure took "
-    "back. Where a recovery is exact, they lie on the curve. Dashed: the last iteration before each failure."
+    "back. Where a recovery is exact, they lie on the curve. Dashed: the last iteration before each failure. "
+    "The line is the mean over ranks, the band reaches to the highest one."
 )
 _ABOUT_BADPUT = (
     "Wall time since the first start, mean over ranks. Each second is counted once, so all bars together are the wall "

@@ -248,7 +248,7 @@ def test_curves_hold_each_iteration_once_and_what_was_taken_back(tmp_path: Path)
 
 def test_a_stop_that_was_said_is_told_and_a_completed_fit_is_no_failure(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    for pid, reason, predecessor in ((1, "ValueError: no", ""), (2, "", "killed by SIGKILL"), (3, "", "")):
+    for pid, reason, predecessor in ((1, "ValueError: no", ""), (2, "", "exit code 1"), (3, "", "")):
         made = START + run.now + 1.0
         environment = {"host": "here", "torch": "2.13"}
         run.emit(
@@ -264,7 +264,7 @@ def test_a_stop_that_was_said_is_told_and_a_completed_fit_is_no_failure(tmp_path
             run.emit(ProcessEnded(completed=False, reason=reason), pid=pid)
     history = run.history()
     (failure,) = history.failures
-    assert failure.cause == "killed by SIGKILL"  # the launcher's word counts more
+    assert failure.cause == "ValueError: no"  # the launcher has only seen an exit code
     assert history.uses[Use.START] == 3 * 2 * NANOSECONDS
     assert (history.uses[Use.DETECTION], history.uses[Use.IDLE]) == (NANOSECONDS, NANOSECONDS)
     assert as_json("run", history)["environment"] == {"host": "here", "torch": "2.13"}
