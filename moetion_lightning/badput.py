@@ -33,6 +33,7 @@ __all__ = ["CAUSES", "NANOSECONDS", "Ledger", "Span", "Use"]
 NANOSECONDS = 1_000_000_000
 _HOUR = 3600 * NANOSECONDS
 _CLOCKS = NANOSECONDS // 1000  # iterations follow each other: a smaller gap is that of two clocks
+_ON_PURPOSE = ("SIGTERM", "KeyboardInterrupt")
 _MARK = 60 * NANOSECONDS  # the last hour is known to the minute
 
 
@@ -213,7 +214,7 @@ class Ledger:
     def _end(self, event: ProcessEnded, at: int) -> None:
         lost = Use.REDO if self._begun else Use.START
         self.spend(at, Use.IDLE if event.completed else lost)
-        self._ended = event.completed or "SIGTERM" in event.reason
+        self._ended = event.completed or event.reason.startswith(_ON_PURPOSE)
         if event.completed:
             self.reached = 0  # what begins now is another course, or goes on behind this one
 

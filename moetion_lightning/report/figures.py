@@ -49,7 +49,7 @@ class Run:
 
 def _figure(x_label: str, y_label: str, height: int, **options: Any) -> Figure:
     tools = [PanTool(dimensions="width"), BoxZoomTool(dimensions="width"), ResetTool()]
-    wheel = WheelZoomTool(dimensions="width", modifiers={"ctrl": True})
+    wheel = WheelZoomTool(dimensions="width", modifiers="ctrl")
     made = figure(
         height=height, sizing_mode="stretch_width", tools=[*tools, wheel], active_drag=tools[1], active_scroll=wheel,
         toolbar_location="right", background_fill_color=None, border_fill_color=None, outline_line_color=RULE,
@@ -174,7 +174,7 @@ def _mark(made: Figure, places: Sequence[float], top: float | None = None) -> No
     """A line for each failure; with ``top``, its number there, as in the table."""
     if not places:
         return
-    made.vspan(x=list(places), line_color=FAILURE, line_dash=[3, 3], line_width=1, line_alpha=0.9)
+    made.vspan(x=list(places), line_color=FAILURE, line_dash="dashed", line_width=1, line_alpha=0.9)
     if top is None:
         return
     shown, last = [], float("-inf")
@@ -247,7 +247,7 @@ def draw_curves(
         scaled = Curve(iterations=found.iterations, values=found.values * scale, highest=found.highest * scale)
         _line(made, _thinned(scaled), colour, label, "{0.000}")
         if dense and run.history.dense_bytes:
-            made.hspan(y=run.history.dense_bytes * scale, line_color=colour, line_dash=[6, 4], line_width=1.5)
+            made.hspan(y=run.history.dense_bytes * scale, line_color=colour, line_dash="dashed", line_width=1.5)
     return made
 
 

@@ -87,7 +87,7 @@ class TrainingSession:
         self._point: RestorePoint | LivePoint | None = None
         self._run_state: RunState | None = None
         self._optimizers: tuple[Optimizer, ...] = ()
-        self._is_open = self._closed = self._trained = False
+        self._is_open = self._closed = self._trained = self._at_exit = False
         # A script may end, or fail, without an end of the run: a copy that is under way then would abort the
         # interpreter's end.
         atexit.register(self._close_at_exit)
@@ -371,22 +371,22 @@ class TrainingSession:
             if self._engine is not None:
                 if completed:
                     self._engine.end()
-                stack.callback(self._bus.emit, ProcessEnded(completed=completed, reason=_reason(completed)))
+                stack.callback(
+                    self._bus.emit, ProcessEnded(completed=completed, reason="" if completed else self._reason())
+                )
             if self._engine is not None:
                 stack.callback(self._fit.ended, self._engine, completed=completed and self._trained)
                 self._engine.close(trained=completed and self._trained)
 
     def _close_at_exit(self) -> None:
+        self._at_exit = True
         self.close(completed=False)
 
-
-def _reason(completed: bool) -> str:
-    """Why training ends here: the error that is on its way, or that has ended the script."""
-    error = sys.exc_info()[1] or getattr(sys, "last_value", None)
-    if completed:
-        return ""
-    if error is None:
-        return "ended before training was complete"
-    name, first = type(error).__name__, str(error).partition("\n")[0][:200]
-    name = name.replace("SIGTERMException", "SIGTERM")
-    return f"{name}: {first}" if first else name
+    def _reason(self) -> str:
+        """Why training ends here: the error that is on its way, or that has ended the script."""
+        error = sys.exc_info()[1] or (getattr(sys, "last_value", None) if self._at_exit else None)
+        if error is None:
+            return "ended before training was complete"
+        name, first = type(error).__name__, str(error).partition("\n")[0][:200]
+        name = name.replace("SIGTERMException", "SIGTERM")
+        return f"{name}: {first}" if first else name
