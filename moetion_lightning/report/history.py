@@ -30,7 +30,7 @@ __all__ = ["Curve", "History", "tell"]
 
 Floats = NDArray[np.float64]
 _RATIO_POINTS = 600
-_MOST_PIECES = 40_000  # on one page
+_MOST_PIECES = 24_000  # on one page
 _HOUR = 3600.0
 _KEPT_COUNTS = 64  # windows that a restore can take back
 
