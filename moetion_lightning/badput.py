@@ -89,6 +89,7 @@ class Ledger:
         self.reached = 0
         self._on_span = on_span
         self._marks: deque[tuple[int, tuple[int, ...]]] = deque([(start, (0,) * len(Use))])
+        self._next_mark = start + _MARK
         self._num_processes = 0
         self._ended = self._begun = self._went_back = False
         self._searches = True
@@ -145,7 +146,8 @@ class Ledger:
             self.reached = 0
         elif isinstance(event, ProcessEnded):
             self._end(event, at)
-        self.seen = max(self.seen, at)
+        if at > self.seen:
+            self.seen = at
 
     def begin_process(self, created: int, now: int) -> None:
         """Another process goes on with this rank.
@@ -180,7 +182,8 @@ class Ledger:
             return
         self.cursor = until
         self.totals[use] += until - start
-        if until - self._marks[-1][0] >= _MARK:
+        if until >= self._next_mark:
+            self._next_mark = until + _MARK
             self._marks.append((until, tuple(self.totals.values())))
             while len(self._marks) > 1 and self._marks[1][0] <= until - _HOUR:
                 self._marks.popleft()
@@ -204,11 +207,12 @@ class Ledger:
         elif number <= self.reached:
             self.spend(at, Use.REDO, number)
         else:
-            stall = min(_ns(event.stall_seconds), max(0, at - self.cursor))
+            stall = _ns(event.stall_seconds)
             self.spend(at - stall - validation, Use.PRODUCTIVE, number)
             if validation:
                 self.spend(at - stall, Use.VALIDATION, number)
-            self.spend(at, Use.STALL, number)
+            if stall:
+                self.spend(at, Use.STALL, number)
             self.reached = number
 
     def _end(self, event: ProcessEnded, at: int) -> None:
@@ -264,4 +268,4 @@ class Ledger:
 
 
 def _ns(seconds: float) -> int:
-    return max(0, round(seconds * NANOSECONDS))
+    return round(seconds * NANOSECONDS) if seconds > 0 else 0

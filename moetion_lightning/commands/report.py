@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def report(args: Sequence[str]) -> int:
 
     folder = options.run_dir if options.run_dir.is_dir() else options.run_dir.parent
     out = options.out or folder / "report.html"
-    reading = write_report(options.run_dir, out, options.compare)
+    reading = write_report(options.run_dir, out, options.compare, os.cpu_count() or 1)
     skipped = f"; {reading.num_skipped} lines skipped" if reading.num_skipped else ""
     print(f"{out}: {reading.num_events} events from {len(reading.files)} files{skipped}")
     return 0
@@ -44,5 +45,5 @@ def _print_numbers(paths: Sequence[Path]) -> None:
     """One object of a run, or a list of two."""
     from moetion_lightning.report import as_json, read_events, tell
 
-    found = [as_json(path.resolve().name, tell(read_events(path))) for path in paths]
+    found = [as_json(path.resolve().name, tell(read_events(path), os.cpu_count() or 1)) for path in paths]
     print(json.dumps(found[0] if len(found) == 1 else found, indent=2))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +26,7 @@ from moetion_lightning.events import (
 )
 from moetion_lightning.report.failures import RARE, Failure, find_failures
 from moetion_lightning.report.lanes import Lane, Process, nanoseconds
-from moetion_lightning.report.reading import Record
+from moetion_lightning.report.reading import Reading, Record
 
 __all__ = ["Curve", "History", "tell"]
 
@@ -116,27 +118,22 @@ class History:
         return self.processes[min(self.processes)][-1]
 
 
-def tell(records: Iterable[Record]) -> History:
+def tell(records: Iterable[Record], processes: int = 1) -> History:
     """Make the history of a run from its events; there must be one.
 
     Args:
         records: Those of each rank in the order in which they came.
+        processes: How many may read them, where they are long and in several files. With more than one, the module
+            ``__main__`` must be fit for :mod:`multiprocessing`.
     """
-    ranks: dict[int, _Rank] = {}
-    counts = _Counts()
-    first: dict[int, float] = {}
-    for record in records:
-        rank = ranks.get(record.rank)
-        if rank is None:
-            rank = ranks[record.rank] = _Rank(record)
-        rank.add(record)
-        event = record.event
-        if isinstance(event, (IterationFinished, LastIterationFinished)):
-            first[event.iteration] = min(record.time, first.get(event.iteration, record.time))
-        elif isinstance(event, (TokensCounted, RestoreApplied)) and record.rank == min(ranks):  # the same on all
-            counts.add(event)
-    ranks = dict(sorted(ranks.items()))
-    processes = {number: tuple(rank.processes) for number, rank in ranks.items()}
+    parts = records.parts(processes) if isinstance(records, Reading) else []
+    read = _read_at_once(parts) if len(parts) > 1 else None
+    if read is None:
+        read = _Read(records)
+    elif isinstance(records, Reading):
+        records.count(read.num_events, read.num_skipped)
+    ranks, counts, first = dict(sorted(read.ranks.items())), read.counts, read.first
+    of_ranks = {number: tuple(rank.processes) for number, rank in ranks.items()}
     start, end = min(r.ledger.start for r in ranks.values()), max(r.ledger.seen for r in ranks.values())
     for rank in ranks.values():
         rank.end(start, end)
@@ -147,7 +144,7 @@ def tell(records: Iterable[Record]) -> History:
         start=start / NANOSECONDS,
         end=end / NANOSECONDS,
         lanes=tuple(rank.lane for rank in ranks.values()),
-        failures=find_failures(processes, first),
+        failures=find_failures(of_ranks, first),
         uses={use: sum(ledger.totals[use] for ledger in every) for use in Use},
         recent=_summed([ledger.last_hour() for ledger in every]),
         ratio=_ratio([rank.lane for rank in ranks.values()], start, end),
@@ -159,9 +156,58 @@ def tell(records: Iterable[Record]) -> History:
         dense_bytes=sum(rank.dense_bytes for rank in ranks.values()),
         tokens=counts.total(),
         plt=next((rank.plt for rank in ranks.values() if rank.plt is not None), None),
-        processes=processes,
-        iterations=max((process.last for lives in processes.values() for process in lives), default=0),
+        processes=of_ranks,
+        iterations=max((process.last for lives in of_ranks.values() for process in lives), default=0),
     )
+
+
+class _Read:
+    """What is kept of events.
+
+    Args:
+        records: They.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.ranks: dict[int, _Rank] = {}
+        self.counts = _Counts()
+        self.first: dict[int, float] = {}
+        counting = None
+        for record in records:
+            rank = self.ranks.get(record.rank)
+            if rank is None:
+                rank = self.ranks[record.rank] = _Rank(record)
+            rank.add(record)
+            event = record.event
+            if isinstance(event, (IterationFinished, LastIterationFinished)):
+                if record.time < self.first.get(event.iteration, float("inf")):
+                    self.first[event.iteration] = record.time
+            elif isinstance(event, (TokensCounted, RestoreApplied)):
+                counting = record.rank if counting is None else counting  # all ranks are told the same
+                if record.rank == counting:
+                    self.counts.add(event)
+        self.num_events = self.num_skipped = 0
+        if isinstance(records, Reading):
+            self.num_events, self.num_skipped = records.num_events, records.num_skipped
+
+    def take(self, other: _Read) -> None:
+        """Add other ranks."""
+        self.ranks.update(other.ranks)
+        for iteration, time in other.first.items():
+            self.first[iteration] = min(time, self.first.get(iteration, time))
+        self.num_events += other.num_events
+        self.num_skipped += other.num_skipped
+
+
+def _read_at_once(parts: Sequence[Reading]) -> _Read | None:
+    """Read parts of a run in processes of their own; None if the events of a rank are in several parts."""
+    with ProcessPoolExecutor(len(parts), multiprocessing.get_context("spawn")) as pool:
+        first, *others = pool.map(_Read, parts)
+    if len({rank for read in (first, *others) for rank in read.ranks}) < sum(len(r.ranks) for r in (first, *others)):
+        return None
+    for other in others:
+        first.take(other)
+    return first
 
 
 @dataclass

@@ -32,13 +32,14 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def write_report(run_dir: Path, out: Path, compare: Path | None = None) -> Reading:
+def write_report(run_dir: Path, out: Path, compare: Path | None = None, processes: int = 1) -> Reading:
     """Write the page about the run whose events are in a folder.
 
     Args:
         run_dir: Folder with the JSONL files of all ranks, or one such file.
         out: The file to write; it is replaced.
         compare: The same of another run that is shown with it.
+        processes: How many may read very large files; see :func:`~.history.tell`.
 
     Returns:
         What was read.
@@ -54,9 +55,9 @@ def write_report(run_dir: Path, out: Path, compare: Path | None = None) -> Readi
             "(--json needs nothing.)"
         ) from error
     reading = read_events(run_dir, UNUSED)
-    runs = [Run(name=run_dir.resolve().name, history=tell(reading))]
+    runs = [Run(name=run_dir.resolve().name, history=tell(reading, processes))]
     if compare is not None:
-        runs.append(Run(name=compare.resolve().name, history=tell(read_events(compare, UNUSED))))
+        runs.append(Run(name=compare.resolve().name, history=tell(read_events(compare, UNUSED), processes)))
     if len(runs) == 2 and runs[0].name == runs[1].name:
         runs = [Run(name=str(path), history=run.history) for path, run in zip((run_dir, compare), runs)]
     page = make_page(runs, _read_text(reading))

@@ -17,6 +17,7 @@ __all__ = ["Reading", "Record", "find_files", "read_events"]
 _OF_CURVES = (CaptureFinished.__name__.encode(), LossRecorded.__name__.encode())
 _EVENT, _ITERATION = b'"event": "', b'"iteration": '
 _WHOLE_BYTES = 64 << 20
+_LONG = 4  # times that
 
 
 class Record(NamedTuple):
@@ -51,7 +52,21 @@ class Reading:
         self.num_skipped = 0
         #: Of this many iterations the captured bytes and the loss of one are read.
         self.every = 1 + sum(file.stat().st_size for file in files) // _WHOLE_BYTES
+        self._without = tuple(without)
         self._unwanted = {name.encode() for name in without}
+
+    def parts(self, most: int) -> list[Reading]:
+        """The same in parts, if it is long and in several files; nothing is read yet."""
+        most = min(most, len(self.files)) if self.every > _LONG else 1
+        parts = [Reading(self.files[index::most], self._without) for index in range(most)]
+        for part in parts:
+            part.every = self.every
+        return parts
+
+    def count(self, num_events: int, num_skipped: int) -> None:
+        """Parts of it have been read."""
+        self.num_events += num_events
+        self.num_skipped += num_skipped
 
     def __iter__(self) -> Iterator[Record]:
         """Read the files."""

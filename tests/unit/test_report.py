@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from moetion_lightning.events import (
     TokensCounted,
     WindowCommitted,
 )
-from moetion_lightning.report import History, as_json, read_events, tell, write_report
+from moetion_lightning.report import History, as_json, read_events, reading, tell, write_report
+from moetion_lightning.report import history as histories
 from moetion_lightning.report.figures import Run as Drawn
 from moetion_lightning.report.figures import short_names
 from moetion_lightning.report.history import Curve
@@ -338,6 +340,22 @@ def test_ranks_that_are_lost_together_are_one_failure(tmp_path: Path) -> None:
     first, second = run.history().failures
     assert first.ranks == second.ranks == (0, 1)
     assert (first.iteration, second.iteration) == (3, 5)
+
+
+def test_parts_that_are_read_at_once_make_the_same_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = pipeline(tmp_path)
+    run.emit(TokensCounted(iteration=7, tokens={"a": [1, 2]}), pid=10)
+    whole = run.history()
+    monkeypatch.setattr(reading, "_LONG", 0)
+    monkeypatch.setattr(histories, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
+    events = read_events(tmp_path)
+    assert len(events.parts(2)) == 2
+    together = tell(events, processes=2)
+    assert as_json("run", together) == as_json("run", whole)
+    assert together.tokens == whole.tokens == {"a": [1, 2]}
+    assert events.num_events == len(list(read_events(tmp_path)))
+    (tmp_path / "more.jsonl").write_bytes((tmp_path / "events-0.jsonl").read_bytes())  # one rank in several files
+    assert tell(read_events(tmp_path), processes=4).num_processes == whole.num_processes
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
