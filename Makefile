@@ -6,12 +6,13 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm test-ray check bench gpu docs clean setup
+.PHONY: help demo test test-versions test-slurm test-ray check bench papers gpu docs clean setup
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+VERSIONS ?= lowest middle newest
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -38,6 +39,10 @@ demo: $(STAMP)  ## Train a small MoE, kill it, watch it come back bit for bit
 test: $(DOCS_STAMP)  ## Run all tests
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal --durations 15 $(ARGS)
 
+test-versions: $(STAMP)  ## The tests that depend on versions, in three environments (uv; gigabytes): VERSIONS="lowest newest"
+	$(PIP) uv
+	@failed=0; for name in $(VERSIONS); do echo "== $$name"; $(PY) tests/versions.py $$name $(ARGS) || failed=1; done; exit $$failed
+
 test-slurm: export MOETION_TEST_CLUSTERS = 1
 test-slurm: $(STAMP)  ## Test on a SLURM cluster of this machine (root, and Debian's slurmctld slurmd slurm-client munge)
 	$(PY) -m pytest tests/clusters/test_slurm.py -ra $(ARGS)
@@ -56,6 +61,9 @@ bench: $(BENCH_STAMP)  ## Measure overhead, recovery, replicas, failover; tables
 	  [ -e "$$script" ] || continue; case "$$script" in */_*|*/gpu.py) continue;; esac; \
 	  found=1; echo "== $$script"; $(PY) "$$script" $(ARGS); done; \
 	[ "$$found" = 1 ] || { echo "no benchmark scripts in benchmarks/"; exit 1; }
+
+papers: $(STAMP)  ## Tables and figures of MoEvement and MoC-System, theirs beside ours (minutes)
+	@set -e; for script in benchmarks/papers/[!_]*.py; do echo "== $$script"; $(PY) "$$script"; done
 
 gpu: $(BENCH_STAMP)  ## On a machine with a GPU: run tests/gpu, measure, write benchmarks/results/gpu.md
 	@$(PY) benchmarks/gpu.py $(ARGS)

@@ -3,6 +3,9 @@
 Random ranks of a job are killed with SIGKILL at random times (exponential, seeded), the same ones for both ways. Useful
 time is the newest step reached times the time of a step that nothing disturbs; steps that are executed again are not
 useful. The wall time begins with the first step, so that the common first start is not counted.
+
+Beside each ratio stands what `moetion simulate` would say of the same kills, from what the run has measured itself:
+the pace between failures and how long outages took.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from _jobs import MODES, Job, JobError, end_on_sigterm, steps_of
+from _predicted import observed, predicted
 from _report import RESULTS, load_results, machine, machine_line, markdown_table, number, write_results
 from _sizes import add_model_arguments, fill_medium, model_argv
 
@@ -127,10 +131,11 @@ def run_under_failures(name: str, every: int, args: argparse.Namespace) -> dict[
         ended = time.time()
         wall = max(seconds, ended - began)
         last = newest_common(job.records(), args.ranks, ended)
-        executed = sum(1 for r in steps_of(job.records(), 0) if began < r["time"] <= ended)
+        times = [r["time"] - began for r in steps_of(job.records(), 0) if began < r["time"] <= ended]
+    shot = [kill["at"] for kill in kills if kill["at"] is not None]
     return {
         "name": name, "every": every, "wall_seconds": wall, "first_step": first, "last_step": last, "kills": kills,
-        "executed_by_rank_0": executed,
+        "executed_by_rank_0": len(times), **observed(times, shot),
     }  # fmt: skip
 
 
@@ -201,7 +206,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         row = run_under_failures(name, every if name == "torchrun-file" else 1, args)
         say(f"reached step {row['last_step']} with {len(row['kills'])} failures; calibration")
         calibrations.append(calibrate(args))
-        results["rows"].append(row | summarise(row, before, calibrations[-1]))
+        results["rows"].append(row | summarise(row, before, calibrations[-1], args.mtbf))
         say(f"{name}: {results['rows'][-1]['ettr']:.3f}")
         results["seconds"] = time.perf_counter() - started
         results["load_average_end"] = machine()["load_average"]
@@ -209,15 +214,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def summarise(row: dict[str, Any], before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
-    """The ratio with the mean of the calibrations before and after, and its range with either alone."""
+def summarise(
+    row: dict[str, Any], before: dict[str, float], after: dict[str, float], mtbf: float
+) -> dict[str, Any]:  # fmt: skip
+    """The ratio with the mean of the calibrations around it, its range with either alone, and the simulator's."""
 
     def with_step(step_seconds: float) -> float:
         return training_ratio(row["first_step"], row["last_step"], step_seconds, row["wall_seconds"])
 
     either = sorted(with_step(c["step_seconds"]) for c in (before, after))
     step_seconds = statistics.fmean(c["step_seconds"] for c in (before, after))
-    return {"ettr": with_step(step_seconds), "ettr_range": either, "step_seconds": step_seconds}
+    prediction = predicted(
+        step_seconds=step_seconds, every=row["every"], seconds=row["wall_seconds"], mtbf=mtbf,
+        kills=[kill["at"] for kill in row["kills"] if kill["at"] is not None], pace_seconds=row["pace_seconds"],
+        outages=row["outages"],
+    )  # fmt: skip
+    return {
+        "ettr": with_step(step_seconds), "ettr_range": either, "step_seconds": step_seconds, "predicted": prediction,
+    }  # fmt: skip
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -229,13 +243,17 @@ def markdown(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         done = [kill for kill in row["kills"] if kill["at"] is not None]
         low, high = row["ettr_range"]
+        said, pace = row.get("predicted", {}), row.get("pace_seconds")  # older results have none
         rows.append([
             MODES[row["name"]].label, f"{row['every']} steps", f"{row['ettr']:.2f} ({low:.2f}..{high:.2f})",
+            number(said.get("simulated")), number(said.get("closed_form")),
             str(len(done)), str(row["last_step"] - row["first_step"]),
-            number(1e3 * row["step_seconds"], "{:.0f}"),
+            number(1e3 * row["step_seconds"], "{:.0f}"), number(pace and 1e3 * pace, "{:.0f}"),
+            ", ".join(f"{seconds:.1f}" for seconds in row.get("outages", ())) or "-",
         ])  # fmt: skip
     header = [
-        "how", "saves every", "effective training time ratio", "failures", "new steps", "undisturbed step, ms",
+        "how", "saves every", "effective training time ratio", "simulated", "closed form", "failures", "new steps",
+        "undisturbed step, ms", "step between failures, ms", "outages, s",
     ]  # fmt: skip
     return f"{about}\n\n{markdown_table(header, rows)}"
 

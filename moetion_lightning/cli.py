@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from moetion_lightning import __version__
+from moetion_lightning.config import report_channel
 from moetion_lightning.errors import MoEtionError
 
 __all__ = ["main"]
@@ -39,36 +40,41 @@ several processes
 looking
   recipes     list the packaged recipes; `recipes NAME` prints one, `recipes NAME --copy DIR` copies it
   explain     table of operators of recipe:NAME, FILE.yaml or package.module:Class (bytes, tokens, slot)
+  plan, simulate  each policy for a model, hardware and failures: bytes, memory, effective training time
   inspect     windows, slots, operators, sizes and ages under a path; verifies checksums
   jobs        jobs whose state is in this machine's memory
   clean       remove what dead jobs left there
   export      an ordinary checkpoint of a restore point, without the training script
   report      one HTML page about a run from its events: time line, failures, effective training time
-  demo        train, kill, restart, compare bit for bit with a run that never failed
-  demo ranks     kill one rank of several; it is replaced while the others live on
-  demo pipeline  kill one stage of three; it alone is replayed, from its neighbours' logs
+  demo        train, kill, restart, compare bit for bit; `demo ranks`, `demo pipeline`: one rank, one stage
+  drill       the same with your script: does it recover exactly, what differs first, what to change
+  diff        the step and tensor in which two recorded runs part; `punish JOB`: kill ranks of a live job
 
 examples
   moetion fit --config recipe:tiny_moe_cpu --trainer.max_steps 20
   moetion fit --config recipe:tiny_moe_cpu --model.init_args.num_experts 16 --print_config > mine.yaml
-  moetion fit --config mine.yaml --model my_package.MyModule
   moetion explain recipe:qwen3_moe_tiny
   moetion run train.py --my-argument 1
   moetion launch --nproc-per-node 4 --standby 1 train.py --my-argument 1
 
-Each command has its own --help.  moetion --version; moetion --print_completion shtab-bash (or -zsh, -fish)
+Each command has its own --help.  moetion --version; moetion completion bash (or zsh, fish) for the shell
 """
 
 TRAINING = ("fit", "validate", "test", "predict")
 _OWN = {
     "recipes": ("moetion_lightning.commands.recipes", "recipes"),
     "explain": ("moetion_lightning.commands.explain", "explain"),
+    "plan": ("moetion_lightning.commands.plan", "plan"),
+    "simulate": ("moetion_lightning.commands.simulate", "simulate"),
     "inspect": ("moetion_lightning.commands.state", "inspect"),
     "jobs": ("moetion_lightning.commands.state", "jobs"),
     "clean": ("moetion_lightning.commands.state", "clean"),
     "export": ("moetion_lightning.commands.export", "export"),
     "report": ("moetion_lightning.commands.report", "report"),
     "demo": ("moetion_lightning.demo", "main"),
+    "diff": ("moetion_lightning.commands.diff", "diff"),
+    "punish": ("moetion_lightning.commands.punish", "punish"),
+    "drill": ("moetion_lightning.commands.drill", "drill"),
     "run": ("moetion_lightning.commands.run", "run"),
     "launch": ("moetion_lightning.commands.launch", "launch"),
     "rendezvous": ("moetion_lightning.commands.launch", "rendezvous"),
@@ -95,40 +101,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # the user's own modules, as with `python -m`
     try:
-        if command.startswith("--print_completion"):
-            return _complete(args)
+        if command == "completion":
+            return _complete(args[1:])
         if command in TRAINING or (command.startswith("-") and any(word in TRAINING for word in args)):
             return _train(args)
         if command in _OWN:
-            module, function = _OWN[command]
-            return int(getattr(import_module(module), function)(args[1:]))
+            return _own(command)(args[1:])
     except MoEtionError as error:
-        if command in (*TRAINING, "run"):  # an error of the run itself: with its traceback
+        if report_channel() is not None:  # a rank: its launcher reads the error, and its exit status
             raise
         print(f"moetion {command}: error: {error}", file=sys.stderr)
         return 2
-    near = difflib.get_close_matches(command, [*TRAINING, *_OWN], n=1)
+    near = difflib.get_close_matches(command, [*TRAINING, *_OWN, "completion"], n=1)
     hint = f" Did you mean `moetion {near[0]}`?" if near else ""
     print(f"moetion: error: unknown command {command!r}.{hint} See moetion --help.", file=sys.stderr)
     return 2
 
 
-def _complete(args: list[str]) -> int:
-    """Print a shell's completion, made by jsonargparse and shtab."""
-    from jsonargparse import set_parsing_settings
+def _own(command: str) -> Callable[[Sequence[str]], int]:
+    module, function = _OWN[command]
+    found: Callable[[Sequence[str]], int] = getattr(import_module(module), function)
+    return found
 
-    set_parsing_settings(add_print_completion_argument=True)
-    return _train(args)
+
+def _complete(args: list[str]) -> int:
+    from moetion_lightning.commands.completion import completion
+
+    return completion(args, {**dict.fromkeys(TRAINING), **{name: _own(name) for name in _OWN}, "completion": None})
 
 
 def _train(args: list[str]) -> int:
     from moetion_lightning.commands.arguments import expand_recipes
 
-    try:
-        expanded = expand_recipes(args)  # before the heavy imports: a misspelt recipe is told at once
-    except MoEtionError as error:
-        print(f"moetion {args[0]}: error: {error}", file=sys.stderr)
-        return 2
+    expanded = expand_recipes(args)  # before the heavy imports: a misspelt recipe is told at once
     from moetion_lightning.commands.train import train
 
     return train(expanded)

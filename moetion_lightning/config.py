@@ -36,13 +36,14 @@ __all__ = [
     "notebook_name",
     "report_channel",
     "socket_interface",
+    "started_rank",
     "torchrun_worker",
     "unnumbered_slurm_nodes",
     "update_environment",
     "valid_job_id",
 ]
 
-#: Exit code of a process that SIGTERM has ended in good order (128 + 15), as a shell says it.
+#: Exit code of a process that SIGTERM has ended cleanly (128 + 15), as a shell reports it.
 TERMINATED_EXIT_CODE = 143
 #: Seconds between two failures of a large job: Llama 3's 16,384 GPUs saw 466 in 54 days (arXiv 2407.21783).
 DEFAULT_MTBF = 10_000.0
@@ -225,6 +226,12 @@ def launched_process() -> LaunchedProcess | None:
             f"{STORE_VARIABLE}={os.environ[STORE_VARIABLE]!r} is set, but the rest of what `moetion launch` sets is "
             f"missing or malformed ({type(error).__name__}: {error}). Start the job with `moetion launch`, or unset it."
         ) from error
+
+
+def started_rank() -> int:
+    """This process's global rank, as ``moetion launch`` or ``torchrun`` told it; 0 if neither started it."""
+    launched, worker = launched_process(), torchrun_worker()
+    return launched.rank if launched is not None else 0 if worker is None else worker.rank
 
 
 def launched_run() -> tuple[str, int]:

@@ -61,6 +61,7 @@ __all__ = [
     "WindowCommitted",
     "WindowPersisted",
     "WindowReplicated",
+    "listen",
 ]
 
 
@@ -420,6 +421,26 @@ class Notice(Event):
 
 Sink: TypeAlias = Callable[[Event], None]
 
+_listeners: list[Sink] = []
+
+
+def listen(sink: Sink) -> Callable[[], None]:
+    """Deliver the events of every bus of this process to a sink: to watch a script that gives its adapter no sinks.
+
+    Args:
+        sink: Callable that takes one event.
+
+    Returns:
+        What ends it.
+    """
+    _listeners.append(sink)
+
+    def stop() -> None:
+        with contextlib.suppress(ValueError):
+            _listeners.remove(sink)
+
+    return stop
+
 
 class EventBus:
     """Delivers events to sinks.
@@ -433,13 +454,14 @@ class EventBus:
 
     def emit(self, event: Event) -> None:
         """Deliver ``event`` to every sink, in the calling thread."""
-        for sink in tuple(self._sinks):
-            try:
-                sink(event)
-            except Exception:
-                _log.exception("event sink %r raised and gets no more events", sink)
-                with contextlib.suppress(ValueError):  # another thread may have dropped it meanwhile
-                    self._sinks.remove(sink)
+        for sinks in (self._sinks, _listeners):
+            for sink in tuple(sinks):
+                try:
+                    sink(event)
+                except Exception:
+                    _log.exception("event sink %r raised and gets no more events", sink)
+                    with contextlib.suppress(ValueError):  # another thread may have dropped it meanwhile
+                        sinks.remove(sink)
 
 
 class JsonlSink:

@@ -1,10 +1,10 @@
-"""Sizes, durations, spans and tables as people read them: one place, so that no message shows 0.00 GB."""
+"""Sizes, durations and spans as people read them: one place, so that no message shows 0.00 GB."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-__all__ = ["age_text", "aligned", "batches_text", "bytes_text", "size_text", "span_text"]
+__all__ = ["age_text", "batches_text", "bytes_text", "size_text", "span_text"]
 
 _SHOWN = 8
 
@@ -25,22 +25,6 @@ def size_text(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
-
-
-def aligned(table: Sequence[tuple[str, ...]], right: Collection[int]) -> list[str]:
-    """The rows of a table as lines.
-
-    Args:
-        table: Cells; all rows have as many.
-        right: Columns that end at one place; the others begin at one.
-    """
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in table
-    ]
 
 
 def age_text(seconds: float) -> str:

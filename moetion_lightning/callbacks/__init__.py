@@ -8,6 +8,7 @@ from moetion_lightning.callbacks.gradient_log_checkpoint import GradientLogCheck
 from moetion_lightning.callbacks.partial_experts_checkpoint import PartialExpertsCheckpoint
 from moetion_lightning.callbacks.sparse_expert_checkpoint import SparseExpertCheckpoint
 from moetion_lightning.callbacks.stage_boundary_logging import StageBoundaryLogging
+from moetion_lightning.callbacks.two_phase_checkpoint import TwoPhaseCheckpoint
 
 __all__ = [
     "DenseInMemoryCheckpoint",
@@ -17,4 +18,5 @@ __all__ = [
     "PartialExpertsCheckpoint",
     "SparseExpertCheckpoint",
     "StageBoundaryLogging",
+    "TwoPhaseCheckpoint",
 ]

@@ -47,13 +47,13 @@ def _handed_on(hook: str, *positions: int) -> Any:
 
 
 class EngineCallback(EarlyCallback):
-    """Runs one session per ``fit``. Subclasses say with what policy.
+    """Runs one session per ``fit``. Subclasses choose the policy.
 
     Args:
-        specs: Descriptions of MoE blocks that are not found by themselves, see `moetion explain`.
+        specs: Descriptions of MoE blocks that are not detected automatically, see `moetion explain`.
         sinks: Callables that get every event.
         events_path: JSONL file for the events of the run; None for none.
-        log_metrics: Show window, stall and bytes in progress bar and loggers.
+        log_metrics: Log window, stall and bytes, and show the newest committed step in the progress bar.
         **settings: Of the engine.
 
     Raises:
@@ -204,7 +204,7 @@ class EngineCallback(EarlyCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         progress.enter(Section.SAVE)  # whatever the script does between two stages
-        # Lightning calls this after a whole fit, and also after an interrupted one that it ends in good order.
+        # Lightning calls this after a whole fit, and also after an interrupted one that it ends cleanly.
         if stage == "fit":
             self._close(completed=trainer.state.status != TrainerStatus.INTERRUPTED and not trainer.received_sigterm)
 

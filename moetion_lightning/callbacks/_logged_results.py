@@ -48,20 +48,20 @@ class LoggedResults:
         connector._logged_metrics = dict(saved["metrics"]["logged"])
         connector._callback_metrics = dict(saved["metrics"]["callback"])
 
-    def show(self, metrics: dict[str, float], in_bar: tuple[str, ...]) -> None:
+    def show(self, metrics: dict[str, float], in_bar: dict[str, str]) -> None:
         """Hand numbers to the loggers and the progress bar, and leave what the user logs as it is.
 
         ``self.log`` would put them among the metrics that callbacks see, and into the module's own results.
 
         Args:
             metrics: The numbers.
-            in_bar: Names of those that the progress bar shows.
+            in_bar: What the progress bar shows, as text: a bar writes every number with three decimals.
         """
         trainer = self._trainer
         for logger in trainer.loggers:
             logger.log_metrics(metrics=dict(metrics), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        shown = {name: metrics[name] for name in in_bar if name in metrics}
-        trainer._logger_connector._progress_bar_metrics.update(shown)
+        shown: Any = trainer._logger_connector._progress_bar_metrics
+        shown.update(in_bar)
 
     def _metrics(self) -> dict[str, Any]:
         connector = self._trainer._logger_connector

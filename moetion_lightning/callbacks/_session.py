@@ -280,8 +280,9 @@ class LightningSession:
             self._session.record_loss(loss)
         reporter = self._session.reporter
         if self._log_metrics and reporter.is_due(getattr(self._trainer, "log_every_n_steps", 50)):
-            # The capture thread writes to it.
-            self._loops.results.show(dict(reporter.metrics), ("moetion/committed_step", "moetion/stall_ms"))
+            metrics = dict(reporter.metrics)  # the capture thread writes to it
+            committed = int(metrics["moetion/committed_step"])
+            self._loops.results.show(metrics, {"ckpt": str(committed)} if committed >= 0 else {})
 
     def on_before_optimizer_step(self) -> None:
         """Gradients are complete. The user's own hooks come after this one and may change weights."""

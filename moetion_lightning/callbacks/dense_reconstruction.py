@@ -13,7 +13,7 @@ __all__ = ["DenseReconstruction"]
 class DenseReconstruction(EngineCallback):
     """Finds the newest restore point at start, rebuilds the dense state by replaying its window, checks what it can.
 
-    The capturing callbacks do this by themselves. Add it beside one of them to set how a restore is done (``resume``,
+    The capturing callbacks do this automatically. Add it beside one of them to set how a restore is done (``resume``,
     ``on_changed_settings``, ``on_mismatch``, ``skip_frozen_gradients``), or alone to continue a job without capturing
     any more.
 

@@ -57,7 +57,7 @@ class FaultToleranceMonitor(Callback):
     * ``moetion/expert_imbalance``: tokens of the busiest expert over the mean, of the layer where that is largest;
     * ``moetion/slowest_rank``, ``moetion/slowest_over_median``: of several ranks, the one with the longest
       ``own_seconds`` (processor time of the training thread, and its waits for data), and how many times the median of
-      all ranks that is. From 1.5 on it is said in the log. The others wait for it, but it is never ended for that;
+      all ranks that is. From 1.5 on the log says so. The others wait for it, but it is never killed for that;
     * ``moetion/plt``: proportion of lost tokens, which only ``PartialExpertsCheckpoint`` can make more than 0.
 
     The first step is logged, too: what is known by then. The numbers survive SIGKILL. The account of the wall time lies

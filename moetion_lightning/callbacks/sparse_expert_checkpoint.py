@@ -13,13 +13,13 @@ __all__ = ["SparseExpertCheckpoint"]
 class SparseExpertCheckpoint(EngineCallback):
     """Snapshots a part of the experts after every optimizer step, and recovers bit for bit after a kill.
 
-    Add it to a Trainer, change nothing else. When the same command is started again after a failure, training goes on
-    from the newest committed window, having re-executed at most two windows of iterations, with exactly the weights,
-    optimizer state, losses and samples of the run that never failed.
+    Add it to a Trainer and change nothing else. After a failure the same command continues from the newest committed
+    window: it repeats fewer than 2W iterations, and has exactly the weights, optimizer state, losses and samples of the
+    run that never failed.
 
     Args:
-        window: Iterations over which the state is spread; "auto" measures what captures cost, and takes the window
-            with the least expected cost.
+        window: Iterations over which the state is spread (W). 1 is a dense checkpoint of every iteration; "auto"
+            measures what captures cost, and takes the window with the least expected cost.
         **settings: ``specs``, ``sinks``, ``events_path`` and ``log_metrics`` as of
             :class:`~moetion_lightning.callbacks._base.EngineCallback`, and all of
             :class:`~moetion_lightning.config.EngineConfig`.

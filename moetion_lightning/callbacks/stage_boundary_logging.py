@@ -30,8 +30,8 @@ class StageBoundaryLogging(Callback):
     Add it beside ``SparseExpertCheckpoint`` in a Trainer with ``MoEtionStrategy(pipeline_parallel_size=...)``.
 
     Args:
-        max_bytes: Host memory that the log of one rank may take. When it is full the oldest iterations are given up,
-            which is said once: a stage that needs them is then recovered by a rollback of all. None: a tenth of the
+        max_bytes: Host memory that the log of one rank may take. When it is full the oldest iterations are dropped,
+            with one message: a stage that needs them is then recovered by a rollback of all. None: a tenth of the
             node's memory (of what its control groups allow), shared by its ranks.
         log_metrics: Whether the bytes of an iteration go to the loggers.
 

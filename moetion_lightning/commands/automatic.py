@@ -81,7 +81,8 @@ def loop_settings(setting: str, source: str = AUTOMATIC_VARIABLE) -> dict[str, A
     if len(capturing) != 1:
         raise ConfigurationError(
             f"{source}={setting!r}: {len(capturing)} of its callbacks capture; expected one of "
-            "SparseExpertCheckpoint, GradientLogCheckpoint, PartialExpertsCheckpoint, DenseInMemoryCheckpoint"
+            "SparseExpertCheckpoint, GradientLogCheckpoint, PartialExpertsCheckpoint, DenseInMemoryCheckpoint, "
+            "TwoPhaseCheckpoint"
         )
     return {name: value for name, value in capturing[0].engine_settings().items() if name not in OF_THE_WINDOW}
 

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from moetion_lightning.commands.explain_tables import explanation_as_json, explanation_tables
+from moetion_lightning.commands.tables import add_json, print_json, show
 from moetion_lightning.config import OF_THE_WINDOW, EngineConfig
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import PREFIX, recipe_path
@@ -27,6 +29,7 @@ from moetion_lightning.recipes import PREFIX, recipe_path
 if TYPE_CHECKING:
     from torch import nn
 
+    from moetion_lightning.commands.stages import StageTable
     from moetion_lightning.core.explain import Explanation
     from moetion_lightning.core.policy import SparsePolicy
 
@@ -58,10 +61,11 @@ def explain(args: Sequence[str]) -> int:
     parser.add_argument("--mtbf", type=float, help="seconds between two failures, for auto (else: the callback's)")
     parser.add_argument("--iteration-seconds", type=float, help="of an importable module, for auto")
     parser.add_argument("--all", action="store_true", help="one line for each operator, however many there are")
+    add_json(parser)
     options, overrides = parser.parse_known_args(args)
 
     target: str = options.target
-    stages = ""
+    stages: StageTable | None = None
     if target.startswith(PREFIX) or target.endswith((".yaml", ".yml")):
         if options.init is not None or options.meta or options.iteration_seconds is not None:
             parser.error(
@@ -84,11 +88,10 @@ def explain(args: Sequence[str]) -> int:
         init = "{}" if options.init is None else options.init
         module = load_module(target, init, meta=options.meta)
         result = _explain_module(module, options.window or 4, options.mtbf, options.iteration_seconds or 0.0)
-    from moetion_lightning.core.explain import format_explanation
-
-    print(format_explanation(result, max_rows=None if options.all else 60))
-    if stages:
-        print(stages)
+    if options.json:
+        print_json({**explanation_as_json(result), **({"pipeline": stages.as_json()} if stages else {})})
+        return 0
+    show(*explanation_tables(result, max_rows=None if options.all else 60), *(stages.parts() if stages else ()))
     return 0
 
 

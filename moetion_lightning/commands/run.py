@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 from moetion_lightning.commands.arguments import add_program
-from moetion_lightning.config import AUTOMATIC_VARIABLE, automatic_setting, update_environment
-from moetion_lightning.distributed.rank import execute
+from moetion_lightning.config import AUTOMATIC_VARIABLE, automatic_setting, started_rank, update_environment
+from moetion_lightning.distributed.rank import execute, frames_of_program
 from moetion_lightning.errors import ConfigurationError, MoEtionError
 
 __all__ = ["run"]
@@ -50,13 +51,12 @@ def run(args: Sequence[str]) -> int:
     from moetion_lightning.commands.automatic import loop_settings
     from moetion_lightning.integrations.zero_lines import ZeroLines
 
-    try:
-        settings = loop_settings(setting, "--config" if options.config else AUTOMATIC_VARIABLE)
-        if not options.module and not Path(options.script).is_file():
-            raise ConfigurationError(f"{options.script!r} is no file; for a module write `moetion run -m MODULE`")
-    except ConfigurationError as error:
-        print(f"moetion run: error: {error}", file=sys.stderr)
-        return 2
+    settings = loop_settings(setting, "--config" if options.config else AUTOMATIC_VARIABLE)
+    _check_program(options.script, is_module=options.module)
+    if options.record:
+        from moetion_lightning.testing.step_recorder import StepRecorder
+
+        StepRecorder(Path(options.record).resolve(), rank=started_rank()).install()
     update_environment({AUTOMATIC_VARIABLE: setting})
     zero_lines = ZeroLines(settings)
     zero_lines.install()
@@ -67,21 +67,37 @@ def run(args: Sequence[str]) -> int:
     except SystemExit as end:
         completed = end.code in (None, 0)
         raise
-    except Exception as error:
-        if zero_lines.on_the_way and not isinstance(error, MoEtionError):
-            _say_after_traceback(_DONE_BEFORE)
+    except MoEtionError:
+        raise
+    except Exception:
+        _show_as_of_script(_DONE_BEFORE if zero_lines.on_the_way else "")
         raise
     finally:
         zero_lines.finish(completed=completed)
     return 0
 
 
-def _say_after_traceback(text: str) -> None:
+def _check_program(script: str, *, is_module: bool) -> None:
+    if not is_module:
+        if not Path(script).is_file():
+            raise ConfigurationError(f"{script!r} is no file; for a module write `moetion run -m MODULE`")
+        return
+    try:
+        found = importlib.util.find_spec(script)
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"-m {script}: {error}. Give a module that `python -m` runs here.") from error
+    if found is None:
+        raise ConfigurationError(f"-m {script}: there is no such module. Give one that `python -m` runs here.")
+
+
+def _show_as_of_script(text: str) -> None:
+    """Let the traceback of the error that ends the process begin in the script, and say something after it."""
     show = sys.excepthook
 
-    def show_and_say(*error: Any) -> None:
+    def show_and_say(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
         sys.excepthook = show
-        show(*error)
+        error.__traceback__ = frames_of_program(frames)
+        show(kind, error, error.__traceback__)
         sys.stderr.write(text)
 
     sys.excepthook = show_and_say
@@ -90,8 +106,8 @@ def _say_after_traceback(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moetion run",
-        usage="moetion run [--config NAME] SCRIPT [ARGUMENTS]\n"
-        "       moetion run [--config NAME] -m MODULE [ARGUMENTS]",
+        usage="moetion run [--config NAME] [--record DIR] SCRIPT [ARGUMENTS]\n"
+        "       moetion run [--config NAME] [--record DIR] -m MODULE [ARGUMENTS]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -100,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         "--config",
         metavar="NAME",
         help="a recipe, or a YAML file with trainer.callbacks or callbacks (default: MOETION, else default settings)",
+    )
+    parser.add_argument(
+        "--record",
+        metavar="DIR",
+        help="write down losses, inputs and digests of all tensors of every step, for `moetion diff`",
     )
     add_program(parser, "what to run")
     return parser

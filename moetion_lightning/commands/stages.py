@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rich.table import Table
 from torch import nn
 
+from moetion_lightning.commands.tables import table
 from moetion_lightning.core.explain import OperatorRow
 from moetion_lightning.pipeline.balance import balance, check_bounds, layer_weights
 from moetion_lightning.pipeline.layer_list import LayerList, find_layers
 from moetion_lightning.pipeline.layout import PipelineLayout
 from moetion_lightning.pipeline.schedules import schedule_kind
-from moetion_lightning.units import aligned, size_text
+from moetion_lightning.units import size_text
 
-__all__ = ["describe_stages"]
+__all__ = ["StageTable", "describe_stages"]
 
+COLUMNS = ("stage", "rank", "layers", "operators", "elements", "full")
 _SHOWN = 4  # modules outside of the layers, by name
 _NOTES = (
     "note: the slots above are those of one process; each rank schedules a window of its own operators",
@@ -24,8 +28,31 @@ _NOTES = (
 _TIMED = "note: balance is 'time', which is measured with the first batch; shown is 'parameters'"
 
 
-def describe_stages(module: nn.Module, settings: Mapping[str, Any], rows: Sequence[OperatorRow]) -> str:
-    """A table of the stages, as text.
+@dataclass(frozen=True, kw_only=True)
+class StageTable:
+    """The stages of a pipeline.
+
+    Args:
+        title: Ranks, stages, schedule and micro-batches.
+        rows: Cells under :data:`COLUMNS`, one row a stage.
+        notes: What a reader should know.
+    """
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+    def parts(self) -> list[str | Table]:
+        """What is printed."""
+        return ["", self.title, table(COLUMNS, self.rows, right={0, 1, 3, 4, 5}), *self.notes]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for programs."""
+        return {"title": self.title, "stages": [dict(zip(COLUMNS, row, strict=True)) for row in self.rows]}
+
+
+def describe_stages(module: nn.Module, settings: Mapping[str, Any], rows: Sequence[OperatorRow]) -> StageTable:
+    """Which stage holds what.
 
     Args:
         module: The whole module.
@@ -49,13 +76,13 @@ def describe_stages(module: nn.Module, settings: Mapping[str, Any], rows: Sequen
     else:
         bounds = check_bounds(wanted, len(layers), layout.num_stages)
     title = f"pipeline of {size} ranks, {layout.num_stages} stages, schedule {kind.name}, {number} micro-batches"
-    table = [("stage", "rank", "layers", "operators", "elements", "full")]
+    found: list[tuple[str, ...]] = []
     for stage, held in enumerate(_members(module, layers, bounds, rows)):
         elements, full = sum(row.elements for row in held), sum(row.full_bytes for row in held)
         numbers = (str(len(held)), f"{elements:,}", size_text(full))
-        table.append((str(stage), str(layout.owner(stage)), _contents(layers, bounds, stage, held), *numbers))
+        found.append((str(stage), str(layout.owner(stage)), _contents(layers, bounds, stage, held), *numbers))
     notes = (*_NOTES, _TIMED) if wanted == "time" else _NOTES
-    return "\n".join(["", title, *aligned(table, right=(0, 1, 3, 4, 5)), *notes])
+    return StageTable(title=title, rows=tuple(found), notes=notes)
 
 
 def _contents(layers: LayerList, bounds: Sequence[int], stage: int, held: Sequence[OperatorRow]) -> str:

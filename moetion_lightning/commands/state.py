@@ -7,12 +7,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from moetion_lightning.commands.state_tables import job_table, report_as_json, report_tables
+from moetion_lightning.commands.tables import add_json, print_json, show
 from moetion_lightning.config import default_memory_dir
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.storage.jobs import JobInfo, clean_stale, default_base_dir, find_jobs
-from moetion_lightning.units import age_text, bytes_text
+from moetion_lightning.storage.jobs import clean_stale, default_base_dir, find_jobs
 
-__all__ = ["clean", "inspect", "jobs", "parse_duration"]
+__all__ = ["clean", "inspect", "jobs", "memory_base", "parse_duration"]
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -31,11 +32,15 @@ def inspect(args: Sequence[str]) -> int:
         description="Windows, slots, operators, sizes and ages under a path; verifies checksums.",
     )
     parser.add_argument("path", help="a window, a job's folder, or a folder of jobs (memory or storage tier)")
+    add_json(parser)
     options = parser.parse_args(args)
-    from moetion_lightning.storage.inspect import describe, format_report
+    from moetion_lightning.storage.inspect import describe
 
     report = describe(options.path)
-    print(format_report(report))
+    if options.json:
+        print_json(report_as_json(report))
+    else:
+        show(*report_tables(report))
     return 0 if report.is_whole else 1
 
 
@@ -51,13 +56,16 @@ def jobs(args: Sequence[str]) -> int:
         "one for each rank whose windows another one keeps copies of (replica-00003-at-00000).",
     )
     _add_memory_dir(parser)
-    base = _base(parser.parse_args(args).memory_dir)
+    add_json(parser)
+    options = parser.parse_args(args)
+    base = memory_base(options.memory_dir)
     found = find_jobs(base)
-    if not found:
+    if options.json:
+        print_json(found)
+    elif found:
+        show(job_table(found))
+    else:
         print(f"no jobs in {base}")
-        return 0
-    for info in found:
-        print(_line(info))
     return 0
 
 
@@ -83,13 +91,14 @@ def clean(args: Sequence[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(args)
-    base, age = _base(options.memory_dir), parse_duration(options.older_than)
+    base, age = memory_base(options.memory_dir), parse_duration(options.older_than)
     stale = clean_stale(base, age, options.keep, options.job, dry_run=options.dry_run)
-    for info in stale:
-        print(f"{'would remove' if options.dry_run else 'removed'}  {_line(info)}")
-    print(
-        f"{len(stale)} removed, {len(find_jobs(base))} left in {base}" if not options.dry_run else f"{len(stale)} found"
-    )
+    if stale:
+        show(job_table(stale))
+    if options.dry_run:
+        print(f"{len(stale)} found in {base}: without --dry-run they are removed")
+    else:
+        print(f"{len(stale)} removed, {len(find_jobs(base))} left in {base}")
     return 0
 
 
@@ -109,15 +118,14 @@ def _add_memory_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-dir", type=Path, help="base directory of the host-memory tier, if not the default")
 
 
-def _base(given: Path | None) -> Path:
+def memory_base(given: Path | None) -> Path:
+    """Base directory of the host-memory tier: the given one, that of the environment, or the default.
+
+    Raises:
+        ConfigurationError: The given one is not there.
+    """
+    if given is not None and not given.is_dir():
+        raise ConfigurationError(
+            f"--memory-dir {given}: there is no such folder. Give the one that the jobs were given."
+        )
     return given or default_memory_dir() or default_base_dir()
-
-
-def _line(info: JobInfo) -> str:
-    state = f"alive, process {info.pid}" if info.alive else "dead"
-    newest = f"{len(info.windows)} windows, newest {info.windows[0]}" if info.windows else "no window"
-    aside = f", {len(info.aside)} of an earlier course aside, newest {info.aside[0]}" if info.aside else ""
-    return (
-        f"{info.name}/{info.rank_name}: {state}, {newest}{aside}, {bytes_text(info.nbytes)}, "
-        f"{age_text(info.age_seconds)} old, {info.location}"
-    )

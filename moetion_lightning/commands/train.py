@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from moetion_lightning.config import launched_devices
+from moetion_lightning.errors import ConfigurationError
 
 __all__ = ["SaveConfig", "program_arguments", "train"]
 
@@ -43,8 +47,28 @@ def train(args: Sequence[str]) -> int:
     for module in (r"lightning\.pytorch\.cli", r"lightning\.pytorch\.utilities\._pytree"):
         warnings.filterwarnings("ignore", module=module)
     with program_arguments([*args, *_devices(args)]):
-        LightningCLI(save_config_callback=SaveConfig, save_config_kwargs={"overwrite": True})
+        try:
+            _Cli(save_config_callback=SaveConfig, save_config_kwargs={"overwrite": True})
+        except MisconfigurationException as error:  # what Lightning says to its users
+            raise ConfigurationError(" ".join(str(error).split())) from error
     return 0
+
+
+class _Cli(LightningCLI):
+    """Tells a wrong argument in one line."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        parser.error = functools.partial(_tell, parser)  # type: ignore[method-assign]
+        return parser
+
+
+def _tell(parser: LightningArgumentParser, message: str, ex: Exception | None = None) -> NoReturn:
+    if not parser.exit_on_error:  # one of several forms that are tried
+        type(parser).error(parser, message, ex)
+    words = " ".join(message.split())
+    print(f"moetion: error: {words}{'' if words.endswith('.') else '.'} See `moetion fit --help`.", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _devices(args: Sequence[str]) -> list[str]:

@@ -19,16 +19,12 @@ from moetion_lightning.core.layouts import MoELayer, MoESpec
 from moetion_lightning.core.operators import Operator
 from moetion_lightning.core.partition import build_operators
 from moetion_lightning.core.policy import PolicyContext, Sizes, SparsePolicy
-from moetion_lightning.core.policy_table import HEADER, policy_table
 from moetion_lightning.core.state import LiveState
-from moetion_lightning.core.window_memory import memory_table
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.units import aligned, size_text
 
-_WINDOWS = (1, 2, 4, 8, 16)  # of the table of memory, and the planned one
 _UNLIMITED = 1 << 62
 
-__all__ = ["Explanation", "OperatorRow", "explain", "format_explanation"]
+__all__ = ["Explanation", "OperatorRow", "explain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +69,7 @@ class Explanation:
         layers: The MoE layers.
         static: Parameters that never train, in no window.
         notes: What a reader should know: assumptions, what could not be sliced, a dense model.
+        iteration_seconds: Seconds of an iteration; 0 if not known.
     """
 
     title: str
@@ -85,6 +82,7 @@ class Explanation:
     layers: tuple[MoELayer, ...]
     static: tuple[str, ...]
     notes: tuple[str, ...]
+    iteration_seconds: float = 0.0
 
     @property
     def window(self) -> int:
@@ -189,6 +187,7 @@ def explain(
         layers=found,
         static=ops.static,
         notes=tuple(notes),
+        iteration_seconds=iteration_seconds,
     )
 
 
@@ -219,71 +218,3 @@ def _tokens(op: Operator, tokens: Mapping[tuple[str, int], int] | None) -> int |
     if tokens is None or op.layer is None or op.expert is None:
         return None
     return tokens.get((op.layer, op.expert), 0)
-
-
-def format_explanation(explanation: Explanation, *, max_rows: int | None = 60) -> str:
-    """The table as text.
-
-    Args:
-        explanation: From :func:`explain`.
-        max_rows: With more operators than this, those of one kind and slot share a line; None for one line each.
-    """
-    rows = explanation.rows
-    header = ("slot", "kind", "operator", "elements", "full", "compute-only", "tokens")
-    if max_rows is not None and len(rows) > max_rows:
-        lines = [_group_line(slot, kind, rows) for slot, kind in dict.fromkeys((r.slot, r.kind) for r in rows)]
-    else:
-        lines = [_line(row) for row in rows]
-    heaviest = max(explanation.slot_bytes)
-    experts = sum(layer.num_experts for layer in explanation.layers)
-    summary = [
-        "",
-        f"{explanation.title}: {len(rows)} operators, {len(explanation.layers)} MoE layers, {experts} experts, "
-        f"{sum(r.elements for r in rows):,} trainable elements, {len(explanation.static)} parameters that never train",
-        f"dense checkpoint {size_text(explanation.dense_bytes)}; window of {explanation.window}: "
-        + ", ".join(size_text(n) for n in explanation.slot_bytes)
-        + f" an iteration (heaviest {heaviest / max(1, explanation.dense_bytes):.0%} of dense)",
-        *([explanation.reason] if explanation.reason else []),
-        "",
-        "GiB of host memory for windows, of a rank that captures all of this:",
-        *_memory(explanation),
-        "",
-        "The policies beside each other, for the same rank:",
-        *aligned([HEADER, *_policies(explanation)], right={1, 2}),
-    ]
-    return "\n".join(
-        [*aligned([header, *lines], right=(0, 3, 4, 5, 6)), *summary, *(f"note: {note}" for note in explanation.notes)]
-    )
-
-
-def _policies(explanation: Explanation) -> list[tuple[str, ...]]:
-    dense, compute, gradients = explanation.dense_bytes, explanation.compute_bytes, explanation.gradient_bytes
-    return policy_table(dense, compute, gradients, max(2, explanation.window))
-
-
-def _memory(explanation: Explanation) -> list[str]:
-    windows = sorted({*_WINDOWS, explanation.window})
-    table = memory_table(explanation.dense_bytes, explanation.compute_bytes, windows)
-    return aligned([("window", "no replicas", "1 replica", "2 replicas"), *map(tuple, table)], right={0, 1, 2, 3})
-
-
-def _line(row: OperatorRow) -> tuple[str, ...]:
-    tokens = "-" if row.tokens is None else f"{row.tokens:,}"
-    sizes = (f"{row.elements:,}", size_text(row.full_bytes), size_text(row.compute_bytes))
-    slot = str(row.slot) if row.slot == row.first_slot else f"{row.first_slot}-{row.slot}"
-    name = row.name if row.num_parts == 1 else f"{row.name} ({row.num_parts} parts)"
-    return (slot, row.kind, name, *sizes, tokens)
-
-
-def _group_line(slot: int, kind: str, rows: Sequence[OperatorRow]) -> tuple[str, ...]:
-    members = [row for row in rows if row.slot == slot and row.kind == kind]
-    known = [row.tokens for row in members if row.tokens is not None]
-    return (
-        str(slot),
-        kind,
-        f"{len(members)} operators, {members[0].name} ..." if len(members) > 1 else members[0].name,
-        f"{sum(row.elements for row in members):,}",
-        size_text(sum(row.full_bytes for row in members)),
-        size_text(sum(row.compute_bytes for row in members)),
-        f"{sum(known):,}" if known else "-",
-    )

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from moetion_lightning.errors import OperatorError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Operator", "OperatorKind", "Piece", "clean_name"]
 

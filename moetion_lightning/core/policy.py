@@ -401,7 +401,7 @@ class PacedDensePolicy(DensePolicy):
         nbytes = sum(context.sizes.operator_bytes(context.operators, context.sizes.full).values())
         nbytes = int(max(context.agree("dense", nbytes)))
         self._snapshots += 1
-        interval = dense_interval(self._facts(context, nbytes))
+        interval = self.interval(self._facts(context, nbytes))
         if self._snapshots <= _FIRST_SNAPSHOTS + _COMPARED_SNAPSHOTS:
             interval = 1 if self._snapshots <= _FIRST_SNAPSHOTS else min(interval, 2)
         self.every_n_steps = int(max(context.agree("interval", interval)))
@@ -409,6 +409,10 @@ class PacedDensePolicy(DensePolicy):
         grown, self._nbytes = nbytes > 1.1 * self._nbytes, max(nbytes, self._nbytes)
         reason = "the dense state grew" if grown else ""
         return WindowPlan(slots=(SlotPlan(active=context.operators),), changed=reason)
+
+    def interval(self, facts: Facts) -> int:
+        """Iterations until the next snapshot: as many as this one is worth."""
+        return dense_interval(facts)
 
     def _facts(self, context: PolicyContext, nbytes: int) -> Facts:
         measured = compare(self._captured, self._plain)

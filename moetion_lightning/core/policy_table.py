@@ -42,5 +42,13 @@ def policy_table(full_bytes: int, compute_bytes: int, gradient_bytes: int, windo
             "no",
         ),
         ("DenseInMemoryCheckpoint()", size_text(full_bytes), gib_text(2 * full_bytes), "1 to 2", "a copy", "no"),
+        (
+            "TwoPhaseCheckpoint(...)",
+            "less than dense",
+            gib_text(3 * full_bytes),
+            "every_n_steps",
+            "a copy",
+            "no",
+        ),
         ("PartialExpertsCheckpoint(...)", "less than dense", "less than dense", "every_n_steps", "a copy", "is lossy"),
     ]

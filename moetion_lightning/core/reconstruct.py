@@ -1,7 +1,7 @@
 """Sparse window -> dense state, one iteration at a time, inside the adapter's own training loop.
 
 After :meth:`Reconstruction.begin` the live state is that of the window's first iteration, except that frozen operators
-hold compute weights and no optimizer state of their own. Training then runs as ever; after each optimizer step the
+hold compute weights and no optimizer state of their own. Training then runs as usual; after each optimizer step the
 frozen operators are overwritten from that iteration's snapshot, and those whose turn it is become active: weights and
 optimizer state in full. After the last slot the state is dense and exact.
 

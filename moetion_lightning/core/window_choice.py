@@ -16,10 +16,19 @@ from dataclasses import dataclass
 from moetion_lightning.core.capture_cost import Measured
 from moetion_lightning.units import age_text
 
-__all__ = ["Facts", "WindowCost", "choose", "dense_interval", "describe", "expected_costs"]
+__all__ = [
+    "ASSUMED_SHARE",
+    "Facts",
+    "WindowCost",
+    "choose",
+    "dense_interval",
+    "describe",
+    "expected_costs",
+    "visible_seconds",
+]
 
 #: Share of a copy's time that training loses although the copy runs beside it, as long as nothing is measured.
-_ASSUMED_SHARE = 0.25
+ASSUMED_SHARE = 0.25
 #: Costs that differ by less than this share of an iteration count as equal: the smallest window takes least memory.
 _NEGLIGIBLE = 0.005
 #: A measured gain counts as far as it is larger than this share of its standard error.
@@ -49,7 +58,18 @@ class Facts:
     def visible_seconds(self, nbytes: int) -> float:
         """What copying so many bytes in each iteration is expected to cost it, before anything is measured."""
         copy = nbytes / self.bytes_per_second if self.bytes_per_second > 0 else 0.0
-        return _ASSUMED_SHARE * copy + max(0.0, copy - self.overlap_target * self.iteration_seconds)
+        return visible_seconds(copy, self.overlap_target * self.iteration_seconds)
+
+
+def visible_seconds(copy_seconds: float, hiding_seconds: float, share: float = ASSUMED_SHARE) -> float:
+    """What training loses by copies that run beside it: a share of their time, and all that cannot hide.
+
+    Args:
+        copy_seconds: How long the copies take.
+        hiding_seconds: How long they may take without anybody waiting for them.
+        share: Of their time, that training loses all the same.
+    """
+    return share * copy_seconds + max(0.0, copy_seconds - hiding_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ class WorkerWatch:
 
 
 class _Watched:
-    """In a worker: collates as ever, and looks whether anything has moved.
+    """In a worker: collates as usual, and looks whether anything has moved.
 
     Args:
         collate: The loader's function.

@@ -23,22 +23,18 @@ from moetion_lightning.demo.stage import (
     RECORDING,
     SPARSE,
     Checks,
-    DemoError,
     KillMidWindow,
     Progress,
-    Tail,
     add_common_arguments,
     check_windows,
     finish,
     folders,
-    last_output,
     last_step,
-    read_lines,
-    run_child,
     total,
 )
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes import recipe_path
+from moetion_lightning.testing.processes import RunError, Tail, last_output, read_lines, run_child
 
 __all__ = ["Job", "JobOptions", "add_job_arguments", "compare", "from_arguments", "read_recipe", "run_jobs"]
 
@@ -105,7 +101,7 @@ def from_arguments(name: str, options: argparse.Namespace, demo: Callable[[dict[
         with folders(options.dir) as (folder, memory):
             given = {key: getattr(options, key) for key in common}
             return demo({"folder": folder, "memory_dir": memory, **given})
-    except DemoError as error:
+    except RunError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
 
@@ -164,7 +160,7 @@ class Job:
             watch: Called again and again meanwhile.
 
         Raises:
-            DemoError: It failed or hung.
+            RunError: It failed or hung.
         """
 
         def look() -> bool:
@@ -173,9 +169,9 @@ class Job:
             return False
 
         fit = ["-m", "moetion_lightning", "fit", "--config", str(self._config)]
-        status = run_child([*self._launch, *fit], self.log, look)
+        status = run_child(["moetion_lightning", *self._launch, *fit], self.log, look)
         if status != 0:
-            raise DemoError(f"the job failed with status {status}; {last_output(self.log)}")
+            raise RunError(f"the job failed with status {status}; {last_output(self.log)}")
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -208,14 +204,14 @@ def run_jobs(
         0 if everything is equal, 1 otherwise.
 
     Raises:
-        DemoError: A run could not be carried out, or its events show no recovery.
+        RunError: A run could not be carried out, or its events show no recovery.
     """
     progress = Progress(options.steps, every=10)
     begin = time.monotonic()
     kill = _KillRank(options, failing, victim, progress.note)
     failing.execute(progress.phase(f"1/3 train, and kill {victim} with SIGKILL"), kill.look)
     if kill.time is None:
-        raise DemoError(f"the job ended before a rank could be killed; {last_output(failing.log)}")
+        raise RunError(f"the job ended before a rank could be killed; {last_output(failing.log)}")
     progress.done(f"finished, {time.monotonic() - begin:.1f} s")
     rows = table(Recovery.of(read_lines(failing.events), options.kill_rank, kill.time))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moetion_lightning.demo.job import Job, JobOptions, add_job_arguments, from_arguments, read_recipe, run_jobs
 from moetion_lightning.demo.recovery import Recovery
-from moetion_lightning.demo.stage import DemoError, last_output
+from moetion_lightning.testing.processes import RunError, last_output
 
 __all__ = ["PipelineOptions", "main", "make_job", "run"]
 
@@ -56,7 +56,7 @@ def run(options: PipelineOptions) -> int:
         0 if everything is equal, 1 otherwise.
 
     Raises:
-        DemoError: A run could not be carried out, or the killed stage did not recover alone.
+        RunError: A run could not be carried out, or the killed stage did not recover alone.
     """
     failing, twin = make_job(options, "failing"), make_job(options, "twin")
     print(
@@ -81,7 +81,7 @@ def make_job(options: PipelineOptions, name: str) -> Job:
 def _table(options: PipelineOptions, job: Job, recovery: Recovery) -> list[tuple[str, str]]:
     killed, verified = options.kill_rank, "verified" if recovery.verified else "NOT verified"
     if set(recovery.replayed) != {killed}:
-        raise DemoError(
+        raise RunError(
             f"stages {sorted(recovery.replayed)} were replayed from their neighbours' logs; expected stage {killed} "
             f"alone, see {job.log}. {last_output(job.log)}"
         )

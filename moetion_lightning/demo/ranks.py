@@ -66,7 +66,7 @@ def run(options: RanksOptions) -> int:
         0 if everything is equal, 1 otherwise.
 
     Raises:
-        DemoError: A run could not be carried out, or its events show no recovery.
+        RunError: A run could not be carried out, or its events show no recovery.
     """
     failing, twin = make_job(options, "failing"), make_job(options, "twin")
     print(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moetion_lightning.demo.stage import DemoError
+from moetion_lightning.testing.processes import RunError
 
 __all__ = ["Recovery"]
 
@@ -45,7 +45,7 @@ class Recovery:
             kill_time: When, in seconds since the epoch.
 
         Raises:
-            DemoError: No process took the rank's place, or no new step was finished.
+            RunError: No process took the rank's place, or no new step was finished.
         """
         first: dict[int, int] = {}
         for event in events:
@@ -53,14 +53,14 @@ class Recovery:
         # No step can be finished between the loss and the newcomer's first word: what is older is from before the kill.
         joined = next((i for i, e in enumerate(events) if e["rank"] == killed and e["pid"] != first[killed]), None)
         if joined is None:
-            raise DemoError(f"no process took the place of rank {killed}: its events come from process {first[killed]}")
+            raise RunError(f"no process took the place of rank {killed}: its events come from process {first[killed]}")
         finished = [int(e["iteration"]) for e in events[:joined] if e["event"] == "IterationFinished"]
         reached = max(finished, default=0)
         later = [e for e in events if e["time"] > kill_time]
         steps = [e for e in events[joined:] if e["event"] == "IterationFinished"]
         new = next((e for e in steps if int(e["iteration"]) > reached), None)
         if new is None:
-            raise DemoError(f"no step after step {reached} was finished once rank {killed} was replaced")
+            raise RunError(f"no step after step {reached} was finished once rank {killed} was replaced")
         restores = [e for e in later if e["event"] == "RestoreApplied"]
         replays = [e for e in later if e["event"] == "StageReplayFinished"]
         checked = ("ReplayIteration", "ReplayFinished", "StageReplayFinished")

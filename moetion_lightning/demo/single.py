@@ -20,21 +20,17 @@ from moetion_lightning.demo.stage import (
     RECORDING,
     SPARSE,
     Checks,
-    DemoError,
     KillMidWindow,
     Progress,
-    Tail,
     add_common_arguments,
     check_windows,
     finish,
     folders,
-    last_output,
     last_step,
-    read_lines,
-    run_child,
     total,
 )
 from moetion_lightning.recipes import recipe_path
+from moetion_lightning.testing.processes import RunError, Tail, last_output, read_lines, run_child
 
 __all__ = ["DemoOptions", "main", "run"]
 
@@ -101,7 +97,7 @@ def main(args: Sequence[str]) -> int:
                 model={"total_steps": options.steps} if options.small else larger,
             )
             return run(demo)
-    except DemoError as error:
+    except RunError as error:
         print(f"moetion demo: error: {error}", file=sys.stderr)
         return 2
 
@@ -181,7 +177,7 @@ class _Run:
         """Run the command to its end, or until ``stop`` says to kill it.
 
         Raises:
-            DemoError: The child failed, hung, or ended before it could be killed.
+            RunError: The child failed, hung, or ended before it could be killed.
         """
         tail = Tail(self._events)
         tail.skip()
@@ -190,13 +186,13 @@ class _Run:
             show(last_step(self.losses))
             return stop is not None and stop.watch(tail.new())
 
-        status = run_child(["fit", "--config", str(self._config)], self.log, look)
+        status = run_child(["moetion_lightning", "fit", "--config", str(self._config)], self.log, look)
         if stop is not None:
             if not stop.due:
-                raise DemoError(f"the run ended before it could be killed (status {status}); {last_output(self.log)}")
+                raise RunError(f"the run ended before it could be killed (status {status}); {last_output(self.log)}")
             stop.watch(tail.new())  # what it still announced until the signal arrived
         elif status != 0:
-            raise DemoError(f"the run failed with status {status}; {last_output(self.log)}")
+            raise RunError(f"the run failed with status {status}; {last_output(self.log)}")
 
 
 def _compare(failing: _Run, twin: _Run) -> Checks:
@@ -224,7 +220,7 @@ def _table(
         of(second, "ReplayFinished"),
     )
     if not (started and applied and replayed):
-        raise DemoError("the restarted run found no window to continue from: its events name no restore and no replay")
+        raise RunError("the restarted run found no window to continue from: its events name no restore and no replay")
     found, restored, end = started[0], int(applied[0]["iteration"]), replayed[0]
     verified = "verified" if end["verified"] else "NOT verified"
     rows += [

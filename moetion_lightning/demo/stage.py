@@ -8,46 +8,31 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetion_lightning.errors import ConfigurationError, MoEtionError
+from moetion_lightning.errors import ConfigurationError
 
 __all__ = [
     "RECORDING",
     "SPARSE",
     "Checks",
-    "DemoError",
     "KillMidWindow",
     "Progress",
-    "Tail",
     "add_common_arguments",
     "check_windows",
     "finish",
     "folders",
-    "last_output",
     "last_step",
-    "read_lines",
-    "run_child",
     "total",
 ]
 
 SPARSE = "moetion_lightning.callbacks.SparseExpertCheckpoint"
 RECORDING = "moetion_lightning.testing.recording"
-_POLL_SECONDS = 0.005
-_PHASE_TIMEOUT_SECONDS = 240.0
-_END_SECONDS = 30.0
-
-
-class DemoError(MoEtionError, RuntimeError):
-    """The demonstration could not be carried out (a child failed or hung); the message ends with its last output."""
-
 
 # --- settings --------------------------------------------------------------------------------------------------------
 
@@ -117,61 +102,6 @@ def folders(wanted: Path | None) -> Iterator[tuple[Path, Path]]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# --- running a child -------------------------------------------------------------------------------------------------
-
-
-def run_child(arguments: Sequence[str], log: Path, look: Callable[[], bool]) -> int:
-    """Run a ``moetion`` command in the log's folder, to its end.
-
-    Args:
-        arguments: Command and arguments.
-        log: File that its output is appended to.
-        look: Called again and again while it runs; True kills it with SIGKILL.
-
-    Returns:
-        Its exit status.
-
-    Raises:
-        DemoError: It hung.
-    """
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    # One thread, unless the user says otherwise: for so small a model more are slower, far more on a busy machine.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "moetion_lightning", *arguments]
-    deadline = time.monotonic() + _PHASE_TIMEOUT_SECONDS
-    with log.open("ab") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=log.parent)
-        try:
-            while child.poll() is None:
-                if look():
-                    child.kill()
-                    break
-                if time.monotonic() > deadline:
-                    raise DemoError(f"no end within {_PHASE_TIMEOUT_SECONDS:.0f} s; {last_output(log)}")
-                time.sleep(_POLL_SECONDS)
-            return child.wait(timeout=_END_SECONDS)
-        finally:
-            if child.poll() is None:
-                _end(child)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Gently at first: a launcher ends its ranks."""
-    child.terminate()
-    try:
-        child.wait(timeout=_END_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def last_output(log: Path) -> str:
-    """The last lines of a log, as the end of a message."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    return "its last output:\n" + "\n".join(text.splitlines()[-25:])
-
-
 # --- watching it -----------------------------------------------------------------------------------------------------
 
 
@@ -203,40 +133,6 @@ class KillMidWindow:
                 half = math.ceil(int(event["num_slots"]) / 2)
                 self.due = self.due or int(event["slot"]) + 1 == half
         return self.due
-
-
-class Tail:
-    """Reads the whole lines that were appended to a JSONL file since the last time.
-
-    Args:
-        path: The file; it need not exist yet.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def skip(self) -> None:
-        """Ignore what is there already."""
-        if self._path.exists():
-            self._offset = self._path.stat().st_size
-
-    def new(self) -> list[dict[str, Any]]:
-        """The new lines."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSONL file; none if there is no file."""
-    return Tail(path).new()
 
 
 def last_step(losses: Path) -> int:

@@ -57,6 +57,9 @@ def add_options(prog: str, description: str) -> argparse.ArgumentParser:
     parser = get_args_parser()
     parser.prog, parser.description = prog, description
     parser.formatter_class, parser.allow_abbrev = argparse.RawDescriptionHelpFormatter, False
+    parser.usage = f"{prog} [OPTIONS] [-m] SCRIPT [ARGUMENTS]"
+    for action in parser._actions:
+        action.required = action.required and action.dest != "training_script_args"
     # A default that a PET_ variable gave is text; torch's own are numbers.
     if parser.get_default("max_restarts") == 0:
         parser.set_defaults(max_restarts=10)

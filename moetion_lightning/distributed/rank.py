@@ -24,9 +24,10 @@ from moetion_lightning.distributed import progress
 from moetion_lightning.distributed.exits import FAILED, STATE_LOST, STRANDED
 from moetion_lightning.errors import StateLostError, StrandedRankError
 
-__all__ = ["execute", "main"]
+__all__ = ["execute", "frames_of_program", "main"]
 
 _PR_SET_PDEATHSIG = 1
+_RUNPY = (runpy.__file__, "<frozen runpy>")
 #: What a training script imports first, by name: this room itself knows no Lightning.
 _IMPORTS = ("torch", "torch.distributed", "lightning.pytorch", "moetion_lightning.callbacks")
 
@@ -71,7 +72,7 @@ def _run(argv: Sequence[str]) -> None:
     try:
         execute(argv[1:] if is_module else argv, is_module=is_module)
     except Exception as error:
-        error.__traceback__ = _own_frames(error.__traceback__)
+        error.__traceback__ = frames_of_program(error.__traceback__)
         with contextlib.suppress(OSError):
             import_module("torch.distributed.elastic.multiprocessing.errors").get_error_handler().record_exception(
                 error
@@ -119,10 +120,12 @@ def _end_with_launcher() -> None:
         os._exit(1)
 
 
-def _own_frames(frames: TracebackType | None) -> TracebackType | None:
-    """The traceback without this module's and runpy's frames; all of it if there are no others."""
+def frames_of_program(frames: TracebackType | None) -> TracebackType | None:
+    """A traceback as of the program alone: without what has executed it; all of it if there is nothing else."""
     program = frames
-    while program is not None and program.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+    while program is not None and program.tb_frame.f_code is not execute.__code__:
+        program = program.tb_next
+    while program is not None and program.tb_frame.f_code.co_filename in (__file__, *_RUNPY):
         program = program.tb_next
     return program or frames
 

@@ -150,7 +150,7 @@ def _survivors(reports: Sequence[RankReport]) -> _Survivors | str:
 
 
 def _live_with_replays(reports: Sequence[RankReport], survivors: _Survivors, supply: WindowSupply) -> Live | str:
-    """Stages without a living rank replay; lost ranks of other stages take a copy, as ever. Or what is missing."""
+    """Stages without a living rank replay; lost ranks of other stages take a copy, as usual. Or what is missing."""
     copied = _copied(reports, survivors, without=frozenset(lost_stages(reports)))
     if isinstance(copied, str):
         return copied

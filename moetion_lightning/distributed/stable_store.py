@@ -17,6 +17,7 @@ from moetion_lightning.distributed.interfaces import is_loopback
 from moetion_lightning.errors import ConfigurationError, LaunchError
 
 __all__ = [
+    "MAX_PORT",
     "STORE_ERRORS",
     "connect_store",
     "find_store",
@@ -27,6 +28,8 @@ __all__ = [
 
 #: What torch raises when the server is gone or silent: DistStoreError, DistNetworkError, or their base.
 STORE_ERRORS = (RuntimeError,)
+#: TCP has no port above: torch takes it modulo 65536.
+MAX_PORT = 65535
 _DEFAULT_PORT = 29400  # torchrun's
 
 
@@ -40,8 +43,10 @@ def parse_endpoint(text: str) -> tuple[str, int]:
         host, port = parse_rendezvous_endpoint(text.replace("[", "").replace("]", ""), _DEFAULT_PORT)
     except ValueError:
         host, port = "", 0
-    if not text or not host or port <= 0:
-        raise ConfigurationError(f"{text!r}: expected HOST:PORT, for example 10.0.0.5:29400")
+    if not text or not host or not 0 < port <= MAX_PORT:
+        raise ConfigurationError(
+            f"{text!r}: expected HOST:PORT with a port of 1 to {MAX_PORT}, for example 10.0.0.5:29400"
+        )
     return host, port
 
 
@@ -59,7 +64,10 @@ def host_store(host: str, port: int = 0) -> TCPStore:
 
     Raises:
         OSError: The address is not one of this machine, or the port is taken.
+        OverflowError: There is no such port.
     """
+    if not 0 <= port <= MAX_PORT:
+        raise OverflowError(f"there is no port {port}: ports are 0 to {MAX_PORT}")
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -33,6 +33,8 @@ from moetion_lightning.errors import ConfigurationError
 __all__ = ["BeginAgainError", "RankStart", "SingleRankAgent", "StandbyProcess", "end_session"]
 
 _OLDEST = (2, 13)
+#: Settings of the launcher that are a worker group's, too, and that not every version of torch has.
+_OPTIONS = ("numa_options", "duplicate_stdout_filters", "duplicate_stderr_filters", "virtual_local_rank")
 _LOOK_SECONDS = 0.05
 
 
@@ -127,10 +129,7 @@ class SingleRankAgent(LocalElasticAgent):
             max_restarts=config.max_restarts,
             monitor_interval=min(config.monitor_interval, _LOOK_SECONDS),
             event_log_handler=config.event_log_handler,
-            numa_options=config.numa_options,
-            duplicate_stdout_filters=config.duplicate_stdout_filters,
-            duplicate_stderr_filters=config.duplicate_stderr_filters,
-            virtual_local_rank=config.virtual_local_rank,
+            **_given(config, *_OPTIONS),
         )
         assert config.logs_specs is not None
         self._logs = _Logs(config.logs_specs, self.variables)
@@ -138,8 +137,9 @@ class SingleRankAgent(LocalElasticAgent):
             spec,
             self._logs,
             log_line_prefix_template=config.log_line_prefix_template,
-            shutdown_timeout=30 if config.shutdown_timeout is None else config.shutdown_timeout,
+            **_given(config, "shutdown_timeout"),
         )
+        self._more_tails: list[TailLog] = []
 
     # --- for the subclass ------------------------------------------------------------------------------------------
 
@@ -176,11 +176,11 @@ class SingleRankAgent(LocalElasticAgent):
         envs = {r: dict(env) for r, env in context.envs.items()}
         files = self._logs.next(envs)
         for tail, paths, stream in zip(
-            list(context._tail_logs), (files.tee_stdouts, files.tee_stderrs), (sys.stdout, sys.stderr)
+            _tails(context), (files.tee_stdouts, files.tee_stderrs), (sys.stdout, sys.stderr)
         ):
             if local_rank in paths:
                 named = {local_rank: paths[local_rank]}
-                context._tail_logs.append(TailLog(context.name, named, stream, tail._log_line_prefixes).start())
+                self._more_tails.append(TailLog(context.name, named, stream, tail._log_line_prefixes).start())
         context.error_files[local_rank] = files.error_files[local_rank]
         context.envs[local_rank] |= {
             **variables,
@@ -202,7 +202,7 @@ class SingleRankAgent(LocalElasticAgent):
             stdout=given.stdout,
             stderr=given.stderr,
             local_rank_id=local_rank,
-            numa_options=self._worker_group.spec.numa_options,
+            **_given(self._worker_group.spec, "numa_options"),
         )
 
     def replace(self, local_rank: int, process: SubprocessHandler) -> None:
@@ -237,6 +237,19 @@ class SingleRankAgent(LocalElasticAgent):
         finally:
             for handler in self.processes.values():
                 end_session(handler)
+            for tail in self._more_tails:
+                tail.stop()
+            self._more_tails.clear()
+
+
+def _given(settings: Any, *names: str) -> dict[str, Any]:
+    """Those of the settings that this version of torch has."""
+    return {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+
+
+def _tails(context: Any) -> list[TailLog]:
+    """What shows the first processes' output and errors; torch before 2.9 has a name for each of the two."""
+    return list(getattr(context, "_tail_logs", None) or (context._stdout_tail, context._stderr_tail))
 
 
 def end_session(handler: SubprocessHandler) -> None:

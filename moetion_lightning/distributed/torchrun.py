@@ -1,4 +1,4 @@
-"""Under ``torchrun``: process groups of a restarted attempt must not meet the addresses of the attempt before.
+"""Under ``torchrun``: process groups of a restarted attempt must not connect to stale addresses of the one before.
 
 The agent of ``torchrun`` keeps one store over all restarts, and by default process groups put the addresses of their
 ranks there, under the same keys each time. A restarted rank may read the address of a process that is dead, and then

@@ -3,7 +3,7 @@
 A rank whose main thread runs no Python code for longer than its section allows *may* hang, or wait in a collective for
 one that hangs. Of those only the ranks that are behind all others (by stage, iteration, and the collectives that they
 have begun) are shot, and only when all that are as far behind seem to hang: a rank that waits while another one works,
-however slowly, is never shot.
+however slowly, is never shot. Where no rank works, one of which no thread runs is what the others wait for.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ DEFAULT_LIMITS: Mapping[Section, float] = {
     Section.SAVE: 900.0,
 }
 _LONGER_THAN_EVER = 10.0
+_OF_THE_FIRST = 0.2
 _STALL = 10.0
 _LONGEST_STEP_SECONDS = 1.0
 _IMPORT_SECONDS = 900.0
@@ -130,9 +131,12 @@ class Watch:
 
     def _learn(self, silence: float, has_changed: bool) -> None:
         if not self._is_disturbed:
-            # The first iteration has the limit of the start, and shows how long the others may be silent.
-            section = Section.STEP if self.report.iteration >= 0 and self._section == Section.START else self._section
-            self._limits.longest[section] = max(self._limits.longest.get(section, 0.0), silence)
+            # The first iteration has the limit of the start, and shows how long others may be silent: twice that, for
+            # it compiles and sets up communicators as well.
+            is_first = self.report.iteration >= 0 and self._section == Section.START
+            section = Section.STEP if is_first else self._section
+            shown = silence * _OF_THE_FIRST if is_first else silence
+            self._limits.longest[section] = max(self._limits.longest.get(section, 0.0), shown)
             if has_changed and self._section == Section.STEP:
                 self._limits.longest_step = max(self._limits.longest_step, self.unchanged)
         self._is_disturbed = self._is_disturbed and not has_changed
@@ -145,15 +149,17 @@ class Watch:
     def complaint(self) -> str | None:
         """Why it seems to hang; None if it does not."""
         report = self.report
-        if report.state == State.DONE or report.waits:
+        if report.state == State.DONE:
             return None
         limit = self._limits.of(report.section)
         if not report.beats:
             limit = max(limit, _IMPORT_SECONDS)
-        where = f"in section {report.section.name.lower()!r}"
-        if self.silent > limit:
+        # While its main thread waits for the control plane another thread of it goes on, unless the system stops it.
+        if (self.frozen if report.waits else self.silent) > limit:
             what = "nothing of it runs" if self.frozen > limit / 2 else "its main thread runs no Python code"
-            return f"hung: {what} for {limit:.0f} s {where}"
+            return f"hung: {what} for {limit:.0f} s in section {report.section.name.lower()!r}"
+        if report.waits:
+            return None
         if report.section == Section.STEP and self.unchanged > self._limits.of_step():
             return f"hung: iteration {report.iteration} takes longer than {self._limits.of_step():.0f} s"
         return None
@@ -167,6 +173,9 @@ def behind_all(local: Mapping[int, Standing], elsewhere: Iterable[Standing]) -> 
         elsewhere: Of the ranks of other nodes.
     """
     busy = [standing for standing in (*local.values(), *elsewhere) if standing[-1] != Sign.WAITS]
+    seen = {standing[-1] for standing in busy}
+    if Sign.FROZEN in seen and Sign.WORKS not in seen:  # who waits for another rank has a thread that ticks
+        return [rank for rank, standing in local.items() if standing[-1] == Sign.FROZEN]
     first = min((standing[:-1] for standing in busy), default=())
     signs = {standing[-1] for standing in busy if standing[:-1] == first}
     if not signs or Sign.WORKS in signs:

@@ -591,7 +591,7 @@ class Engine:
         return self.recovery is not None
 
     def drain(self) -> None:
-        """The process is told to end: :meth:`close` brings what is committed to storage, within ``grace_seconds``."""
+        """Note a SIGTERM: :meth:`close` copies committed windows to storage within ``grace_seconds``."""
         self.tiers.drain()
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""Copies committed windows to the storage tier in the background, at its own pace."""
+"""Copies committed windows to the storage tier in the background; a slow copy skips windows."""
 
 from __future__ import annotations
 

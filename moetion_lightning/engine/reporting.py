@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 
 from moetion_lightning.events import (
@@ -19,13 +20,32 @@ from moetion_lightning.events import (
 __all__ = ["Reporter", "show_log_lines"]
 
 _log = logging.getLogger("moetion_lightning")
-_SECONDS_BETWEEN_LINES = 1.0
+_SECONDS_BETWEEN_LINES = 600.0
+
+
+class _Terminal(logging.Handler):
+    """Writes to the standard error of the moment, above a progress bar.
+
+    Rich replaces `sys.stderr` while it draws. tqdm's bars are taken away for a line, and drawn again under it.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record) + "\n"
+            bars = sys.modules.get("tqdm.std")
+            if bars is not None and bars.tqdm._instances:
+                bars.tqdm.write(line, file=sys.stderr, end="")
+            elif sys.stderr is not None:  # a process without a console has none
+                sys.stderr.write(line)
+                sys.stderr.flush()
+        except Exception:  # as in logging's own handlers: a line that cannot be written ends no training
+            self.handleError(record)
 
 
 def show_log_lines(rank: int) -> None:
     """Make the package's lines visible where the application has not set up logging itself: INFO lines of rank 0."""
     if not _log.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
+        handler = _Terminal()
         handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
         handler.setFormatter(logging.Formatter("moetion: %(message)s"))
         _log.addHandler(handler)
@@ -34,10 +54,7 @@ def show_log_lines(rank: int) -> None:
 
 
 class Reporter:
-    """An event sink that keeps the newest numbers and writes one line per window.
-
-    Windows that follow each other within a second share a line.
-    """
+    """An event sink that keeps the newest numbers, and writes a line for the first window and one every ten minutes."""
 
     def __init__(self) -> None:
         #: From the first step on, whether or not anything has been captured yet.

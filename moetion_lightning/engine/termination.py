@@ -22,9 +22,9 @@ _SIGNAL = signal.SIGTERM
 
 
 class TerminationWatch:
-    """Persists what is committed when the process is told to end, without taking the signal from anybody.
+    """Persists committed windows at SIGTERM, without taking the signal from other handlers.
 
-    Whoever handled the signal before (Lightning, the user) handles it as ever, at once; persisting runs beside that.
+    Whoever handled the signal before (Lightning, the user) handles it as usual, at once; persisting runs beside that.
     Where nobody did, the process ends by the signal, as it would have, when persisting is done.
 
     A Python handler runs only between two bytecodes of the main thread, which may be inside a long step. So a thread

@@ -386,7 +386,7 @@ class Tiers:
                 _log.info("SIGTERM cannot be watched here: the last windows may not be on storage after it")
 
     def drain(self) -> None:
-        """The process is told to end: closing brings what is committed to storage, within ``grace_seconds``."""
+        """Note a SIGTERM: closing copies committed windows to storage within ``grace_seconds``."""
         if self._drained_by is None:
             self._drained_by = time.monotonic() + self._config.grace_seconds
 

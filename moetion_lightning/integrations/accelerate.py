@@ -48,7 +48,7 @@ def attach(accelerator: Accelerator, **settings: Any) -> AcceleratedLoop:
 
     ``accelerator.load_state(folder)`` before the loop wins over a window that was found: the script has chosen that
     state, and says where it stands: ``run.start_at(step, loader)``. ``if not run.resuming:`` before both takes the
-    window, which is newer. Folders that were saved without this package load as ever, and folders that are saved with
+    window, which is newer. Folders that were saved without this package load as usual, and folders that are saved with
     it hold nothing of it. While steps are done again to make the state whole, ``save_state`` writes nothing: it did so
     when they were done first. ``end_training`` closes the run.
 

@@ -103,7 +103,7 @@ class GuidedLoop:
 
     An iteration ends when the loop asks for the next batch: the optimizer and the schedulers have stepped, and the
     weights have not moved since. After a failure the first batch is the one at which the window begins that was found;
-    the loop then trains as ever, and after at most two windows it is where it was.
+    the loop then trains as usual, and after at most two windows it is where it was.
 
     Args:
         settings: Keyword settings.

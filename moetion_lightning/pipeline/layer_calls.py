@@ -1,4 +1,4 @@
-"""What a run of the step does at each layer call: the order is checked, and a layer runs, is stood in for, or cuts."""
+"""What a run of the step does at each layer call: the order is checked; a layer runs, is a stub, or cuts."""
 
 from __future__ import annotations
 

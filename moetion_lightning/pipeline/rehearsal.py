@@ -28,7 +28,7 @@ Emission = tuple[int, str, int]
 
 
 class PoisonedCalls(StageCalls):
-    """A stage's layer calls where stand-ins put out poison: NaN; of integers and booleans, others than the true ones.
+    """Layer calls of a stage whose stubs give poison: NaN; for integers and booleans, wrong values.
 
     Args:
         trace: Of the whole module.

@@ -16,7 +16,7 @@ from moetion_lightning.pipeline.evaluation import EvalMessage
 from moetion_lightning.pipeline.intercept import Interceptor
 from moetion_lightning.pipeline.layout import PipelineGroups
 from moetion_lightning.pipeline.micro_batches import Signature, signature
-from moetion_lightning.pipeline.schedules import ScheduleKind, make_schedule
+from moetion_lightning.pipeline.schedules import ScheduleKind, make_schedule, run_step
 from moetion_lightning.pipeline.specs import LayerSpec, TensorSpec
 from moetion_lightning.pipeline.stage import BoundaryStage, NetworkTraffic, StageBody, Traffic
 from moetion_lightning.pipeline.stage_run import StageRun
@@ -157,9 +157,7 @@ class PipelineRunner:
         losses: list[Tensor] = []
         indices = torch.arange(count)
         try:
-            schedule.step(
-                micro_batch=indices, target=indices if self.is_last else None, losses=losses, return_outputs=False
-            )
+            run_step(schedule, micro_batch=indices, target=indices if self.is_last else None, losses=losses)
             return [self._results[index] for index in range(count)] if self.is_last else []
         except BaseException as error:
             # Schedules keep losses of a step that was broken off.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.pipelining import (
     Schedule1F1B,
@@ -18,13 +20,26 @@ from torch.distributed.pipelining import (
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.pipeline.stage import BoundaryStage
 
-__all__ = ["SCHEDULES", "ScheduleKind", "make_schedule", "schedule_kind", "usable_micro_batches"]
+__all__ = [
+    "SCHEDULES",
+    "SEVERAL_STAGES",
+    "ScheduleKind",
+    "make_schedule",
+    "run_step",
+    "schedule_kind",
+    "usable_micro_batches",
+]
 
 #: Flags by which torch's schedules know that their stages need no negotiation any more; named by version.
 _READY = (
     "_stage_initialized", "_stage_forward_initialized", "_stage_backward_initialized",
     "_stages_initialized", "_stages_forward_initialized", "_stages_backward_initialized",
 )  # fmt: skip
+#: A step need not put together what the last stage returns: it is one loss for each micro-batch.
+_NO_OUTPUTS = {"return_outputs": False} if "return_outputs" in inspect.signature(ScheduleGPipe.step).parameters else {}
+
+#: Whether torch's schedules can run several stages on a rank with stages of ours: from 2.10 on.
+SEVERAL_STAGES = bool(_NO_OUTPUTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +92,11 @@ def schedule_kind(name: str, chunks_per_rank: int, num_micro_batches: int, pipel
             f"MoEtionStrategy(schedule={name!r}): expected one of {', '.join(map(repr, SCHEDULES))}"
         )
     kind = SCHEDULES[name]
+    if kind.interleaved and not SEVERAL_STAGES:
+        raise ConfigurationError(
+            f"MoEtionStrategy(schedule={name!r}): schedules with several stages on a rank need torch 2.10 or newer; "
+            f"this is {torch.__version__}. Install a newer one, or take schedule='1f1b' with chunks_per_rank=1"
+        )
     if kind.interleaved != (chunks_per_rank > 1) or (kind.v_shaped and chunks_per_rank != 2):
         wanted = "2" if kind.v_shaped else ("2 or more" if kind.interleaved else "1")
         raise ConfigurationError(
@@ -100,6 +120,16 @@ def usable_micro_batches(kind: ScheduleKind, wanted: int, num_samples: int, pipe
     return 1
 
 
+def run_step(schedule: Any, **given: Any) -> None:
+    """Run a schedule over the micro-batches of a step.
+
+    Args:
+        schedule: From :func:`make_schedule`.
+        given: Arguments of its ``step``.
+    """
+    schedule.step(**given, **_NO_OUTPUTS)
+
+
 def make_schedule(
     kind: ScheduleKind,
     stages: Sequence[BoundaryStage],
@@ -118,8 +148,13 @@ def make_schedule(
     """
     cls = kind.cls if kind.runs(num_micro_batches, pipeline_parallel_size) else ScheduleGPipe
     given: Any = list(stages) if kind.interleaved else stages[0]
-    schedule = cls(given, num_micro_batches, loss_fn=loss, scale_grads=False)
+    # Before 2.12 GPipe refuses fewer micro-batches than stages, though it runs them.
+    least = 1 if kind.interleaved else pipeline_parallel_size
+    schedule: Any = cls(given, max(num_micro_batches, least), loss_fn=loss, scale_grads=False)
+    schedule._n_microbatches = num_micro_batches
     for name in _READY:
         if hasattr(schedule, name):
             setattr(schedule, name, True)
+    if not _NO_OUTPUTS:  # torch before 2.10
+        schedule._merge_outputs = lambda output_chunks: None
     return schedule

@@ -105,6 +105,7 @@ class BoundaryStage(PipelineStage):
         self._specs_in: Sequence[Sequence[TensorSpec]] = ()
         self._specs_out: Sequence[Sequence[TensorSpec]] = ()
         self._inputs: dict[int, list[Tensor]] = {}
+        self._outputs: dict[int, list[Tensor]] = {}
         self._grads: dict[int, list[Tensor | None]] = {}
 
     def expect(self, inputs: Sequence[Sequence[TensorSpec]], outputs: Sequence[Sequence[TensorSpec]]) -> None:
@@ -121,6 +122,20 @@ class BoundaryStage(PipelineStage):
 
     def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+    # Versions of torch before 2.11 compare each micro-batch with what was negotiated; 2.15 frees what it had prepared.
+
+    def _validate_fwd_input(self, *args: Any) -> None:
+        return None
+
+    def _validate_fwd_outputs(self, *args: Any) -> None:
+        return None
+
+    def _clear_unlaunched_fwd_recv(self, microbatch_index: int) -> None:
+        self._inputs.pop(microbatch_index, None)
+
+    def _clear_unlaunched_bwd_recv(self, microbatch_index: int) -> None:
+        self._grads.pop(microbatch_index, None)
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -147,12 +162,20 @@ class BoundaryStage(PipelineStage):
             for tensor, spec in zip(tensors, self._specs_in[fwd_chunk_id])
         )
 
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run a micro-batch, and keep what another rank is to get of it: how torch keeps it differs by version."""
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        after = None if self.is_last else self.stage_index_to_group_rank[self.stage_index + 1]
+        if after not in (None, self.group_rank):
+            outputs = output if isinstance(output, (tuple, list)) else (output,)
+            self._outputs[fwd_chunk_id] = [tensor.detach() for tensor in outputs]
+        return output
+
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Send a micro-batch's activations."""
         if self.is_last:
             return []
-        outputs, _ = self.fwd_cache[fwd_chunk_id]
-        tensors = [tensor.detach().contiguous() for tensor in outputs]
+        tensors = [tensor.contiguous() for tensor in self._outputs.pop(fwd_chunk_id)]
         return self._send(self.stage_index + 1, "F", fwd_chunk_id, tensors, self.stage_index + 1)
 
     # --- backward ----------------------------------------------------------------------------------------------------
@@ -205,9 +228,9 @@ class BoundaryStage(PipelineStage):
 
     def clear_runtime_states(self) -> None:
         """Forget what a step that was broken off has left."""
-        for left in (self.fwd_cache, self.bwd_cache, self.backward_state, self.dw_runner, self._inputs, self._grads):
+        super().clear_runtime_states()
+        for left in (self.bwd_cache, self.backward_state, self.dw_runner, self._inputs, self._outputs, self._grads):
             left.clear()
-        self.output_chunks.clear()
 
     def _empty(self, spec: TensorSpec) -> Tensor:
         return torch.empty(spec.shape, dtype=spec.torch_dtype, device=self.device)

@@ -1,4 +1,4 @@
-"""One micro-batch on one stage: earlier layers are stood in for, received tensors enter, the payload leaves."""
+"""One micro-batch on one stage: earlier layers are replaced by stubs, received tensors enter, the payload leaves."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class SessionSettings:
     Args:
         config: Of the engine.
         policy: What to capture when.
-        specs: Descriptions of MoE blocks that are not found by themselves.
+        specs: Descriptions of MoE blocks that are not detected automatically.
         sinks: Event sinks.
         events_path: JSONL file of events, or None.
         counts_tokens: Whether a sink wants the tokens of each expert.

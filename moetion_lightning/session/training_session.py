@@ -33,6 +33,7 @@ from moetion_lightning.session.lineage import LIMITS
 from moetion_lightning.session.process_start import describe_process
 from moetion_lightning.session.settings import SessionSettings
 from moetion_lightning.session.skipped_batches import SkippedBatches
+from moetion_lightning.session.versions import notice_untested
 
 __all__ = ["TrainingSession"]
 
@@ -71,6 +72,7 @@ class TrainingSession:
     ) -> None:
         rank, world_size = ranks.control.rank, ranks.control.world_size
         show_log_lines(rank)
+        notice_untested()
         self._settings = settings
         self._where = where
         self._groups_seconds = groups_seconds
@@ -347,7 +349,7 @@ class TrainingSession:
             self._engine.end()
 
     def drain(self) -> None:
-        """The process is told to end: :meth:`close` brings what is committed to storage, within ``grace_seconds``."""
+        """Note a SIGTERM: :meth:`close` copies committed windows to storage within ``grace_seconds``."""
         if self._engine is not None:
             self._engine.drain()
 
@@ -377,6 +379,21 @@ class TrainingSession:
             if self._engine is not None:
                 stack.callback(self._fit.ended, self._engine, completed=completed and self._trained)
                 self._engine.close(trained=completed and self._trained)
+                if self.begun and not completed:
+                    self._say_what_is_kept(self._engine)
+
+    def _say_what_is_kept(self, engine: Engine) -> None:
+        host, disk = engine.tiers.host, engine.tiers.disk
+        kept = host.windows()
+        if kept:
+            also = f", of storage at {disk.location}" if disk is not None else ""
+            _log.info(
+                "training stops before its end. Iteration %d is kept in %s%s: the same command continues there, and "
+                "`moetion clean --older-than 0 --job %s` removes it.",
+                kept[0], host.location, also, host.job,
+            )  # fmt: skip
+        else:
+            _log.info("training stops before its end, and before its first window: the same command begins anew")
 
     def _close_at_exit(self) -> None:
         self._at_exit = True

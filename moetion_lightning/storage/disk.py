@@ -1,4 +1,4 @@
-"""Storage: a local directory or any fsspec URL, fed from host memory in the background at its own pace."""
+"""Storage: a local directory or any fsspec URL, filled from host memory in the background."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,10 @@ from moetion_lightning.storage.jobs import JobInfo, describe_place
 from moetion_lightning.storage.local import LocalPlace
 from moetion_lightning.storage.manifest import Manifest
 from moetion_lightning.storage.tier import Tier
-from moetion_lightning.units import age_text, batches_text, bytes_text, span_text
 
-__all__ = ["RootReport", "StoreReport", "WindowReport", "describe", "format_report"]
+__all__ = ["RootReport", "StoreReport", "WindowReport", "describe"]
 
 _MAX_DEPTH = 3  # base / job / rank
-_COLUMNS = ("window", "iterations", "policy", "slots", "operators", "size", "age", "checksums")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,62 +137,6 @@ def _describe_window(tier: Tier, iteration: int, course: str) -> WindowReport:
     except MoEtionError as error:
         problem = _one_line(error)
     return WindowReport(iteration=iteration, manifest=manifest, problem=problem, aside=bool(course))
-
-
-def format_report(report: StoreReport) -> str:
-    """The report as a plain text table."""
-    lines = []
-    for root in report.roots:
-        lines.append(f"{root.path}")
-        if root.info is not None:
-            lines.append(_line(root.info, next((w.manifest.job for w in root.windows if w.manifest), root.info.name)))
-        if root.uncommitted_nbytes:
-            lines.append(f"  {bytes_text(root.uncommitted_nbytes)} of them belong to no committed window")
-        if root.problem:
-            lines.append(f"  PROBLEM: {root.problem}")
-        rows = [_COLUMNS, *map(_row, root.windows)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows if root.windows else ():
-            lines.append("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
-        skipped = _skipped(root)
-        if skipped:
-            lines.append(f"  left out of training (skip_batches): {batches_text(skipped)}")
-        lines += [f"  window {w.iteration} PROBLEM: {w.problem}" for w in root.windows if w.problem]
-        if not root.windows and not root.problem:
-            lines.append("  no committed window")
-        lines.append("")
-    lines.append("whole" if report.is_whole else "DAMAGED: see the problems above")
-    return "\n".join(lines)
-
-
-def _skipped(root: RootReport) -> list[int]:
-    """The batches that the newest window says were left out."""
-    newest = next((w.manifest for w in root.windows if w.manifest is not None and not w.aside), None)
-    return [] if newest is None else list(newest.extra.get("lineage", {}).get("skipped", ()))
-
-
-def _line(info: JobInfo, job: str) -> str:
-    owner = f"process {info.pid}" if info.pid is not None else "unknown process"
-    state = f"in use by {owner}" if info.alive else f"last owner: {owner}, not running"
-    completed = ", completed" if info.completed else ""
-    return f"  job {job}, {info.rank_name}, {state}{completed}, {bytes_text(info.nbytes)} in files"
-
-
-def _row(window: WindowReport) -> tuple[str, ...]:
-    verdict = "FAILED" if window.problem else "verified"
-    m = window.manifest
-    if m is None:
-        return (str(window.iteration), "?", "?", "?", "?", "?", "?", verdict)
-    return (
-        f"{window.iteration}{' (aside)' if window.aside else ''}",
-        span_text(m.first_iteration, m.last_iteration) + ("" if m.finite else ", not finite"),
-        m.policy if m.complete else f"{m.policy}, incomplete",
-        str(len(m.slots)),
-        str(len(m.operators)),
-        bytes_text(m.nbytes),
-        age_text(max(0.0, time.time() - m.created_at)) if not window.problem else "?",
-        verdict,
-    )
 
 
 def _one_line(error: MoEtionError) -> str:

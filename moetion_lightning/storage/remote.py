@@ -98,7 +98,8 @@ class RemotePlace(Place):
             self._fs, self._path = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise ConfigurationError(
-                f"{url}: {error}. Install the file system's package or correct the URL."
+                f"{url}: {error}. Install the file system's package (pip install 'moetion-lightning[s3]' for s3://, "
+                "'[gcs]' for gs://) or correct the URL."
             ) from error
         self._uploads: Any = None
         self._cache: Path | None = None

@@ -73,7 +73,7 @@ class MoEtionStrategy(DDPStrategy):
 
     Args:
         expert_parallel_size: Ranks that share the experts; must divide the number of ranks.
-        specs: Descriptions of MoE layers that are not found by themselves.
+        specs: Descriptions of MoE layers that are not detected automatically.
         pipeline_parallel_size: Ranks of a pipeline; must divide the number of ranks.
         num_microbatches: Pieces of a batch; None: as many as the pipeline has ranks.
         schedule: ``"1f1b"``, ``"gpipe"``, or with several ``chunks_per_rank`` ``"interleaved_1f1b"``,

@@ -123,7 +123,7 @@ class OptimizerOrder:
             part: Gives this rank's part of a value of a parameter's state, by the parameter's name.
 
         Raises:
-            ConfigurationError: The groups are others than this optimizer's.
+            ConfigurationError: The groups differ from this optimizer's.
         """
         sizes = [len(group["params"]) for group in state["param_groups"]]
         if sizes != [len(names) for names in self.groups]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetion_lightning.pipeline.schedules import SEVERAL_STAGES
 from tests.runs import pipeline_fit
 from tests.runs.drill import Zygote, start
 from tests.runs.references import References
@@ -60,6 +61,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 }
 #: Gradients of several stages (a tied head; T5's embedding serves encoder and decoder) or of replicas are added up.
 OTHER_ORDER = {"tied", "tied-zbv", "t5", "dp2"}
+if not SEVERAL_STAGES:
+    CASES = {world: {n: c for n, c in cases.items() if "chunks_per_rank" not in c} for world, cases in CASES.items()}
 CASES_OF = [(world, name) for world, cases in CASES.items() for name in cases if cases[name].get("plain", True)]
 
 

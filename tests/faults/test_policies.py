@@ -1,4 +1,4 @@
-"""The three policies on the same run: sparse and dense are exact, partial experts says what it lost."""
+"""The policies on the same run: dense and two phases are exact, partial experts says what it lost."""
 
 from __future__ import annotations
 
@@ -25,6 +25,23 @@ def test_dense_in_memory_is_exact(drill: Drill, every: int) -> None:
     killed = drill.killed(spec, KILLS)
     assert differences(drill.reference(spec), killed) == []
     assert {event["replay"] for event in read_events(killed, "RestoreApplied")} == {0}
+
+
+def test_two_phases_are_exact_where_memory_is_lost_with_its_machine(drill: Drill) -> None:
+    """A snapshot that is on storage is taken up after the first death, one in memory after the second."""
+    spec = {**SPEC, "policy": "two_phase", "policy_args": {"overhead": 0.5}, "persist": True}
+    losses = iter([True, False])
+
+    def lose(memory: Path) -> None:
+        if next(losses):
+            for job in memory.iterdir():
+                shutil.rmtree(job)
+
+    killed = drill.killed(
+        spec, [{"event": "WindowPersisted", "count": 3}, {"hook": "backward", "step": 21}], between=lose
+    )
+    assert differences(drill.reference(spec), killed) == []
+    assert [event["tier"] for event in read_events(killed, "RestoreStarted")] == ["disk", "host memory"]
 
 
 @pytest.mark.parametrize("selection", ["sequential", "load_aware"])

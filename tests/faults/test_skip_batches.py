@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from moetion_lightning.callbacks import SparseExpertCheckpoint
+from moetion_lightning.commands.state_tables import report_tables
+from moetion_lightning.commands.tables import text
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.storage.inspect import describe, format_report
+from moetion_lightning.storage.inspect import describe
 from moetion_lightning.testing.compare import compare_states
 from tests.runs.drill import Drill, differences, read_events, read_logs, read_steps
 
@@ -112,7 +114,7 @@ def test_what_was_left_out_stays_out_without_the_setting(drill: Drill, policy: d
     killed = drill.killed(
         spec,
         [{name: value for name, value in kill.items() if value}],
-        between=lambda memory: shown.append(format_report(describe(memory))),
+        between=lambda memory: shown.append(text(*report_tables(describe(memory)))),
         skip_batches=[],
     )
     assert differences(drill.reference(spec), killed) == []

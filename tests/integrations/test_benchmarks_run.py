@@ -119,6 +119,18 @@ def test_training_ratio(benchmark_module: Any) -> None:
     assert ettr.newest_common(records, 3, 9.0) == 0
 
 
+def test_simulator_repeats_a_run(benchmark_module: Any) -> None:
+    """Steps of 1 s at a pace of 1.25 s, a kill at 10.5 s that costs 5 s and the step in flight."""
+    module = benchmark_module("_predicted")
+    times = [1.25 * step for step in range(1, 9)] + [16.75 + 1.25 * step for step in range(40)]
+    found = module.observed(times, [10.5])
+    assert found["pace_seconds"] == pytest.approx(1.25)
+    assert found["outages"] == pytest.approx([5.0])
+    said = module.predicted(step_seconds=1.0, every=4, kills=[10.5], seconds=65.5, mtbf=60.0, **found)
+    assert said["simulated"] == pytest.approx(48 / 65.5)
+    assert said["closed_form"] == pytest.approx(said["simulated"], abs=0.05)
+
+
 def test_costs_of_a_save(benchmark_module: Any) -> None:
     """Steps 4, 8, 12 save (1.5 s more); the steps after them are slow for another reason and count for nothing."""
     steps = list(range(1, 14))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -40,10 +41,17 @@ def test_state_of_a_killed_run_is_listed_inspected_and_cleaned(
 ) -> None:
     memory = str(killed_run)
     assert main(["jobs", "--memory-dir", memory]) == 0
-    assert "killed/rank-00000: dead, " in capsys.readouterr().out
+    listed = capsys.readouterr().out.splitlines()[1].split()
+    assert listed[:3] == ["killed", "rank-00000", "dead"]
+    assert main(["jobs", "--memory-dir", memory, "--json"]) == 0
+    (job,) = json.loads(capsys.readouterr().out)
+    assert (job["name"], job["rank_name"], job["alive"]) == ("killed", "rank-00000", False)
 
     assert main(["inspect", memory]) == 0
     assert "verified" in capsys.readouterr().out
+    assert main(["inspect", memory, "--json"]) == 0
+    (root,) = json.loads(capsys.readouterr().out)["roots"]
+    assert root["windows"][0]["last_iteration"] == job["windows"][0]
 
     assert main(["clean", "--memory-dir", memory]) == 0  # too young: it may be started again
     assert "0 removed, 1 left" in capsys.readouterr().out

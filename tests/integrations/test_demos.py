@@ -18,8 +18,8 @@ import pytest
 
 from moetion_lightning.cli import main
 from moetion_lightning.demo import job, single
-from moetion_lightning.demo import stage as running
-from moetion_lightning.demo.stage import run_child
+from moetion_lightning.testing import processes as running
+from moetion_lightning.testing.processes import run_child
 from tests.command import Forked
 from tests.runs import forked, program
 from tests.runs.drill import Zygote, read_logs

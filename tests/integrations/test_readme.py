@@ -29,9 +29,10 @@ def test_python_block_runs(
 
 def test_every_recipe_and_command_is_named() -> None:
     for recipe in list_recipes():
-        assert f"| `{recipe.name}` |" in README
+        assert f"`{recipe.name}`" in README
     for command in (*TRAINING, *_OWN):
         assert re.search(rf"`(moetion )?{command}\b", README), command
+    assert {"make demo", "make test"} <= set(re.findall(r"make \w+", README))
 
 
 def test_every_make_target_exists() -> None:
@@ -40,9 +41,24 @@ def test_every_make_target_exists() -> None:
 
 
 def test_named_files_exist() -> None:
-    for path in ("CONTRIBUTING.md", "docs/adr/0001-layout.md", "LICENSE", "docs/index.md"):
-        assert (ROOT / path).is_file()
+    linked = [path for path in re.findall(r"\]\(([\w./-]+)[)#]", README) if "//" not in path]
+    assert {"CONTRIBUTING.md", "docs/index.md"} <= set(linked)
+    assert [path for path in linked if not (ROOT / path).is_file()] == []
 
 
 def test_readme_is_short() -> None:
-    assert len(README.splitlines()) < 200
+    assert len(README.splitlines()) < 170
+
+
+def test_benchmark_of_every_number_exists() -> None:
+    scripts = re.findall(r"`python (benchmarks/\w+\.py)`", README)
+    assert len(scripts) >= 3
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
+def test_transcript_has_the_lines_that_the_demo_prints() -> None:
+    (transcript,) = _blocks("text")
+    labels = re.findall(r"^  (\S.*?)  +\S", transcript, re.M)
+    assert len(labels) >= 4
+    said = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "moetion_lightning" / "demo").glob("*.py"))
+    assert [label for label in labels if label not in said] == []

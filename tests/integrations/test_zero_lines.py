@@ -259,15 +259,19 @@ def test_window_of_a_script_with_the_line_is_not_taken_for_one_without(script: S
     )
     assert script.start(body)[0] == 1
     status, said = script.start("for x in first:\n    step(x)")
-    assert status == 1
-    assert "ForeignWindowError" in said
+    assert status == 2
+    last = said.splitlines()[-1]
+    assert last.startswith("moetion run: error: ")
+    assert "which this script does not have" in last
     assert script.windows()
 
 
 def test_failed_script_keeps_its_windows_and_shows_its_own_error(script: Script) -> None:
     status, said = script.start("for batch in first:\n    step(batch)\nraise KeyError('mine')")
     assert status == 1
-    assert "KeyError: 'mine'" in said
+    assert said.splitlines()[-1] == "KeyError: 'mine'"
+    frames = [line.split('"')[1] for line in said[said.index("Traceback") :].splitlines() if line.startswith("  File")]
+    assert {Path(file).name for file in frames} == {"script.py"}, "the traceback begins in the script"
     assert script.windows()
 
 

@@ -32,6 +32,7 @@ from moetion_lightning.callbacks import (
     FaultToleranceMonitor,
     PartialExpertsCheckpoint,
     SparseExpertCheckpoint,
+    TwoPhaseCheckpoint,
     _fits,
 )
 from moetion_lightning.callbacks._base import EngineCallback
@@ -119,6 +120,9 @@ def interrupted(tmp_path: Path, memory_dir: Path, step: int = 11, **spec: Any) -
         (lambda: SparseExpertCheckpoint(resume="yes"), "resume='yes'"),  # type: ignore[arg-type]
         (lambda: SparseExpertCheckpoint(job_id="../x"), "job_id="),
         (lambda: DenseInMemoryCheckpoint(every_n_steps=0), "every_n_steps=0"),
+        (lambda: TwoPhaseCheckpoint(""), "persist_dir='': expected a directory or URL for the second phase"),
+        (lambda: TwoPhaseCheckpoint("there", every_n_steps=0), "every_n_steps=0"),
+        (lambda: TwoPhaseCheckpoint("there", overhead=1.5), "overhead=1.5: expected a share"),
         (lambda: PartialExpertsCheckpoint(0), "num_experts_per_checkpoint=0"),
         (lambda: PartialExpertsCheckpoint(1, selection="best"), "selection='best'"),  # type: ignore[arg-type]
         (lambda: PartialExpertsCheckpoint(1, plt_limit=2.0), "plt_limit=2.0"),
@@ -546,7 +550,8 @@ def test_buffers_are_recycled_over_many_windows(tmp_path: Path, memory_dir: Path
 def test_numbers_reach_the_logger_and_the_events_file(tmp_path: Path, memory_dir: Path) -> None:
     logger = CSVLogger(tmp_path, name="csv")
     capture = SparseExpertCheckpoint(window=2, memory_dir=str(memory_dir), events_path=str(tmp_path / "events.jsonl"))
-    trainer(tmp_path, capture, logger=logger, log_every_n_steps=1).fit(module(), loader())
+    run = trainer(tmp_path, capture, logger=logger, log_every_n_steps=1)
+    run.fit(module(), loader())
     header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
     for name in ("committed_step", "stall_ms", "captured_mb", "window_progress", "protected", "checkpoint_stall"):
         assert f"moetion/{name}" in header
@@ -554,6 +559,8 @@ def test_numbers_reach_the_logger_and_the_events_file(tmp_path: Path, memory_dir
         first, *_, last = [row for row in csv.DictReader(file) if row["moetion/protected"]]
     assert (first["step"], float(first["moetion/protected"]), float(first["moetion/committed_step"])) == ("0", 0, -1)
     assert float(last["moetion/protected"]) == 1
+    in_bar = {name: value for name, value in run.progress_bar_metrics.items() if "moetion" in name or name == "ckpt"}
+    assert in_bar == {"ckpt": str(int(float(last["moetion/committed_step"])))}, "one short item"
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     committed = [e for e in events if e["event"] == "WindowCommitted"]
     assert [e["last_iteration"] - e["first_iteration"] for e in committed] == [1] * len(committed)
@@ -562,9 +569,10 @@ def test_numbers_reach_the_logger_and_the_events_file(tmp_path: Path, memory_dir
 def test_restart_says_what_was_found_and_done(
     tmp_path: Path, memory_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    interrupted(tmp_path, memory_dir)
-    capture = SparseExpertCheckpoint(window=3, memory_dir=str(memory_dir), job_id="job")
     with caplog.at_level(logging.INFO, logger="moetion_lightning"):
+        interrupted(tmp_path, memory_dir)
+        assert f"is kept in {memory_dir}/job/rank-00000: the same command continues there" in caplog.text
+        capture = SparseExpertCheckpoint(window=3, memory_dir=str(memory_dir), job_id="job")
         trainer(tmp_path, capture).fit(module(), loader())
     assert "found the window of iterations" in caplog.text
     assert "in host memory" in caplog.text

@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
@@ -178,7 +178,7 @@ def _callbacks(spec: dict[str, Any], out: Path) -> list[Any]:
         elif name == "best":  # in the folder of the logger's version
             made.append(ModelCheckpoint(monitor="val_loss", save_top_k=2))
         elif name == "ema":
-            made.append(EMAWeightAveraging(decay=0.9))
+            made.append(pl.callbacks.EMAWeightAveraging(decay=0.9))
         elif name == "history":
             made.append(variants.History(out / f"history{spec['suffix']}"))
         elif name == "finetuning":
@@ -244,6 +244,7 @@ def _capturing(spec: dict[str, Any], out: Path) -> list[Any]:
         "sparse": callbacks.SparseExpertCheckpoint,
         "dense": callbacks.DenseInMemoryCheckpoint,
         "partial": callbacks.PartialExpertsCheckpoint,
+        "two_phase": callbacks.TwoPhaseCheckpoint,
         "gradient_log": callbacks.GradientLogCheckpoint,
     }
     callback = kinds[spec["policy"]](**spec["policy_args"], **common)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import jsonargparse
 import pytest
 import yaml
 
 from moetion_lightning import __version__
-from moetion_lightning.cli import HELP, main
+from moetion_lightning.cli import _OWN, HELP, TRAINING, main
 from moetion_lightning.commands.arguments import expand_recipes
 from moetion_lightning.core.schedule import window_bytes
 from moetion_lightning.errors import ConfigurationError
@@ -66,7 +68,7 @@ def test_modules_of_the_users_own_folder_are_found(tmp_path: Path, zygote: Zygot
         "        super().__init__()\n"
     )
     code = (
-        "import sys; sys.path = [p for p in sys.path if p]; from moetion_lightning.cli import main;"
+        "import sys; sys.path = [p for p in sys.path if p]; from moetion_lightning.cli import _OWN, TRAINING, main;"
         "sys.stdout = open('printed', 'w');"
         "sys.exit(main(['fit', '--config', 'recipe:tiny_moe_cpu', '--model', 'mine.Mine', '--model.extra', '3',"
         " '--print_config']))"
@@ -77,30 +79,47 @@ def test_modules_of_the_users_own_folder_are_found(tmp_path: Path, zygote: Zygot
     assert (found["class_path"], found["init_args"]["extra"]) == ("mine.Mine", 3)
 
 
-def test_completion_of_a_shell_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """By a small parser in place of Lightning's, of whose thousands of options jsonargparse makes it as well."""
+@pytest.fixture(scope="module")
+def scripts() -> dict[str, str]:
+    """Of each shell."""
+    made = {}
+    for shell in ("bash", "zsh", "fish"):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert main(["completion", shell]) == 0
+        made[shell] = out.getvalue()
+    return made
 
-    def parse(args: list[str]) -> int:
-        parser = jsonargparse.ArgumentParser(prog="moetion")
-        parser.add_argument("--trainer.max_steps", type=int)
-        parser.parse_args(args)
-        return 0
 
-    monkeypatch.setattr("moetion_lightning.commands.train.train", parse)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main(["--print_completion", "shtab-bash"])
-    finally:
-        jsonargparse.set_parsing_settings(add_print_completion_argument=False)
-    assert ended.value.code in (None, 0)
-    assert "--trainer.max_steps" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["exp"], ["explain", "export"]),
+        (["fit", "--trainer.max_s"], ["--trainer.max_steps"]),
+        (["fit", "--config", "recipe", ":", "tiny"], ["tiny_moe_cpu"]),
+        (["launch", "--standb"], ["--standby"]),
+        (["recipes", "mixtral"], ["mixtral_tiny"]),
+        (["jobs", "--js"], ["--json"]),
+    ],
+)
+def test_shell_completes(words: list[str], expected: list[str], scripts: dict[str, str]) -> None:
+    line = f"COMP_WORDS=(moetion {' '.join(words)}); COMP_CWORD={len(words)}; _moetion; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", scripts["bash"] + line], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == expected
+
+
+def test_completions_are_small_and_know_all_commands(scripts: dict[str, str]) -> None:
+    for script in scripts.values():
+        assert len(script) < 20_000
+        assert set(re.findall(r"[a-z]+", script)) >= {*_OWN, *TRAINING, "completion"}
 
 
 def test_help_names_every_command() -> None:
-    for command in ("fit", "validate", "test", "predict", "recipes", "explain", "inspect", "jobs", "clean", "demo"):
+    looking = ("recipes", "explain", "inspect", "jobs", "clean", "demo", "drill", "diff")
+    for command in ("fit", "validate", "test", "predict", *looking):
         assert f"  {command}  " in HELP
     for kind in ("ranks", "pipeline"):
-        assert f"  demo {kind}  " in HELP
+        assert f"`demo {kind}`" in HELP
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +229,30 @@ def test_wrong_argument_ends_with_status_2(config: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as done:
         main(["fit", "--config", str(config), "--model.init_args.num_expert", "4"])
     assert done.value.code == 2
-    assert "num_expert" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "num_expert" in line
+    assert line.endswith("See `moetion fit --help`.")
+
+
+def test_error_of_a_run_is_told_in_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = "--trainer.callbacks=moetion_lightning.callbacks.SparseExpertCheckpoint"
+    assert main(["fit", "--config", str(config), callback, "--trainer.callbacks.memory_dir", "/proc/none"]) == 2
+    assert "moetion fit: error: /proc/none: cannot create the directory" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["fit", "--config", str(config), "--trainer.devices", "0"]) == 2
+    assert "is not a valid input" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("program", [["nosuch.py"], ["-m", "nosuch"], ["-m", "nosuch.module"]])
+def test_program_that_is_not_there_is_told_in_one_line(program: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *program]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moetion run: error: ")
+
+
+def test_ports_that_do_not_exist_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch takes them modulo 65536."""
+    assert main(["rendezvous", "--port", "99999"]) == 2
+    assert "ports are 0 to 65535" in capsys.readouterr().err
 
 
 def test_explain_observes_tokens_and_bytes_of_a_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +298,12 @@ def test_explain_shows_how_much_host_memory_windows_take(capsys: pytest.CaptureF
     sizes = '{"in_features": 100000, "out_features": 1000}'
     assert main(["explain", "torch.nn:Linear", "--init", sizes, "--meta", "--window", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    table = [line.split() for line in lines[lines.index("window  no replicas  1 replica  2 replicas") + 1 :][:6]]
+    begin = next(
+        i
+        for i, line in enumerate(lines)
+        if line.split() == ["window", "no", "replicas", "1", "replica", "2", "replicas"]
+    )
+    table = [line.split() for line in lines[begin + 1 :][:6]]
     full, compute = 12 * 100_001_000, 4 * 100_001_000
     window_sizes = {w: window_bytes(full, compute, w) / 2**30 for w in (1, 2, 3, 4, 8, 16)}
     assert window_sizes[1] == full / 2**30
@@ -274,6 +321,10 @@ def test_explain_takes_an_importable_class(capsys: pytest.CaptureFixture[str]) -
     assert "blocks.0.moe/gate" in out
     assert "8 experts" in out
     assert "no optimizer given" in out
+    assert main(["explain", target, "--init", '{"num_layers": 1}', "--meta", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["layers"] == [{"name": "blocks.0.moe", "num_experts": 8}]
+    assert sum(told["slot_bytes"]) >= told["dense_bytes"] == sum(row["full_bytes"] for row in told["rows"])
 
 
 def test_explain_takes_a_dense_module_with_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,6 +427,10 @@ def test_strategy_of_ours_takes_its_arguments_from_the_command_line(
 def test_jobs_of_an_empty_machine(memory_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["jobs", "--memory-dir", str(memory_dir)]) == 0
     assert "no jobs" in capsys.readouterr().out
+    assert main(["jobs", "--memory-dir", str(memory_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert main(["jobs", "--memory-dir", str(memory_dir / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_clean_refuses_a_wrong_duration(memory_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,10 @@ from moetion_lightning.demo.pipeline import PipelineOptions
 from moetion_lightning.demo.ranks import RanksOptions
 from moetion_lightning.demo.recovery import Recovery
 from moetion_lightning.demo.single import DemoOptions
-from moetion_lightning.demo.stage import DemoError, KillMidWindow, Tail, finish
+from moetion_lightning.demo.stage import KillMidWindow, finish
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.testing.compare import write_state
+from moetion_lightning.testing.processes import RunError, Tail
 
 
 def _capture(slot: int, num_slots: int = 4, **who: int) -> dict[str, object]:
@@ -161,9 +162,9 @@ def test_events_tell_the_recovery() -> None:
 
 
 def test_recovery_without_a_newcomer_or_a_new_step_is_an_error() -> None:
-    with pytest.raises(DemoError, match="no process took the place of rank 1"):
+    with pytest.raises(RunError, match="no process took the place of rank 1"):
         Recovery.of(_LOSS, killed=1, kill_time=5.0)
-    with pytest.raises(DemoError, match="no step after step 5"):
+    with pytest.raises(RunError, match="no step after step 5"):
         Recovery.of(_LOSS[:-1], killed=2, kill_time=5.0)
 
 
@@ -199,7 +200,7 @@ def test_table_of_a_lost_stage_says_who_replayed_what(tmp_path: Path) -> None:
 def test_lost_stage_that_did_not_recover_alone_is_an_error(tmp_path: Path) -> None:
     """A rollback of all stages is exact too, but not what is to be shown."""
     rolled_back = [event for event in _STAGE_LOSS if event["event"] != "StageReplayFinished"]
-    with pytest.raises(DemoError, match=r"stages \[\] were replayed .* expected stage 1 alone"):
+    with pytest.raises(RunError, match=r"stages \[\] were replayed .* expected stage 1 alone"):
         _stage_rows(tmp_path, rolled_back)
 
 

@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 
 from moetion_lightning import cli
+from moetion_lightning.commands.state_tables import report_tables
+from moetion_lightning.commands.tables import text
 from moetion_lightning.errors import (
     ConfigurationError,
     CorruptSnapshotError,
@@ -24,7 +26,7 @@ from moetion_lightning.errors import (
 from moetion_lightning.storage.choice import choose_window
 from moetion_lightning.storage.format import FileRecord, SnapshotLayout, TensorSpec
 from moetion_lightning.storage.host_memory import HostMemoryTier
-from moetion_lightning.storage.inspect import describe, format_report
+from moetion_lightning.storage.inspect import describe
 from moetion_lightning.storage.jobs import clean_stale, find_jobs
 from tests.store_windows import SPECS, commit_window, make_manifest, write_snapshot
 
@@ -369,14 +371,14 @@ def test_inspect_shows_windows_and_finds_damage(tier):
         assert [w.iteration for w in report.roots[0].windows] == [9, 7]
         assert report.is_whole
         assert report.roots[0].info.alive
-    assert "6..7" in format_report(report)
-    assert "verified" in format_report(report)
+    assert "6..7" in text(*report_tables(report))
+    assert "verified" in text(*report_tables(report))
     tier.local_path(manifest.files[0]).write_bytes(b"x" * NBYTES)
     report = describe(tier.path / "windows" / "000000000007.json")
     assert [w.iteration for w in report.roots[0].windows] == [7]
     assert not report.is_whole
-    assert "PROBLEM" in format_report(report)
-    assert manifest.files[0].name in format_report(report)
+    assert "PROBLEM" in text(*report_tables(report))
+    assert manifest.files[0].name in text(*report_tables(report))
     with pytest.raises(StoreError, match="no windows are stored here"):
         describe(tier.path / "files")
 

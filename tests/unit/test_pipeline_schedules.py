@@ -98,7 +98,7 @@ def test_our_rule_of_micro_batches_is_that_of_torch(name: str) -> None:
                 stages = make_stages(layout, 0, group)
                 given = stages if kind.interleaved else stages[0]
                 if kind.runs(number, size):
-                    kind.cls(given, number, loss_fn=lambda loss, index: loss)
+                    make_schedule(kind, stages, number, size, lambda loss, index: loss)
                 else:
                     with pytest.raises(ValueError, match="micro"):
                         kind.cls(given, number, loss_fn=lambda loss, index: loss)
@@ -272,7 +272,7 @@ def test_a_step_that_was_broken_off_leaves_nothing() -> None:
         stage.get_fwd_recv_ops(1)
         stage.get_bwd_recv_ops(0)
         stage.clear_runtime_states()
-        assert not any((stage.fwd_cache, stage._inputs, stage._grads, stage.output_chunks))
+        assert not any((stage._outputs, stage._inputs, stage._grads, stage.output_chunks))
 
 
 # --- all stages of a pipeline in one process -------------------------------------------------------------------------

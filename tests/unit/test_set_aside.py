@@ -9,12 +9,14 @@ import uuid
 
 import pytest
 
+from moetion_lightning.commands.state_tables import report_tables
+from moetion_lightning.commands.tables import text
 from moetion_lightning.errors import ConfigurationError, CorruptSnapshotError, HostMemoryError
 from moetion_lightning.storage import buffers
 from moetion_lightning.storage.choice import choose_window
 from moetion_lightning.storage.disk import DirectoryTier
 from moetion_lightning.storage.host_memory import HostMemoryTier
-from moetion_lightning.storage.inspect import describe, format_report
+from moetion_lightning.storage.inspect import describe
 from moetion_lightning.storage.jobs import clean_stale, find_everywhere, find_jobs
 from moetion_lightning.storage.local import LocalPlace
 from moetion_lightning.storage.posix import explain_os_errors
@@ -232,7 +234,7 @@ def test_jobs_neighbours_and_inspect_show_what_lies_aside_and_cleaning_takes_it(
     report = describe(memory.base_dir)
     assert [(w.iteration, w.aside) for w in report.roots[0].windows] == [(2, False), (8, True)]
     assert report.roots[0].uncommitted_nbytes == 0
-    assert "8 (aside)" in format_report(report)
+    assert "8 (aside)" in text(*report_tables(report))
     memory.close()
     clean_stale(memory.base_dir)
     assert find_jobs(memory.base_dir) == []

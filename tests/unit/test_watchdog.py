@@ -91,7 +91,7 @@ def test_first_iteration_shows_how_long_the_others_may_be_silent(limits: Limits)
     life = Life(limits, section=Section.START, iteration=0)
     assert life.live(40, "ticks") is None
     life.live(1, "ticks", "beats", "changes")
-    assert limits.of(Section.STEP) == 400.0
+    assert limits.of(Section.STEP) == 80.0, "twice that: it compiles, too"
 
 
 def test_wait_for_a_lost_rank_teaches_nothing(limits: Limits) -> None:
@@ -162,6 +162,17 @@ def test_stopped_process_is_shot_before_those_that_are_as_far(limits: Limits) ->
     lives[1].live(20)
     assert hung(lives) == [1]
     assert hung(lives[:1], lives[1].watch.standing()) == [], "that of another node is shot there"
+
+
+@pytest.mark.parametrize("values", [{"waits": True}, {"iteration": 8}, {"collectives": 5}])
+def test_process_that_is_stopped_while_it_waits_or_is_ahead_is_shot(limits: Limits, values: dict[str, object]) -> None:
+    """Who waits for it, in a collective or for the control plane, ticks."""
+    for others in (Life(limits), Life(limits, waits=True)):
+        lives = [others, Life(limits, **values)]
+        lives[0].live(20, "ticks")
+        assert "nothing of it runs" in (lives[1].live(20) or "")
+        assert hung(lives) == [1]
+        assert hung(lives[:1], lives[1].watch.standing()) == [], "that of another node is shot there"
 
 
 def test_limits_by_section() -> None:

@@ -1,0 +1,88 @@
+"""Sentences about where two runs part, its likely cause, and what to change."""
+
+from __future__ import annotations
+
+from moetion_lightning.engine.replay_check import Difference, Suspects, likely_causes
+from moetion_lightning.testing.divergence import Divergence
+
+__all__ = ["NAMES", "causes", "remedy", "where"]
+
+NAMES = {
+    "inputs": "model inputs",
+    "settings": "optimizer settings",
+    "losses": "losses",
+    "gradient": "gradients",
+    "optimizer": "optimizer state",
+    "parameter": "parameters",
+    "buffer": "buffers",
+    "rng": "random generators",
+}
+#: Keys of :mod:`moetion_lightning.engine.replay_check`.
+_RECORD_KEYS = {"inputs": "batches", "settings": "lrs", "losses": "losses", "gradient": "gradients", "rng": "rng"}
+_REMEDIES = {
+    "inputs": (
+        "Let what a sample is follow from its index, seeds and restored generators alone. What counts or remembers "
+        "belongs into an attribute of the dataset, DataModule or sampler, or into a state_dict(): not into a global "
+        "variable, a class attribute, a file, or the time."
+    ),
+    "settings": (
+        "Let every scheduler be known: return it from configure_optimizers, give it to accelerator.prepare(), or to "
+        "run.track(). What sets learning rates by hand must follow from the step, not from a counter of the script."
+    ),
+    "losses": (
+        "State that the loss depends on must be in parameters, buffers or plain attributes of the module, not in "
+        "global variables. Labels and masks must follow from the sample. Else switch on "
+        "torch.use_deterministic_algorithms(True): it names kernels that are not deterministic."
+    ),
+    "gradient": "Gradients must come from the losses alone; torch.use_deterministic_algorithms(True) names kernels.",
+    "optimizer": "An optimizer must keep its state in .state or state_dict(); gradients come from the losses alone.",
+    "parameter": "Change parameters by the optimizers, or in hooks that follow from the state, not from a counter.",
+    "buffer": "Buffers must follow from what the module sees: update them in forward, in place.",
+    "rng": (
+        "Seed once, at the beginning, with a fixed seed; draw nothing that only a first start or a restart draws; "
+        "keep generators of your own where they are found: attributes of module, dataset or DataModule."
+    ),
+    "steps": "The number of steps must not depend on time, on a counter of the script, or on how often it was started.",
+}
+
+
+def where(divergence: Divergence, first: str, second: str) -> list[str]:
+    """What differs, as a few lines.
+
+    Args:
+        divergence: Where they part.
+        first: What the first run is called.
+        second: What the second one is called.
+    """
+    d = divergence
+    rank = f", rank {d.rank}" if d.rank else ""
+    if d.quantity == "steps":
+        return [f"step {d.step}{rank} was {d.name} by {first} (its {d.first}), unlike {second} (its {d.second})"]
+    how = " in the replay" if d.is_replay else ""
+    by = f", as start {d.start} of {first} executed it{how}" if d.start else ""
+    lines = [
+        f"step {d.step}{rank}{by}: {NAMES[d.quantity]}, {d.name.removeprefix(d.quantity + ':')}",
+        f"  {first}: {d.first}",
+        f"  {second}: {d.second}",
+    ]
+    if d.others:
+        lines.append(f"  {d.others} more values differ in this step")
+    if d.equal:
+        lines.append(f"  still equal in this step: {', '.join(NAMES[quantity] for quantity in d.equal)}")
+    return lines
+
+
+def causes(divergence: Divergence) -> list[str]:
+    """Likely causes, the most specific first."""
+    d = divergence
+    if d.quantity == "steps":
+        return ["one of the runs ended earlier, or counted its steps differently"]
+    key = _RECORD_KEYS.get(d.quantity, "weights")
+    difference = Difference(quantity=key, recorded=d.second, replayed=d.first, where=d.name)
+    compared = [_RECORD_KEYS.get(quantity, "weights") for quantity in d.equal]
+    return likely_causes([difference], compared, Suspects())
+
+
+def remedy(divergence: Divergence) -> str:
+    """What to change."""
+    return _REMEDIES[divergence.quantity]
