@@ -88,6 +88,7 @@ BIND_ADDRESS_VARIABLE = "MOETION_BIND_ADDR"
 REPORT_VARIABLE = "MOETION_REPORT"
 LAUNCHER_PID_VARIABLE = "MOETION_LAUNCHER_PID"
 NODE_TIMEOUT_VARIABLE = "MOETION_NODE_TIMEOUT"
+PREDECESSOR_VARIABLE = "MOETION_PREDECESSOR"
 #: Seconds that a rank waits for the slowest other one where all exchange something.
 EXCHANGE_TIMEOUT_VARIABLE = "MOETION_EXCHANGE_TIMEOUT"
 
@@ -152,6 +153,11 @@ def job_secret_from_environment() -> str | None:
 def address_from_environment() -> str | None:
     """By which address other nodes reach this one, if the environment says so."""
     return os.environ.get(ADDRESS_VARIABLE) or None
+
+
+def predecessor_from_environment() -> str:
+    """How the process ended whose place this one takes, as ``moetion launch`` saw it; "" where nobody says so."""
+    return os.environ.get(PREDECESSOR_VARIABLE, "")
 
 
 def child_environment() -> dict[str, str]:

@@ -28,13 +28,19 @@ __all__ = [
     "CopiesChanged",
     "Event",
     "EventBus",
+    "GroupsFormed",
     "IterationFinished",
     "JsonlSink",
+    "LastIterationFinished",
+    "LossNoticed",
+    "LossRecorded",
     "ManifestWritten",
     "Notice",
     "OperatorAudited",
     "OperatorsFound",
     "PartialExpertsRestored",
+    "ProcessEnded",
+    "ProcessStarted",
     "ProtectionChanged",
     "ReplayFinished",
     "ReplayIteration",
@@ -47,9 +53,11 @@ __all__ = [
     "SlotSealed",
     "StageReplayFinished",
     "StageReplayStarted",
+    "StartedAfresh",
     "StateRebuilt",
     "StepSkipped",
     "TokensCounted",
+    "ValidationFinished",
     "WindowCommitted",
     "WindowPersisted",
     "WindowReplicated",
@@ -68,6 +76,52 @@ class Event:
     def kind(self) -> str:
         """Name of the event: its class name."""
         return type(self).__name__
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessStarted(Event):
+    """A process takes part in a run: its first event.
+
+    ``created_at``: when the system made it, seconds since 1970. ``groups_seconds``: what forming its process groups
+    took until now, where that is measured. ``predecessor``: how the process ended whose place it takes, where the
+    launcher says so. ``environment``: host, devices, versions, job, command and commit, by name; ``settings``: those
+    of the callback.
+    """
+
+    created_at: float
+    groups_seconds: float
+    predecessor: str
+    environment: dict[str, str]
+    settings: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessEnded(Event):
+    """A process leaves a run in good order: its last event. ``reason``: "", or the error or signal that ended it."""
+
+    completed: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedAfresh(Event):
+    """Training begins anew although windows of an earlier course were there: they lie aside now."""
+
+    num_windows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossNoticed(Event):
+    """This process lives, and has noticed that another rank was lost: it leaves its groups, and waits for a new one."""
+
+    iteration: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupsFormed(Event):
+    """All ranks have met again in new process groups; ``seconds`` do not count the wait for those that start."""
+
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +169,35 @@ class IterationFinished(Event):
     seconds: float
     stall_seconds: float
     own_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastIterationFinished(Event):
+    """Training has ended, and with it the last iteration, which no next one ends. Nothing of it is captured."""
+
+    iteration: int
+    seconds: float
+    stall_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRecorded(Event):
+    """What the record of an iteration says (mean loss of its micro-batches; learning rate of the first group).
+
+    It comes from the capture thread, for iterations that are captured or replayed, and for the last one. A loss that
+    is not finite, or not known, is not told.
+    """
+
+    iteration: int
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationFinished(Event):
+    """A validation that belongs to the iteration that ends next is done."""
+
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

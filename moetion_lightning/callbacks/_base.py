@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,6 +120,10 @@ class EngineCallback(EarlyCallback):
         more = {"specs": self._specs, "sinks": self._sinks, "events_path": self._events_path}
         return {**changed, "policy": self._policy(), **{name: value for name, value in more.items() if value}}
 
+    def open_note(self, name: str, nbytes: int) -> mmap.mmap | None:
+        """Memory of this rank that outlives the process, as long as its windows do; None where nothing is captured."""
+        return None if self._session is None else self._session.engine.tiers.host.open_note(name, nbytes)
+
     # --- hooks of Lightning --------------------------------------------------------------------------------------
 
     def before_setup(self, trainer: Trainer) -> None:
@@ -173,11 +178,13 @@ class EngineCallback(EarlyCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         progress.enter(Section.STEP if trainer.state.fn == TrainerFn.FITTING else Section.SAVE)
+        if self._session is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._session.on_validation_end()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         progress.enter(Section.VALIDATION)
         if self._session is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._session.hold()
+            self._session.on_validation_start()
 
     def on_validation_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING:

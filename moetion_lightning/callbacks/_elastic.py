@@ -11,6 +11,7 @@ from moetion_lightning.callbacks._ranks import leave_groups, wrap_again
 from moetion_lightning.distributed import progress
 from moetion_lightning.distributed.groups import Groups
 from moetion_lightning.engine import Ranks, StageReplayError
+from moetion_lightning.session import TrainingSession
 
 __all__ = ["Elastic"]
 
@@ -33,6 +34,7 @@ class Elastic:
         find: All ranks: agree where to continue. Returns whether that is another place than the one where a process
             is that has only just begun: its first batch.
         place: Put the adapter's part of the state that was found in place.
+        session: Is told of losses, and of groups.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Elastic:
         ranks: Ranks,
         find: Callable[[], bool],
         place: Callable[[], None],
+        session: TrainingSession,
     ) -> None:
         self._trainer = trainer
         self._groups = groups
         self._ranks = ranks
         self._find = find
         self._place = place
+        self._session = session
 
     def run(self, start: Callable[[], None], again: Callable[[], None]) -> None:
         """Train; when a rank is lost, go back with the others to a common state and go on.
@@ -88,6 +92,7 @@ class Elastic:
             try:
                 self._groups.join()
                 wrap_again(self._trainer)
+                self._session.groups_formed(self._groups.formed_seconds)
             except Exception as error:
                 if not self._is_loss(error):
                     raise
@@ -122,6 +127,7 @@ class Elastic:
         self._place()
 
     def _find_after_loss(self) -> bool:
+        self._session.loss_noticed()
         leave_groups(self._trainer, self._groups)
         self._advance()
         found: list[bool] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,17 +47,19 @@ class LightningSession:
         self._trainer = trainer
         self._module = module
         self._log_metrics = log_metrics
+        self._validating_since = 0.0
         self._loss_known = False  # of the present batch
         self._call = FitCall.of(trainer)
         self._ranks = make_ranks(trainer, module)
         self._loops = LoopSeam(trainer)
-        self._session = TrainingSession(settings, where, trainer.default_root_dir, self._ranks)
+        groups = current_groups()
+        formed = 0.0 if groups is None else groups.formed_seconds
+        self._session = TrainingSession(settings, where, trainer.default_root_dir, self._ranks, groups_seconds=formed)
         self._data: DataSeam | None = None
         self._unused: UnusedExperts | None = None
-        groups = current_groups()
         self._elastic: Elastic | None = None
         if groups is not None and self._ranks.elastic:
-            self._elastic = Elastic(trainer, groups, self._ranks, self._find_again, self._go_to_found)
+            self._elastic = Elastic(trainer, groups, self._ranks, self._find_again, self._go_to_found, self._session)
             if groups.alone:
                 trainer.num_sanity_val_steps = 0  # the others have checked; here the sharded weights are not whole yet
         try:
@@ -296,9 +299,19 @@ class LightningSession:
         """Something other than the optimizer may change weights now (validation with averaged weights)."""
         self._session.hold()
 
+    def on_validation_start(self) -> None:
+        """A validation begins, in the course of training."""
+        self.hold()
+        self._validating_since = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """It is done."""
+        self._session.validated(time.perf_counter() - self._validating_since)
+
     def on_train_end(self) -> None:
         """The fit loop has ended."""
         self.hold()
+        self._session.end()
         self._loops.files.warn_of_postponed()
 
     def close(self, *, completed: bool) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moetion_lightning.badput import CAUSES, NANOSECONDS, Ledger, Use
+from moetion_lightning.callbacks._account import NOTE_BYTES, Account
 from moetion_lightning.callbacks._base import EngineCallback
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.events import (
@@ -22,8 +24,8 @@ from moetion_lightning.events import (
     WindowCommitted,
 )
 from moetion_lightning.metrics import (
+    Badput,
     CheckpointStall,
-    EffectiveTrainingTimeRatio,
     ExpertLoad,
     ProportionOfLostTokens,
 )
@@ -41,8 +43,13 @@ class FaultToleranceMonitor(Callback):
 
     Add it beside a capturing callback; order does not matter. To every logger of the Trainer go
 
-    * ``moetion/ettr``: share of the wall time since the first start in which training went forward;
-    * ``moetion/lost_seconds``: wall time not spent in iterations that were kept: starts, lost work, between processes;
+    * ``moetion/ettr``, ``moetion/ettr_last_hour``: share of the wall time since the first start in which training went
+      forward: iterations that were finished for the first time, without their stalls and validations;
+    * ``moetion/productive_seconds``, ``moetion/wall_seconds``: the two whose ratio that is;
+    * ``moetion/badput/<cause>_seconds``, ``moetion/badput_last_hour/<cause>_seconds``: the rest of the wall time by
+      cause (``start``, ``detection``, ``groups``, ``restore``, ``replay``, ``redo``, ``stall``, ``validation``,
+      ``idle``). With the productive seconds they are the wall time: each second is counted once;
+    * ``moetion/lost_seconds``: the badput without stalls and validations;
     * ``moetion/stall_seconds_per_iteration``, ``moetion/stall_share``: waiting for captures, and preparing them;
     * ``moetion/committed_step``: last iteration of the newest committed window, -1 before the first;
     * ``moetion/protected``: 1 where a window is there to go back to and captures succeed, else 0;
@@ -53,23 +60,22 @@ class FaultToleranceMonitor(Callback):
       all ranks that is. From 1.5 on the log says so. The others wait for it, but it is never killed for that;
     * ``moetion/plt``: proportion of lost tokens, which only ``PartialExpertsCheckpoint`` can make more than 0.
 
-    The first step is logged, too: what is known by then. The numbers survive SIGKILL. They are part of the state that
-    windows carry, so after a failure they go back with training, and what is done again is counted again: each
-    iteration counts once, with the seconds of its last execution. Wall time must not go back. It is kept as a sum with
-    the instant up to which it was summed; the first iteration after a restart adds all that has passed since then: the
-    lost work, the time without a process, the restart. An attempt that dies before its first whole window leaves
-    nothing behind, and counting begins anew, as training does; ``moetion report`` has that, too. Time that a job was
-    stopped on purpose also counts.
+    The first step is logged, too: what is known by then. The numbers survive SIGKILL. The account of the wall time lies
+    in host memory beside the windows and is written at each event, so that it never goes back; where a machine was
+    lost, the one of the restored window is taken, and what came after it counts as ``detection``. Stalls and tokens are
+    part of the state that windows carry and go back with training: each iteration counts once. Time that a job was
+    stopped on purpose is ``idle``.
 
-    An iteration ends where the next one begins, so the last one of a fit is not counted. Seconds are means over ranks;
-    tokens are summed over ranks already.
+    An iteration ends where the next one begins, so what is logged last does not hold the last one. Seconds are means
+    over ranks; tokens are summed over ranks already.
 
     Args:
         every_n_steps: Optimizer steps between two entries in the logs; None takes the Trainer's ``log_every_n_steps``.
         progress_bar: Whether ``ettr`` is shown in the progress bar, too.
 
     Attributes:
-        ettr: The ratio of this rank, a ``torchmetrics.Metric``.
+        account: Where the wall time of this rank went (its ``ledger``).
+        badput: The same as a ``torchmetrics.Metric``, as it was logged last.
         stall: The stalls of this rank.
         expert_load: Tokens of all ranks by layer and expert; None before the first were counted.
         lost_tokens: The proportion of lost tokens; None as long as ``expert_load`` is.
@@ -92,18 +98,17 @@ class FaultToleranceMonitor(Callback):
         #: What was logged last.
         self.values: dict[str, float] = {}
         # Without a cache: ranks that were started at different times must all take part in every synchronization.
-        self.ettr = EffectiveTrainingTimeRatio(compute_with_cache=False)
+        self.badput, self.last_hour = (Badput(compute_with_cache=False) for _ in range(2))
+        self.account = Account()
         self.stall = CheckpointStall(compute_with_cache=False)
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self.ettr.reset()
         self.stall.reset()
         self.expert_load: ExpertLoad | None = None
         self.lost_tokens: ProportionOfLostTokens | None = None
         self._layers: tuple[str, ...] = ()
         self._own: list[float] = []
-        self._counted_until = time.time()
         self._num_iterations = 0
         self._logged_step = 0
         self._protection = {"moetion/committed_step": -1.0, "moetion/protected": 0.0}
@@ -121,17 +126,15 @@ class FaultToleranceMonitor(Callback):
         widths, rows = self._widths(self.expert_load), self.expert_load.tokens.tolist()
         return {name: row[:width] for name, width, row in zip(self._layers, widths, rows)}
 
-    @property
-    def lost_seconds(self) -> float:
-        """Wall time of this rank not spent in iterations that were kept."""
-        return float(self.ettr.wall_seconds - self.stall.iteration_seconds)
-
     # --- listening -----------------------------------------------------------------------------------------------
 
     def on_moetion_event(self, event: Event) -> None:
         """The capturing callback beside this one hands over every event of the run."""
+        self.account.add(event)
         if isinstance(event, IterationFinished):
-            self._iteration_finished(event)
+            self.stall.update(event.stall_seconds, event.seconds)
+            self._num_iterations += 1
+            self._own.append(event.own_seconds)
         elif isinstance(event, TokensCounted):
             self._tokens_counted(event.tokens)
         elif isinstance(event, PartialExpertsRestored) and self.lost_tokens is not None:
@@ -143,15 +146,6 @@ class FaultToleranceMonitor(Callback):
             self._protection["moetion/protected"] = float(event.protected)
         elif isinstance(event, CopiesChanged):
             self._protection["moetion/missing_copies"] = float(event.missing)
-
-    def _iteration_finished(self, event: IterationFinished) -> None:
-        now = time.time()
-        useful = max(0.0, event.seconds - event.stall_seconds)
-        self.ettr.update(useful_seconds=useful, wall_seconds=max(0.0, now - self._counted_until))
-        self.stall.update(event.stall_seconds, event.seconds)
-        self._counted_until = now
-        self._num_iterations += 1
-        self._own.append(event.own_seconds)
 
     def _tokens_counted(self, tokens: dict[str, list[int]]) -> None:
         widths = tuple(len(row) for row in tokens.values())
@@ -176,9 +170,7 @@ class FaultToleranceMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "useful_seconds": float(self.ettr.useful_seconds),
-            "wall_seconds": float(self.ettr.wall_seconds),
-            "counted_until": self._counted_until,
+            "ledger": self.account.ledger.dump(),
             "stall_seconds": float(self.stall.stall_seconds),
             "iteration_seconds": float(self.stall.iteration_seconds),
             "num_iterations": self._num_iterations,
@@ -189,10 +181,9 @@ class FaultToleranceMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._begin_anew()
-        self.ettr.update(state_dict["useful_seconds"], state_dict["wall_seconds"])
+        self.account.follow(Ledger.load(state_dict["ledger"]))
         self._num_iterations = state_dict["num_iterations"]
         self.stall.update(state_dict["stall_seconds"], state_dict["iteration_seconds"], self._num_iterations)
-        self._counted_until = state_dict["counted_until"]
         self._logged_step = state_dict["logged_step"]
         if state_dict["tokens"]:
             self._tokens_counted(state_dict["tokens"])
@@ -204,12 +195,15 @@ class FaultToleranceMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not any(isinstance(c, EngineCallback) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        capturing = [c for c in trainer.callbacks if isinstance(c, EngineCallback)]  # type: ignore[attr-defined]
+        if not capturing:
             raise ConfigurationError(
                 "FaultToleranceMonitor in Trainer(callbacks=...) without a callback whose events it could count: add "
                 "SparseExpertCheckpoint(), PartialExpertsCheckpoint() or DenseInMemoryCheckpoint()"
             )
         self._begin_anew()
+        for note in filter(None, (callback.open_note("badput", NOTE_BYTES) for callback in capturing)):
+            self.account.keep_in(note)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -237,14 +231,20 @@ class FaultToleranceMonitor(Callback):
 
     def _measure(self, trainer: Trainer) -> None:
         if trainer.world_size > 1:  # a backend like NCCL sums on its own devices only
-            self.ettr.to(trainer.strategy.root_device)
             self.stall.to(trainer.strategy.root_device)
-        ettr, stall = self.ettr.compute(), self.stall.compute()
-        self.ettr.to("cpu")  # nobody waits for a device where events arrive
-        self.stall.to("cpu")
+        stall = self.stall.compute()
+        self.stall.to("cpu")  # nobody waits for a device where events arrive
+        ledger = self.account.ledger
+        total = self._over_ranks(trainer, self.badput, ledger.totals)
+        recent = self._over_ranks(trainer, self.last_hour, ledger.last_hour())
         self.values |= {
-            "moetion/ettr": float(ettr),
-            "moetion/lost_seconds": self.lost_seconds,
+            "moetion/ettr": total["productive"] / (total["wall"] or 1.0),
+            "moetion/ettr_last_hour": recent["productive"] / (recent["wall"] or 1.0),
+            "moetion/productive_seconds": total["productive"],
+            "moetion/wall_seconds": total["wall"],
+            **{f"moetion/badput/{cause.value}_seconds": total[cause.value] for cause in CAUSES},
+            **{f"moetion/badput_last_hour/{cause.value}_seconds": recent[cause.value] for cause in CAUSES},
+            "moetion/lost_seconds": sum(total[c.value] for c in CAUSES if c not in (Use.STALL, Use.VALIDATION)),
             "moetion/stall_seconds_per_iteration": float(stall["seconds_per_iteration"]),
             "moetion/stall_share": float(stall["share"]),
         }
@@ -254,6 +254,15 @@ class FaultToleranceMonitor(Callback):
             imbalance = expert_load_imbalance(self.expert_load.tokens, self._widths(self.expert_load))
             self.values["moetion/expert_imbalance"] = float(imbalance.max())
             self.values["moetion/plt"] = float(self.lost_tokens.compute())
+
+    def _over_ranks(self, trainer: Trainer, metric: Badput, uses: Mapping[Use, int]) -> dict[str, float]:
+        metric.reset()
+        metric.update({use.value: nanoseconds / NANOSECONDS for use, nanoseconds in uses.items()})
+        if trainer.world_size > 1:
+            metric.to(trainer.strategy.root_device)
+        values = {name: float(value) for name, value in metric.compute().items()}
+        metric.to("cpu")
+        return values
 
     def _find_slowest(self, trainer: Trainer) -> None:
         own, self._own = statistics.median(self._own or [0.0]), []

@@ -14,7 +14,12 @@ from typing import Any, Protocol
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.launcher.api import LaunchConfig
 
-from moetion_lightning.config import GENERATION_VARIABLE, LAUNCHER_PID_VARIABLE, REPORT_VARIABLE
+from moetion_lightning.config import (
+    GENERATION_VARIABLE,
+    LAUNCHER_PID_VARIABLE,
+    PREDECESSOR_VARIABLE,
+    REPORT_VARIABLE,
+)
 from moetion_lightning.distributed.bounded_store import StoreSilentError
 from moetion_lightning.distributed.exits import NO_PROGRESS, STATE_LOST, STRANDED, JobEndedError, describe_exit
 from moetion_lightning.distributed.generations import FINISHED_KEY, OVER_KEY, announce_loss
@@ -273,7 +278,7 @@ class Agent(SingleRankAgent):
         generation = self._announce(loss, reason)
         for local_rank, text in loss.reasons.items():
             self._ranks[local_rank].tries += 1
-            process, how = self._start_again(local_rank, generation)
+            process, how = self._start_again(local_rank, generation, text)
             _log.warning(
                 "rank %d: %s; goes on as process %d, %s, in generation %d (failure %d of at most %d)",
                 self.rank(local_rank),
@@ -291,8 +296,8 @@ class Agent(SingleRankAgent):
             return 0
         return announce_loss(self._nodes.store, [self.rank(r) for r in loss.reasons], reason)
 
-    def _start_again(self, local_rank: int, generation: int) -> tuple[SubprocessHandler, str]:
-        variables: dict[str, str] = {}
+    def _start_again(self, local_rank: int, generation: int, reason: str) -> tuple[SubprocessHandler, str]:
+        variables = {PREDECESSOR_VARIABLE: reason}
         if self._starts_alone:
             variables["TORCHELASTIC_RUN_ID"] = f"{self._nodes.run_id}.{self._starts_alone}"
         given = self.prepare(local_rank, {**variables, GENERATION_VARIABLE: str(generation)})

@@ -78,6 +78,8 @@ class Groups:
         self._generation = -1  # of the groups
         self._began = time.monotonic()
         self._start_seconds = 0.0
+        #: What forming the newest groups took, without the wait for those that start.
+        self.formed_seconds = 0.0
 
     @property
     def alone(self) -> bool:
@@ -176,7 +178,7 @@ class Groups:
             control.interrupt()
 
     def _init_together(self, *, short: bool = False) -> None:
-        member = self.membership
+        member, started = self.membership, time.monotonic()
         given = dict(self._given)
         timeout = given.pop("timeout", None)
         wanted = timeout if timeout is not None else distributed_c10d.default_pg_timeout
@@ -193,6 +195,7 @@ class Groups:
         self._original(**{**given, "store": store, "rank": member.rank, "world_size": member.world_size})
         if short:
             distributed_c10d._set_pg_timeout(wanted)
+        self.formed_seconds = time.monotonic() - started
 
     def _init_alone(self) -> None:
         from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"

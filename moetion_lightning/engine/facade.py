@@ -45,7 +45,13 @@ from moetion_lightning.engine.precision_watch import PrecisionWatch
 from moetion_lightning.engine.protection import Protection
 from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.engine.recovery import Recovery
-from moetion_lightning.engine.replay_record import BatchDigest, BatchToCome, IterationRecorder, record_of_next
+from moetion_lightning.engine.replay_record import (
+    BatchDigest,
+    BatchToCome,
+    IterationRecorder,
+    record_of_next,
+    tell_loss,
+)
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.engine.run_state import EngineState, capture_run_state
 from moetion_lightning.engine.shares import Shares
@@ -58,6 +64,7 @@ from moetion_lightning.errors import NonDeterminismError, RankLostError, Unsuppo
 from moetion_lightning.events import (
     EventBus,
     IterationFinished,
+    LastIterationFinished,
     Notice,
     RestoreApplied,
     StepSkipped,
@@ -519,7 +526,9 @@ class Engine:
             IterationFinished(iteration=self.iteration, seconds=seconds, stall_seconds=stall, own_seconds=own)
         )
         if self.recovery is not None:
-            self.recovery.end_iteration(record.read(), misread)
+            replayed = record.read()
+            tell_loss(self.bus, self.iteration, replayed)
+            self.recovery.end_iteration(replayed, misread)
             self.norms.give(self.recovery.norms_to_give() if self._skips_gradients else None)
             if not self.recovery.done:
                 self.living.serial += 1
@@ -584,6 +593,16 @@ class Engine:
     def drain(self) -> None:
         """Note a SIGTERM: :meth:`close` copies committed windows to storage within ``grace_seconds``."""
         self.tiers.drain()
+
+    def end(self) -> None:
+        """Training has ended: an iteration that no next batch follows is complete, too. It is told, not captured."""
+        attached = self._attached
+        if attached is None or self.recovery is not None or not any(attached.steps.steps):
+            return
+        attached.steps.take()
+        last, seconds = self.iteration + 1, time.perf_counter() - self._started_at
+        self.bus.emit(LastIterationFinished(iteration=last, seconds=seconds, stall_seconds=self._stall))
+        tell_loss(self.bus, last, self.record.take(attached.live.optimizers).read())
 
     def close(self, *, trained: bool) -> None:
         """End: finish what is in flight, and keep the windows for a restart.

@@ -25,6 +25,7 @@ from moetion_lightning.core.policy import SlotPlan, WindowPlan
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.finiteness import TENSORS, record_is_finite, weights_are_finite
 from moetion_lightning.engine.log_items import CallInFlight, Captured, IterationState, Logged, LoggedIteration
+from moetion_lightning.engine.replay_record import tell_loss
 from moetion_lightning.engine.slot_files import OperatorTable, SlotFiles, StaticCopy
 from moetion_lightning.engine.weight_check import OperatorSamples
 from moetion_lightning.events import (
@@ -449,6 +450,7 @@ class _CommitJob:
             )
         )
         record = state.record()
+        tell_loss(writer._bus, behind.iteration, record)
         finite = record_is_finite(record)
         captured = {}
         for slot, (buffer, compiled, sources) in list(self._buffers.items()):

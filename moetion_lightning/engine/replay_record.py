@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from moetion_lightning.core.digests import Digest, HostCopy, digest_of, rng_digests
 from moetion_lightning.core.grad_norm import GradNormSeam
 from moetion_lightning.core.local import local
+from moetion_lightning.events import EventBus, LossRecorded
 
 __all__ = [
     "BatchDigest",
@@ -21,6 +23,7 @@ __all__ = [
     "IterationRecorder",
     "describe_batch",
     "record_of_next",
+    "tell_loss",
 ]
 
 _GRADIENTS = 4  # parameters whose gradients are looked at where no loss is known
@@ -195,6 +198,15 @@ def record_of_next(batch: BatchDigest, rng: Mapping[str, str]) -> dict[str, Any]
     """
     content, indices = batch.read()
     return {"batches": [content], "indices": [indices] if indices else [], "rng": dict(rng)}
+
+
+def tell_loss(bus: EventBus, iteration: int, record: Mapping[str, Any]) -> None:
+    """Announce what an iteration's record, as :meth:`IterationRecord.read` gave it, says of loss and learning rate."""
+    losses = [float.fromhex(x) for x in record.get("losses", ())]
+    loss = sum(losses) / len(losses) if losses else math.nan
+    lr = float.fromhex(record["lrs"][0]) if record.get("lrs") else 0.0
+    if math.isfinite(loss) and math.isfinite(lr):
+        bus.emit(LossRecorded(iteration=iteration, loss=loss, learning_rate=lr))
 
 
 def _hex(value: Any) -> str:

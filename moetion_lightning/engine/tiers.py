@@ -23,7 +23,7 @@ from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.engine.termination import TerminationWatch
 from moetion_lightning.engine.window_reading import Part
 from moetion_lightning.errors import HostMemoryError, JobBusyError, MoEtionError, OwnerLostError
-from moetion_lightning.events import CopiesChanged, EventBus, Notice, RestoreStarted
+from moetion_lightning.events import CopiesChanged, EventBus, Notice, RestoreStarted, StartedAfresh
 from moetion_lightning.storage.choice import Accept, Refusal, choose_window
 from moetion_lightning.storage.disk import DirectoryTier
 from moetion_lightning.storage.format import Manifest
@@ -365,8 +365,10 @@ class Tiers:
         if not self._ranks.alone:
             self._is_noted = False
             self.host.keep_note(PROTECTED, b"")
-        for tier in self._tiers():
-            windows = tier.windows()
+        found = [(tier, tier.windows()) for tier in self._tiers()]
+        if any(windows for _, windows in found):
+            self._bus.emit(StartedAfresh(num_windows=max(len(windows) for _, windows in found)))
+        for tier, windows in found:
             if tier.set_aside():
                 _log.info(
                     "%d windows of an earlier course of training in %s are set aside (the newest is %d); they are "

@@ -13,7 +13,7 @@ from moetion_lightning.capture.plan import CompiledSlot, SlotSources
 from moetion_lightning.core.pace import Pace
 from moetion_lightning.core.policy import SlotPlan, WindowPlan
 from moetion_lightning.engine.finiteness import TENSORS, record_is_finite, weights_are_finite
-from moetion_lightning.engine.replay_record import BatchToCome
+from moetion_lightning.engine.replay_record import BatchToCome, tell_loss
 from moetion_lightning.engine.slot_files import OperatorTable, SlotFiles, StaticCopy, StaticPart, WindowHeader
 from moetion_lightning.engine.weight_check import OperatorSamples, choose_whole, piece_at
 from moetion_lightning.events import (
@@ -396,6 +396,7 @@ class _SlotJob:
             )
         )
         replay_record = self._record()
+        tell_loss(writer._bus, self._iteration, replay_record)
         # The views are gone again at once: memory that a tensor aliases cannot be given another size.
         finite = weights_are_finite(compiled.stored_weights(self._buffer, TENSORS))
         window.finite = window.finite and finite and record_is_finite(replay_record)

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moetion_lightning.badput import Use
+
 __all__ = [
+    "badput",
     "checkpoint_stall",
     "effective_training_time_ratio",
     "expert_load",
@@ -31,6 +34,24 @@ def effective_training_time_ratio(useful_seconds: Tensor | float, wall_seconds: 
         tensor(0.7500, dtype=torch.float64)
     """
     return _ratio(_double(useful_seconds), _double(wall_seconds))
+
+
+def badput(seconds: Tensor, num_ranks: Tensor | int = 1) -> dict[str, Tensor]:
+    """Wall time by what it went into, see :class:`~moetion_lightning.metrics.Badput`.
+
+    Args:
+        seconds: float64 ``[10]``, sums over ranks in the order of :class:`~moetion_lightning.badput.Use`.
+        num_ranks: How many ranks these are the sums of.
+
+    Returns:
+        Means over ranks by use, and ``wall``: their sum, float64.
+
+    Example:
+        >>> badput(torch.tensor([6.0, 2.0, 0, 0, 0, 0, 0, 0, 0, 0], dtype=torch.float64), 2)["wall"]
+        tensor(4., dtype=torch.float64)
+    """
+    mean = seconds.double() / num_ranks
+    return {**{use.value: value for use, value in zip(Use, mean)}, "wall": mean.sum()}
 
 
 def checkpoint_stall(

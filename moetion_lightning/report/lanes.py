@@ -1,180 +1,167 @@
-"""What each rank did when: its time line as spans that follow each other."""
+"""What each rank did when: its time line, in pieces that are long enough to be seen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, field
 
+from moetion_lightning.badput import NANOSECONDS, Span, Use
 from moetion_lightning.events import (
-    CaptureFinished,
+    Event,
     IterationFinished,
-    RestoreApplied,
-    StageReplayFinished,
-    WindowCommitted,
+    LastIterationFinished,
+    ProcessEnded,
+    ProcessStarted,
 )
 from moetion_lightning.report.reading import Record
 
-__all__ = ["Kind", "Lane", "Process", "Span", "find_processes", "make_lane"]
+__all__ = ["MINOR", "Lane", "Piece", "Process"]
+
+_MOST_PIECES = 4000
+#: Parts of any iteration.
+MINOR = (Use.STALL, Use.VALIDATION, Use.IDLE)
 
 
-class Kind(Enum):
-    """What a rank does; the value names it in the page."""
-
-    FIRST = "first"
-    REPLAYED = "replayed"
-    AGAIN = "again"
-    STAGE_REPLAY = "stage"
-    STARTING = "starting"
-    WAITING = "waiting"
-    LOST = "lost"
-    DOWN = "down"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """A piece of a time line.
+@dataclass
+class Piece:
+    """Time of one use, or of several that are too short to be seen.
 
     Args:
-        kind: What was done.
-        start: Seconds since 1970.
-        end: Seconds since 1970.
-        first: First iteration that was done; None if it was none.
-        last: The last one.
+        start: Nanoseconds since 1970.
+        end: The same.
+        parts: Nanoseconds of it by use.
+        first: First iteration that it is part of; 0 for none.
+        last: Last one.
     """
 
-    kind: Kind
-    start: float
-    end: float
-    first: int | None = None
-    last: int | None = None
+    start: int
+    end: int
+    parts: dict[Use, int]
+    first: int = 0
+    last: int = 0
 
-
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """One process of one rank, with all its events."""
-
-    rank: int
-    pid: int
-    records: tuple[Record, ...]
+    def __post_init__(self) -> None:
+        #: What most of it went into.
+        self.use = max(self.parts, key=self.parts.__getitem__)
 
     @property
-    def start(self) -> float:
-        """Its first sign of life."""
-        return self.records[0].time
+    def productive(self) -> int:
+        """Nanoseconds of it that were productive."""
+        return self.parts.get(Use.PRODUCTIVE, 0)
 
-    @property
-    def end(self) -> float:
-        """Its last sign of life."""
-        return self.records[-1].time
+    def take(self, use: Use, end: int, nanoseconds: int, first: int, last: int) -> None:
+        """Take in what follows, or a part of it."""
+        total = self.parts[use] = self.parts.get(use, 0) + nanoseconds
+        if use is not self.use and total > self.parts[self.use]:
+            self.use = use
+        self.end = end
+        if last:
+            self.first, self.last = self.first or first, max(self.last, last)
+
+    def extend(self, other: Piece) -> None:
+        """Take in what follows."""
+        for use, nanoseconds in other.parts.items():
+            self.take(use, other.end, nanoseconds, other.first, other.last)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Lane:
     """The time line of a rank.
 
     Args:
         rank: The rank.
-        spans: What it did.
-        captures: When slots were copied, on the capture thread.
-        commits: When windows were committed, and the last iteration of each.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.pieces: list[Piece] = []
+        self._shortest, self._shortest_minor = 0, 0
+
+    def add(self, span: Span) -> None:
+        """What the rank did next."""
+        use, length, number = span.use, span.end - span.start, span.iteration
+        last = self.pieces[-1] if self.pieces else None
+        if last is not None and (use is last.use or (length < self._shortest_minor and use in MINOR)):
+            last.take(use, span.end, length, number, number)
+            return
+        self._add(Piece(span.start, span.end, {use: length}, number, number))
+        if len(self.pieces) > 2 * _MOST_PIECES:
+            self.shorten(_MOST_PIECES)
+
+    def shorten(self, most: int) -> None:
+        """Keep at most so many pieces: the longest ones, and of recoveries as much as there is room for."""
+        while len(self.pieces) > most:
+            least = 2 * (self.pieces[-1].end - self.pieces[0].start) // most
+            if self._shortest_minor < least:
+                self._shortest_minor = max(2 * self._shortest_minor, least // 8, 1)
+            else:
+                self._shortest = max(2 * self._shortest, least // 8, 1)
+            pieces, self.pieces = self.pieces, []
+            for piece in pieces:
+                self._add(piece)
+
+    def _is_short(self, piece: Piece) -> bool:
+        return piece.end - piece.start < (self._shortest_minor if piece.use in MINOR else self._shortest)
+
+    def _add(self, piece: Piece) -> None:
+        pieces = self.pieces
+        if not pieces:
+            pieces.append(piece)
+        elif pieces[-1].use is piece.use or (self._is_short(pieces[-1]) and self._is_short(piece)):
+            pieces[-1].extend(piece)
+        elif len(pieces) > 1 and self._is_short(pieces[-1]):
+            short = pieces.pop()
+            pieces[-1].extend(short)
+            self._add(piece)
+        else:
+            pieces.append(piece)
+        if len(pieces) > 1 and pieces[-1].use is pieces[-2].use:
+            last = pieces.pop()
+            pieces[-1].extend(last)
+
+
+@dataclass
+class Process:
+    """One process of one rank.
+
+    Args:
+        rank: The rank.
+        pid: Its process id.
+        start: When it was made, or its first sign of life, seconds since 1970.
+        end: Its last sign of life.
+        last: Last iteration that it finished.
+        predecessor: How the one before it ended, where the launcher says so.
+        reason: Why it ended, where it says so.
+        completed: Whether it ended with the training.
+        environment: What it runs on.
+        settings: Of its callback.
+        records: Its events that are rare.
     """
 
     rank: int
-    spans: tuple[Span, ...]
-    captures: tuple[Span, ...]
-    commits: tuple[tuple[float, int], ...]
+    pid: int
+    start: float
+    end: float
+    last: int = 0
+    predecessor: str = ""
+    reason: str = ""
+    completed: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+
+    def add(self, event: Event, time: float) -> None:
+        """Its next event."""
+        self.end = max(self.end, time)
+        if isinstance(event, (IterationFinished, LastIterationFinished)):
+            self.last = event.iteration
+        elif isinstance(event, ProcessStarted):
+            self.start = min(self.start, event.created_at)
+            self.predecessor = self.predecessor or event.predecessor
+            self.environment, self.settings = event.environment, event.settings
+            self.completed = False
+        elif isinstance(event, ProcessEnded):
+            self.completed, self.reason = event.completed, event.reason
 
 
-def find_processes(records: Sequence[Record]) -> dict[int, tuple[Process, ...]]:
-    """The processes of each rank, one after the other.
-
-    A number may come up again after a long time, so a process ends where another one of its rank begins.
-    """
-    runs: dict[int, list[list[Record]]] = {}
-    for record in records:
-        of_rank = runs.setdefault(record.rank, [])
-        if not of_rank or of_rank[-1][0].pid != record.pid:
-            of_rank.append([])
-        of_rank[-1].append(record)
-    return {
-        rank: tuple(Process(rank=rank, pid=run[0].pid, records=tuple(run)) for run in runs[rank])
-        for rank in sorted(runs)
-    }
-
-
-def make_lane(rank: int, processes: Sequence[Process]) -> Lane:
-    """The time line of a rank."""
-    spans: list[Span] = []
-    reached = 0
-    for index, process in enumerate(processes):
-        if index:
-            spans.append(Span(kind=Kind.DOWN, start=processes[index - 1].end, end=process.start))
-        life = _Life(process, reached, dies=index + 1 < len(processes))
-        spans += life.spans
-        reached = life.reached
-    records = [record for process in processes for record in process.records]
-    return Lane(
-        rank=rank,
-        spans=tuple(span for span in spans if span.end > span.start),
-        captures=tuple(
-            Span(
-                kind=Kind.FIRST,
-                start=r.time - r.event.seconds,
-                end=r.time,
-                first=r.event.iteration,
-                last=r.event.iteration,
-            )
-            for r in records
-            if isinstance(r.event, CaptureFinished)
-        ),
-        commits=tuple((r.time, r.event.last_iteration) for r in records if isinstance(r.event, WindowCommitted)),
-    )
-
-
-class _Life:
-    """Walks through the events of one process."""
-
-    def __init__(self, process: Process, reached: int, *, dies: bool) -> None:
-        self.spans: list[Span] = []
-        self.reached = reached
-        self._cursor = process.start
-        self._begun = self._went_back = False
-        self._replay_until = -1
-        self._stages: list[Span] = []
-        for record in process.records:
-            event = record.event
-            if isinstance(event, RestoreApplied):
-                self._went_back = True
-                self._replay_until = event.iteration + event.replay
-            elif isinstance(event, StageReplayFinished):
-                start, last = max(self._cursor, record.time - event.seconds), event.last_iteration
-                first = event.first_iteration + 1
-                self._stages.append(Span(kind=Kind.STAGE_REPLAY, start=start, end=record.time, first=first, last=last))
-            elif isinstance(event, IterationFinished):
-                self._iteration(event, record.time)
-        if dies or self._went_back or not self._begun:
-            self._gap(process.end, Kind.LOST)
-
-    def _iteration(self, event: IterationFinished, end: float) -> None:
-        start = max(self._cursor, end - event.seconds)
-        self._gap(start, Kind.LOST)
-        if event.iteration <= self._replay_until:
-            kind = Kind.REPLAYED
-        else:
-            kind = Kind.AGAIN if event.iteration <= self.reached else Kind.FIRST
-        self.spans.append(Span(kind=kind, start=start, end=end, first=event.iteration, last=event.iteration))
-        self.reached = max(self.reached, event.iteration)
-        self._cursor, self._begun, self._went_back = end, True, False
-
-    def _gap(self, until: float, otherwise: Kind) -> None:
-        """What is no finished iteration: a start, a wait for other ranks, or an iteration that was never finished."""
-        kind = otherwise if self._begun and not self._went_back else Kind.STARTING
-        if self._begun and self._went_back:
-            kind = Kind.WAITING
-        for stage in self._stages:
-            self.spans += [Span(kind=kind, start=self._cursor, end=stage.start), stage]
-            self._cursor = stage.end
-        self._stages = []
-        self.spans.append(Span(kind=kind, start=self._cursor, end=until))
-        self._cursor = until
+def nanoseconds(seconds: float) -> int:
+    """The same in whole nanoseconds."""
+    return round(seconds * NANOSECONDS)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.events import Event
+from moetion_lightning.events import CaptureFinished, Event, LossRecorded
 
-__all__ = ["Reading", "Record", "read_events"]
+__all__ = ["Reading", "Record", "find_files", "read_events"]
 
-_KINDS = {kind.__name__: kind for kind in Event.__subclasses__()}
-#: What JSON gives for a field, by the beginning of its annotation.
-_JSON = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "dict": (dict,), "list": (list,)}
+#: Events of every iteration that only draw curves: of very long runs a part of them is enough.
+_OF_CURVES = (CaptureFinished.__name__.encode(), LossRecorded.__name__.encode())
+_EVENT, _ITERATION = b'"event": "', b'"iteration": '
+_WHOLE_BYTES = 64 << 20
+_LONG = 4  # times that
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """One event as a process wrote it down.
 
     Args:
@@ -36,26 +36,71 @@ class Record:
     event: Event
 
 
-@dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What was found in a folder.
+    """The events of some files, one after the other; those of one rank come in the order in which they were written.
 
     Args:
-        records: Events by time.
         files: Files that hold events.
-        num_skipped: Lines of those files that are no events of this package: damaged, or from another version.
+        without: Names of events that are not wanted.
     """
 
-    records: tuple[Record, ...]
-    files: tuple[Path, ...]
-    num_skipped: int
+    def __init__(self, files: tuple[Path, ...], without: Collection[str] = ()) -> None:
+        self.files = files
+        #: Events that were there so far.
+        self.num_events = 0
+        #: Lines that were no events of this package: damaged, or from another version.
+        self.num_skipped = 0
+        #: Of this many iterations the captured bytes and the loss of one are read.
+        self.every = 1 + sum(file.stat().st_size for file in files) // _WHOLE_BYTES
+        self._without = tuple(without)
+        self._unwanted = {name.encode() for name in without}
+
+    def parts(self, most: int) -> list[Reading]:
+        """The same in parts, if it is long and in several files; nothing is read yet."""
+        most = min(most, len(self.files)) if self.every > _LONG else 1
+        parts = [Reading(self.files[index::most], self._without) for index in range(most)]
+        for part in parts:
+            part.every = self.every
+        return parts
+
+    def count(self, num_events: int, num_skipped: int) -> None:
+        """Parts of it have been read."""
+        self.num_events += num_events
+        self.num_skipped += num_skipped
+
+    def __iter__(self) -> Iterator[Record]:
+        """Read the files."""
+        every, unwanted, others = self.every, self._unwanted, 0
+        for path in self.files:
+            with path.open("rb") as file:
+                for line in file:
+                    begin = line.find(_EVENT) + len(_EVENT)
+                    name = line[begin : line.find(b'"', begin)]
+                    left_out = name in unwanted or (every > 1 and name in _OF_CURVES and _iteration(line) % every)
+                    if left_out and line.endswith(b"}\n"):
+                        others += 1
+                        continue
+                    record = _parse(line)
+                    if record is not None:
+                        self.num_events += 1
+                        yield record
+                    elif not line.isspace():
+                        self.num_skipped += 1
+        self.num_events += others
 
 
-def read_events(path: Path) -> Reading:
-    """Read every ``*.jsonl`` below a folder, or one file.
+def _iteration(line: bytes) -> int:
+    """The iteration of an event; 0 where it cannot be seen at once."""
+    begin = line.find(_ITERATION) + len(_ITERATION)
+    number = line[begin : line.find(b",", begin)]
+    return int(number) if number.isdigit() else 0
+
+
+def find_files(path: Path) -> tuple[Path, ...]:
+    """The files of a run that hold events, those that begin earlier first.
 
     Args:
-        path: The folder or file.
+        path: A folder, below which every ``*.jsonl`` is looked at, or one file.
 
     Raises:
         ConfigurationError: There is nothing at ``path``, or no event in it.
@@ -63,72 +108,96 @@ def read_events(path: Path) -> Reading:
     if not path.exists():
         raise ConfigurationError(f"{path}: there is no such folder or file; expected where the run's events are")
     candidates = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-    records: list[Record] = []
-    files: list[Path] = []
-    num_skipped = 0
-    for file in candidates:
-        found, skipped = _read_file(file)
-        if found:  # other JSONL files beside them are not the business of a report
-            records += found
-            files.append(file)
-            num_skipped += skipped
-    if not records:
+    begun: list[tuple[float, Path]] = []
+    for file in candidates:  # other JSONL files beside them are not the business of a report
+        with file.open("rb") as lines:
+            first = next(filter(None, map(_parse, lines)), None)
+        if first is not None:
+            begun.append((first.time, file))
+    if not begun:
         seen = f"{len(candidates)} *.jsonl files, none of which holds an event" if candidates else "no *.jsonl file"
         raise ConfigurationError(
             f"{path}: {seen}. Train with events_path= of the capturing callback, for example "
             "SparseExpertCheckpoint(events_path='run/events.jsonl'), which all ranks and restarts may share, and give "
             "its folder"
         )
-    return Reading(records=tuple(sorted(records, key=lambda r: r.time)), files=tuple(files), num_skipped=num_skipped)
+    return tuple(file for _, file in sorted(begun))
 
 
-def _read_file(path: Path) -> tuple[list[Record], int]:
-    records, skipped = [], 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            record = _parse(line)
-            if record is None:
-                skipped += 1
-            else:
-                records.append(record)
-    return records, skipped
+def read_events(path: Path, without: Collection[str] = ()) -> Reading:
+    """Read every ``*.jsonl`` below a folder, or one file.
+
+    Args:
+        path: The folder or file.
+        without: Names of events that are not wanted.
+
+    Raises:
+        ConfigurationError: There is nothing at ``path``, or no event in it.
+    """
+    return Reading(find_files(path), without)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse).raw_decode  # no NaN
 
 
 def _parse(line: bytes) -> Record | None:
     """The record of a line, or None if it is none."""
     try:
-        entry = json.loads(line)
-    except ValueError:  # not UTF-8, or no JSON
+        text = line.decode()
+        entry, end = _decode(text)
+    except (ValueError, RecursionError):  # not UTF-8, or no JSON
         return None
-    if not isinstance(entry, dict):
+    if type(entry) is not dict or not _LINE.issubset(entry) or text[end:].strip():
         return None
-    kind = _KINDS.get(str(entry.get("event")))
-    if kind is None or not _fits(entry.get("time"), "float"):
+    fields = _FIELDS.get(str(entry["event"]))
+    time, pid, rank = entry["time"], entry["pid"], entry.get("rank", 0)
+    if fields is None or type(time) not in _NUMBER or type(pid) is not int or type(rank) is not int:
         return None
-    if not _fits(entry.get("pid"), "int") or not _fits(entry.get("rank", 0), "int"):
-        return None
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        if not _fits(entry.get(field.name), str(field.type)):
+    values = {}
+    for name, types, deeper, default in fields.checks:
+        value = values[name] = entry.get(name, default)
+        if type(value) not in types or (deeper is not None and not deeper(value)):
             return None
-        fields[field.name] = entry[field.name]
-    return Record(time=float(entry["time"]), rank=entry.get("rank", 0), pid=entry["pid"], event=kind(**fields))
+    event = object.__new__(fields.kind)
+    event.__dict__.update(values)  # as its __init__ does, which takes as long as all the rest
+    return Record(float(time), rank, pid, event)
 
 
-def _fits(value: Any, annotation: str) -> bool:
-    expected = _JSON[annotation.partition("[")[0]]
-    if isinstance(value, bool) and bool not in expected:
-        return False
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    if annotation == "dict[str, list[int]]":
-        return isinstance(value, dict) and all(
-            isinstance(row, list) and {type(item) for item in row} <= {int} for row in value.values()
-        )
-    if annotation == "list[str]":
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if annotation == "dict[str, int]":
-        return isinstance(value, dict) and all(_fits(item, "int") for item in value.values())
-    return isinstance(value, expected)
+def _are(*types: type) -> Callable[[Any], bool]:
+    """Whether all values of a list, or of a dictionary, are of these types."""
+    return lambda value: {type(item) for item in (value.values() if isinstance(value, dict) else value)} <= {*types}
+
+
+def _counts(value: dict[str, Any]) -> bool:
+    return all(type(row) is list and {type(item) for item in row} <= {int} for row in value.values())
+
+
+_LINE = frozenset(("event", "time", "pid"))
+_NUMBER = (float, int)
+#: What JSON gives for a field, by its annotation: its types, and what else must hold.
+_JSON: dict[str, tuple[tuple[type, ...], Callable[[Any], bool] | None]] = {
+    "int": ((int,), None),
+    "float": (_NUMBER, None),
+    "bool": ((bool,), None),
+    "str": ((str,), None),
+    "list[str]": ((list,), _are(str)),
+    "dict[str, int]": ((dict,), _are(int)),
+    "dict[str, str]": ((dict,), _are(str)),
+    "dict[str, list[int]]": ((dict,), _counts),
+}
+
+
+class _Fields:
+    """What the lines of one kind of event must hold."""
+
+    def __init__(self, kind: type[Event]) -> None:
+        self.kind = kind
+        self.checks = [(f.name, *_JSON[str(f.type)], f.default) for f in dataclasses.fields(kind)]
+
+
+_KINDS = {kind.__name__: kind for kind in Event.__subclasses__()}
+_FIELDS = {name: _Fields(kind) for name, kind in _KINDS.items()}

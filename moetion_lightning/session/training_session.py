@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +18,19 @@ from moetion_lightning.engine.parts import RunState
 from moetion_lightning.engine.replay_record import BatchDigest
 from moetion_lightning.engine.reporting import Reporter, show_log_lines
 from moetion_lightning.errors import ConfigurationError, HostMemoryError
-from moetion_lightning.events import EventBus, JsonlSink, Sink
+from moetion_lightning.events import (
+    EventBus,
+    GroupsFormed,
+    JsonlSink,
+    LossNoticed,
+    ProcessEnded,
+    Sink,
+    ValidationFinished,
+)
 from moetion_lightning.session.beginning import Beginning, of_optimizers
 from moetion_lightning.session.fits import Fit
 from moetion_lightning.session.lineage import LIMITS
+from moetion_lightning.session.process_start import describe_process
 from moetion_lightning.session.settings import SessionSettings
 from moetion_lightning.session.skipped_batches import SkippedBatches
 from moetion_lightning.session.versions import notice_untested
@@ -48,6 +58,7 @@ class TrainingSession:
         root_dir: Where the run writes its files: part of the derived job identity.
         ranks: The ranks of the job.
         sinks: Further listeners.
+        groups_seconds: What forming their process groups took, where that is known.
     """
 
     def __init__(
@@ -57,12 +68,14 @@ class TrainingSession:
         root_dir: str | os.PathLike[str],
         ranks: Ranks,
         sinks: Sequence[Sink] = (),
+        groups_seconds: float = 0.0,
     ) -> None:
         rank, world_size = ranks.control.rank, ranks.control.world_size
         show_log_lines(rank)
         notice_untested()
         self._settings = settings
         self._where = where
+        self._groups_seconds = groups_seconds
         self.ranks = ranks
         self.reporter = Reporter()
         path = settings.events_path
@@ -76,7 +89,7 @@ class TrainingSession:
         self._point: RestorePoint | LivePoint | None = None
         self._run_state: RunState | None = None
         self._optimizers: tuple[Optimizer, ...] = ()
-        self._is_open = self._closed = self._trained = False
+        self._is_open = self._closed = self._trained = self._at_exit = False
         # A script may end, or fail, without an end of the run: a copy that is under way then would abort the
         # interpreter's end.
         atexit.register(self._close_at_exit)
@@ -111,6 +124,7 @@ class TrainingSession:
         fit, settings = self._fit, self._settings
         if self._engine is None:
             fit.decide(beginning)
+            self._bus.emit(describe_process(settings, self._where, fit.job, self.ranks, self._groups_seconds))
             self._engine = Engine(settings.config, settings.policy, bus=self._bus, job=fit.job, ranks=self.ranks)
             self._engine.counts_tokens = settings.counts_tokens
         self._engine.tiers.left = fit.continues_what_was_left
@@ -313,6 +327,27 @@ class TrainingSession:
         if self._engine is not None:
             self._engine.hold()
 
+    def loss_noticed(self) -> None:
+        """Another rank was lost, and this process goes on: it meets the others again, and goes back with them."""
+        self._bus.emit(LossNoticed(iteration=0 if self._engine is None else self._engine.iteration))
+
+    def groups_formed(self, seconds: float) -> None:
+        """All ranks have met again.
+
+        Args:
+            seconds: What forming the groups took, without the wait for those that start.
+        """
+        self._bus.emit(GroupsFormed(seconds=seconds))
+
+    def validated(self, seconds: float) -> None:
+        """A validation is done, in the course of training."""
+        self._bus.emit(ValidationFinished(seconds=seconds))
+
+    def end(self) -> None:
+        """Training has ended: the last iteration is complete, although no next batch follows it."""
+        if self._engine is not None and self._run_state is not None and not self._closed:
+            self._engine.end()
+
     def drain(self) -> None:
         """Note a SIGTERM: :meth:`close` copies committed windows to storage within ``grace_seconds``."""
         if self._engine is not None:
@@ -336,6 +371,12 @@ class TrainingSession:
             if self._jsonl is not None:
                 stack.callback(self._jsonl.close)
             if self._engine is not None:
+                if completed:
+                    self._engine.end()
+                stack.callback(
+                    self._bus.emit, ProcessEnded(completed=completed, reason="" if completed else self._reason())
+                )
+            if self._engine is not None:
                 stack.callback(self._fit.ended, self._engine, completed=completed and self._trained)
                 self._engine.close(trained=completed and self._trained)
                 if self.begun and not completed:
@@ -355,4 +396,14 @@ class TrainingSession:
             _log.info("training stops before its end, and before its first window: the same command begins anew")
 
     def _close_at_exit(self) -> None:
+        self._at_exit = True
         self.close(completed=False)
+
+    def _reason(self) -> str:
+        """Why training ends here: the error that is on its way, or that has ended the script."""
+        error = sys.exc_info()[1] or (getattr(sys, "last_value", None) if self._at_exit else None)
+        if error is None:
+            return "ended before training was complete"
+        name, first = type(error).__name__, str(error).partition("\n")[0][:200]
+        name = name.replace("SIGTERMException", "SIGTERM")
+        return f"{name}: {first}" if first else name

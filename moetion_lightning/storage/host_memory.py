@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -24,6 +25,7 @@ from moetion_lightning.storage.lock import JobLock
 from moetion_lightning.storage.manifest import FileRecord, Manifest
 from moetion_lightning.storage.mapping import hide_from_children
 from moetion_lightning.storage.needed import NeededFiles
+from moetion_lightning.storage.posix import explain_os_errors
 from moetion_lightning.storage.room import free_bytes_at, no_room
 from moetion_lightning.storage.tier import Tier
 from moetion_lightning.units import bytes_text
@@ -294,6 +296,22 @@ class HostMemoryTier(Tier):
         if len(data) > _MAX_NOTE_BYTES:
             raise StoreError(f"note {name!r}: {len(data)} bytes, at most {_MAX_NOTE_BYTES} are kept.")
         self.place.write(f"note-{name}", data)
+
+    def open_note(self, name: str, nbytes: int) -> mmap.mmap:
+        """Map a small file beside the windows: what is written into it is there at once, and outlives this process.
+
+        Raises:
+            StoreError: It cannot be made.
+        """
+        self.place.may_change()
+        path = self.path / f"note-{name}"
+        with explain_os_errors("map", path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                os.ftruncate(descriptor, nbytes)
+                return mmap.mmap(descriptor, nbytes)
+            finally:
+                os.close(descriptor)
 
     def note(self, name: str) -> bytes | None:
         """What :meth:`keep_note` kept, here or in a predecessor of this process; None for nothing."""

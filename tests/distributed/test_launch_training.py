@@ -174,6 +174,8 @@ def test_killed_rank_is_replaced_and_the_other_lives_on(start: Start, reference:
     training.finish()
     assert [len(pids) for pids in training.pids()] == [1, 2]
     assert training.differences(reference) == []
+    causes = [event["predecessor"] for event in training.events("ProcessStarted")]
+    assert causes == ["", "", "killed by SIGKILL"]
 
 
 def test_a_job_of_one_rank_is_started_again_and_goes_on(start: Start, zygote: Zygote) -> None:

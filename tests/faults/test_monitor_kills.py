@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from moetion_lightning import report
+from moetion_lightning.badput import CAUSES, NANOSECONDS, Ledger, Use
+from moetion_lightning.events import IterationFinished, ProcessStarted
 from tests.runs import monitored
 from tests.runs.drill import Drill, differences, read_events, read_logs
 
@@ -26,10 +29,16 @@ def surviving(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [last[iteration] for iteration in sorted(last)]
 
 
-def gaps(iterations: list[dict[str, Any]], started: float) -> float:
-    """Seconds between the ends and beginnings of iterations that follow each other."""
-    ends = [started, *(event["time"] for event in iterations)]
-    return sum(event["time"] - event["seconds"] - end for event, end in zip(iterations, ends))
+def told(out: Path, rank: int | None = None) -> Ledger:
+    """The account of a rank as its events tell it, up to the last iteration that a next one ends."""
+    records = [record for record in report.read_events(out) if record.rank == (rank or 0)]
+    first = records[0].event
+    assert isinstance(first, ProcessStarted)
+    last = max(index for index, record in enumerate(records) if isinstance(record.event, IterationFinished))
+    ledger = Ledger(round(first.created_at * NANOSECONDS))
+    for record in records[: last + 1]:
+        ledger.add(record.event, round(record.time * NANOSECONDS))
+    return ledger
 
 
 def check_times(out: Path, rank: int | None = None) -> dict[str, Any]:
@@ -38,17 +47,16 @@ def check_times(out: Path, rank: int | None = None) -> dict[str, Any]:
     Sums of the same numbers in the same order are equal. Times of day of two clocks that are read one after the other
     are not: 50 ms for all of them together.
     """
-    records = monitored.read(out, rank)
-    first, last = records[0], records[-1]
+    last = monitored.read(out, rank)[-1]
     iterations = surviving(read_events(out, rank=rank))
     assert [event["iteration"] for event in iterations] == list(range(1, last["num_iterations"] + 1))
-    assert last["useful_seconds"] == sum(event["seconds"] - event["stall_seconds"] for event in iterations)
     assert last["iteration_seconds"] == sum(event["seconds"] for event in iterations)
     assert last["stall_seconds"] == sum(event["stall_seconds"] for event in iterations) > 0
-    assert last["wall_seconds"] == pytest.approx(iterations[-1]["time"] - first["started"], abs=0.05)
-    assert last["wall_seconds"] - last["iteration_seconds"] == pytest.approx(
-        gaps(iterations, first["started"]), abs=0.05
-    )
+    counted, expected = Ledger.load(last["ledger"]), told(out, rank)
+    assert counted.wall == sum(counted.totals.values())
+    for use in Use:
+        mine, theirs = counted.totals[use] / NANOSECONDS, expected.totals[use] / NANOSECONDS
+        assert mine == pytest.approx(theirs, abs=0.05), use
     return last
 
 
@@ -59,16 +67,26 @@ def test_three_kills_are_in_the_numbers(drill: Drill) -> None:
     last = check_times(out)
     assert last["num_iterations"] == 29  # the last one has no next one that would end it
     values = last["values"]
-    assert values["moetion/ettr"] == last["useful_seconds"] / last["wall_seconds"]
-    assert values["moetion/lost_seconds"] == last["wall_seconds"] - last["iteration_seconds"]
+    badput = {use: values[f"moetion/badput/{use.value}_seconds"] for use in CAUSES}
+    wall = values["moetion/wall_seconds"]
+    assert wall == pytest.approx(values["moetion/productive_seconds"] + sum(badput.values()))
+    assert values["moetion/ettr"] == pytest.approx(values["moetion/productive_seconds"] / wall)
+    lost = sum(seconds for use, seconds in badput.items() if use not in (Use.STALL, Use.VALIDATION))
+    assert values["moetion/lost_seconds"] == pytest.approx(lost)
     assert values["moetion/stall_seconds_per_iteration"] == last["stall_seconds"] / 29
     assert values["moetion/stall_share"] == last["stall_seconds"] / last["iteration_seconds"]
     assert values["moetion/plt"] == 0
-    # What is lost is more than the time without a process: three times there was work to be done again.
-    executions = [event["seconds"] for event in read_events(out, "IterationFinished")]
-    done_again = sum(executions) - last["iteration_seconds"]
-    assert done_again > 0
-    assert values["moetion/lost_seconds"] > done_again
+    # Three times a process was started anew, replayed, and did again what had come after its window.
+    assert min(badput[use] for use in (Use.START, Use.RESTORE, Use.REPLAY, Use.REDO)) > 0
+    events = read_events(out, "IterationFinished")
+    executions = sum(event["seconds"] for event in events)
+    again = executions - sum(first["seconds"] for first in {e["iteration"]: e for e in reversed(events)}.values())
+    # Iterations that were never finished are in no event.
+    assert badput[Use.REPLAY] + badput[Use.REDO] > again - 0.05
+    assert [event["iteration"] for event in read_events(out, "LastIterationFinished")] == [30]
+    losses = {event["iteration"]: event["loss"] for event in read_events(out, "LossRecorded")}
+    assert sorted(losses) == list(range(1, 31))
+    assert [event["completed"] for event in read_events(out, "ProcessEnded")] == [True]
 
 
 def test_tokens_are_those_of_a_run_that_never_failed(drill: Drill) -> None:
@@ -112,10 +130,12 @@ def test_ranks_log_the_mean_over_ranks(drill: Drill) -> None:
     out = drill.killed({**spec, "busy": {"1": 0.05}}, KILLS)
     assert differences(drill.reference({**spec, "callbacks": []}), out) == []
     first, second = (check_times(out, rank) for rank in range(2))
-    together = [first[name] + second[name] for name in ("useful_seconds", "wall_seconds", "stall_seconds")]
+    ledgers = [Ledger.load(record["ledger"]) for record in (first, second)]
+    productive = sum(ledger.totals[Use.PRODUCTIVE] for ledger in ledgers)
     for record in (first, second):
-        assert record["values"]["moetion/ettr"] == together[0] / together[1]
-        assert record["values"]["moetion/stall_seconds_per_iteration"] == together[2] / 58
+        assert record["values"]["moetion/ettr"] == pytest.approx(productive / sum(ledger.wall for ledger in ledgers))
+        stalled = first["stall_seconds"] + second["stall_seconds"]
+        assert record["values"]["moetion/stall_seconds_per_iteration"] == stalled / 58
         assert record["values"]["moetion/slowest_rank"] == 1
         assert record["values"]["moetion/slowest_over_median"] > 1.5
     assert "rank 1 is slow: " in read_logs(out)
@@ -140,4 +160,7 @@ def test_a_replaced_rank_counts_on_with_the_others(drill: Drill) -> None:
     died = max(event["time"] for event in read_events(out, rank=1) if event["pid"] == dead)
     resumed = [e for e in read_events(out, "IterationFinished", rank=0) if e["pid"] == living and e["time"] > died]
     without_training = resumed[0]["time"] - resumed[0]["seconds"] - died
-    assert min(first["values"]["moetion/lost_seconds"], second["values"]["moetion/lost_seconds"]) > without_training
+    assert first["values"]["moetion/lost_seconds"] > without_training
+    survivor, replaced = (Ledger.load(record["ledger"]).totals for record in (first, second))
+    assert min(survivor[Use.DETECTION], survivor[Use.GROUPS], replaced[Use.GROUPS], replaced[Use.START]) > 0
+    assert survivor[Use.START] > 0  # it waited for the other one

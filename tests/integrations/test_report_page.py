@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
+import torch
 
+from moetion_lightning.badput import NANOSECONDS, Use
 from moetion_lightning.cli import main
+from moetion_lightning.report import read_events as read
+from moetion_lightning.report import tell
 from tests.runs import monitored
 from tests.runs.drill import Drill, read_events, read_logs
 
@@ -35,18 +39,11 @@ def report(out: Path) -> str:
     return (out / "report.html").read_text(encoding="utf-8")
 
 
-def figure(text: str, name: str) -> ElementTree.Element:
-    parsed = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
-    return next(svg for svg in parsed if svg.get("id") == name)
-
-
-def lanes(text: str) -> list[list[ElementTree.Element]]:
-    groups = [e for e in figure(text, "timeline").iter() if e.get("class") == "lane"]
-    return [[bar for bar in group if str(bar.get("class", "")).startswith("span")] for group in groups]
-
-
-def seconds(bars: list[ElementTree.Element], kind: str) -> float:
-    return sum(float(bar.get("data-seconds", 0)) for bar in bars if bar.get("class") == f"span {kind}")
+def numbers(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["report", str(out), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
 
 
 def failures(text: str) -> list[list[str]]:
@@ -58,54 +55,48 @@ def killed(drill: Drill) -> Path:
     return drill.killed(SPEC, [{"hook": "backward", "step": 11}, {"hook": "batch_end", "step": 21}])
 
 
-def test_page_of_a_killed_run_agrees_with_its_events_and_its_monitor(drill: Drill) -> None:
-    """The monitor reads the clock a moment later than the events, and starts a moment earlier: 0.05 of the ratio."""
+def test_report_of_a_killed_run_agrees_with_its_events_and_its_monitor(
+    drill: Drill, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The monitor knows nothing of the last iteration, nor of the end: half a second."""
     out = killed(drill)
-    text = report(out)
-    (bars,) = lanes(text)
-    pids = list(dict.fromkeys(event["pid"] for event in read_events(out)))
-    assert len(pids) == 3
-    times = [[event["time"] for event in read_events(out) if event["pid"] == pid] for pid in pids]
-    without = sum(after[0] - before[-1] for before, after in zip(times, times[1:]))
-    assert seconds(bars, "down") == pytest.approx(without, abs=1e-5)
-    replayed = [bar for bar in bars if bar.get("class") == "span replayed"]
+    text, found = report(out), numbers(out, capsys)
     restored = read_events(out, "RestoreApplied")
-    assert sum(int(b.get("data-last", 0)) - int(b.get("data-first", 0)) + 1 for b in replayed) == sum(
-        event["replay"] for event in restored
-    )
     rows = failures(text)
-    assert [row[4:7] for row in rows] == [["host memory", str(e["iteration"]), str(e["replay"])] for e in restored]
-    assert [row[9] for row in rows] == ["exact", "exact"]
-    captured = {event["iteration"]: event["nbytes"] for event in read_events(out, "CaptureFinished")}
-    drawn = [bar for bar in figure(text, "bytes").iter() if bar.get("class") == "bar bytes"]
-    assert {int(b.get("data-iteration", 0)): float(b.get("data-value", 0)) for b in drawn} == captured
-    last = monitored.read(out)[-1]
-    assert f"<b>{last['num_iterations']}</b><span>iterations" in text
-    (line,) = [e for e in figure(text, "ratio").iter() if e.get("class") == "line"]
-    assert float(line.get("data-last", 0)) == pytest.approx(last["values"]["moetion/ettr"], abs=0.05)
-    cells = [c for c in figure(text, "load").iter() if c.get("data-layer")]
-    assert [int(c.get("data-tokens", 0)) for c in cells] == [n for row in last["tokens"].values() for n in row]
+    assert [row[5:8] for row in rows] == [["host memory", str(e["iteration"]), str(e["replay"])] for e in restored]
+    assert [row[10] for row in rows] == ["exact", "exact"]
+    assert [failure["iteration"] for failure in found["failures"]] == [11, 20]
+    assert (found["iterations"], found["completed"], found["num_processes"]) == (30, True, 3)
+    assert found["environment"]["torch"] == torch.__version__
+    assert "<b>30</b><span>iterations" in text
+    last = monitored.read(out)[-1]["values"]
+    for cause, seconds in found["badput_seconds"].items():
+        if cause != "idle":
+            assert seconds == pytest.approx(last[f"moetion/badput/{cause}_seconds"], abs=0.5), cause
+    assert found["productive_seconds"] + sum(found["badput_seconds"].values()) == pytest.approx(found["wall_seconds"])
 
 
 @pytest.mark.slow
-def test_page_of_a_pipeline_shows_the_stage_that_was_replayed_and_the_others_waiting(drill: Drill) -> None:
+def test_report_of_a_pipeline_shows_the_stage_that_was_replayed_and_the_others_waiting(drill: Drill) -> None:
     out, ended, _ = drill.elastic(
         STAGES, [{"hook": "backward", "step": 8, "rank": 1, "committed": {"last_iteration": 8}}]
     )
     assert ended.good, f"{ended}\n{read_logs(out)}"
-    text = report(out)
     (finished,) = read_events(out, "StageReplayFinished")
-    first, lost, third = lanes(text)
-    assert seconds(lost, "stage") == pytest.approx(finished["seconds"], abs=0.01)  # of two clocks
-    assert seconds(lost, "down") > 0
-    for bars in (first, third):
-        assert seconds(bars, "waiting") > seconds(lost, "stage")
-        assert seconds(bars, "down") == seconds(bars, "stage") == 0
-    (row,) = failures(text)
-    assert row[2:4] == ["rank 1", "8"]
-    assert row[4].startswith("stage replayed from its neighbours' logs")
-    assert row[5:8] == ["5", "3", "0"]
-    assert row[9] == "exact"
+    history = tell(read(out))
+
+    def seconds(rank: int, use: Use) -> float:
+        return sum(piece.parts.get(use, 0) for piece in history.lanes[rank].pieces) / NANOSECONDS
+
+    assert seconds(1, Use.REPLAY) == pytest.approx(finished["seconds"], abs=0.01)  # of two clocks
+    for rank in (0, 2):
+        assert seconds(rank, Use.REPLAY) == 0
+        assert seconds(rank, Use.DETECTION) > 0
+    (row,) = failures(report(out))
+    assert (row[2], row[4]) == ("rank 1", "8")
+    assert row[5].startswith("stage replayed from its neighbours&#x27; logs")
+    assert row[6:9] == ["5", "3", "0"]
+    assert row[10] == "exact"
 
 
 def test_page_in_a_browser(drill: Drill, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def attempt(member: Member, *errors: Exception) -> int:
             raise left.pop(0)
 
     ranks: Any = SimpleNamespace(control=control)
-    Elastic(SimpleNamespace(), groups, ranks, lambda: False, lambda: None).attempt(work)  # type: ignore[arg-type]
+    nobody: Any = SimpleNamespace()
+    Elastic(SimpleNamespace(), groups, ranks, lambda: False, lambda: None, nobody).attempt(work)
     return tries
 
 

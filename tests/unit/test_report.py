@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Sequence
-from html.parser import HTMLParser
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
+import numpy as np
 import pytest
 
+from moetion_lightning.badput import NANOSECONDS, Span, Use
 from moetion_lightning.cli import main
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.events import (
@@ -19,8 +22,12 @@ from moetion_lightning.events import (
     Event,
     IterationFinished,
     JsonlSink,
+    LastIterationFinished,
+    LossRecorded,
     OperatorsFound,
     PartialExpertsRestored,
+    ProcessEnded,
+    ProcessStarted,
     ReplayFinished,
     ReplayIteration,
     RestoreApplied,
@@ -30,10 +37,14 @@ from moetion_lightning.events import (
     TokensCounted,
     WindowCommitted,
 )
-from moetion_lightning.report import read_events, write_report
-from moetion_lightning.report.drawing import LEFT, RIGHT, WIDTH, round_steps, seconds_text
-from moetion_lightning.report.history import History, tell
-from moetion_lightning.report.lanes import Kind
+from moetion_lightning.report import History, as_json, read_events, reading, tell, write_report
+from moetion_lightning.report import history as histories
+from moetion_lightning.report.figures import Run as Drawn
+from moetion_lightning.report.figures import short_names
+from moetion_lightning.report.history import Curve
+from moetion_lightning.report.lanes import Lane, Piece
+from moetion_lightning.report.page import make_page
+from moetion_lightning.report.words import seconds_text
 from moetion_lightning.units import size_text
 
 START = 1_700_000_000.0
@@ -78,7 +89,7 @@ class Run:
         self.emit(done, pid=pid)
 
     def history(self) -> History:
-        return tell(read_events(self.path).records)
+        return tell(read_events(self.path))
 
 
 def killed(path: Path) -> Run:
@@ -119,8 +130,9 @@ def test_what_the_sink_writes_is_read_back(tmp_path: Path) -> None:
         sink(event)
     sink.close()
     reading = read_events(tmp_path)
-    assert tuple(record.event for record in reading.records) == written
-    assert {record.rank for record in reading.records} == {3}
+    records = tuple(reading)
+    assert tuple(record.event for record in records) == written
+    assert {record.rank for record in records} == {3}
     assert reading.files == (tmp_path / "deep" / "events.jsonl",)
     assert reading.num_skipped == 0
 
@@ -144,11 +156,11 @@ def test_what_the_sink_writes_is_read_back(tmp_path: Path) -> None:
 def test_damaged_and_foreign_lines_are_skipped_and_counted(tmp_path: Path, line: bytes) -> None:
     killed(tmp_path / "run")
     file = tmp_path / "run" / "events-0.jsonl"
-    whole = read_events(tmp_path / "run")
+    whole = list(read_events(tmp_path / "run"))
     file.write_bytes(line + b"\n\n" + file.read_bytes())
     (tmp_path / "run" / "steps.jsonl").write_text('{"loss": 1.0}\n')  # of somebody else
     reading = read_events(tmp_path / "run")
-    assert reading.records == whole.records
+    assert list(reading) == whole
     assert reading.num_skipped == 1
     assert reading.files == (file,)
 
@@ -166,25 +178,27 @@ def test_nothing_to_read_is_an_error_with_a_remedy(tmp_path: Path) -> None:
 # --- history ---------------------------------------------------------------------------------------------------------
 
 
+def seconds(history: History, rank: int) -> list[tuple[Use, float, float, int]]:
+    """Pieces of a rank's time line, seconds since the start."""
+    pieces = next(lane for lane in history.lanes if lane.rank == rank).pieces
+    return [(p.use, p.start / NANOSECONDS - START, p.end / NANOSECONDS - START, p.first) for p in pieces]
+
+
 def test_time_line_of_a_rank_that_is_killed(tmp_path: Path) -> None:
-    lane = killed(tmp_path).history().lanes[0]
-    spans = [(s.kind, s.start - START, s.end - START, s.first) for s in lane.spans]
-    assert spans == [
-        (Kind.STARTING, 0.0, 1.0, None),
-        *((Kind.FIRST, float(n), n + 1.0, n) for n in range(1, 9)),
-        (Kind.DOWN, 9.0, 12.0, None),
-        (Kind.STARTING, 12.0, 12.5, None),
-        (Kind.REPLAYED, 12.5, 13.5, 5),
-        (Kind.DOWN, 13.5, 15.5, None),
-        (Kind.STARTING, 15.5, 16.0, None),
-        (Kind.REPLAYED, 16.0, 17.0, 5),
-        (Kind.REPLAYED, 17.0, 18.0, 6),
-        (Kind.AGAIN, 18.0, 19.0, 7),
-        (Kind.AGAIN, 19.0, 20.0, 8),
-        (Kind.FIRST, 20.0, 21.0, 9),
-        (Kind.FIRST, 21.0, 22.0, 10),
+    run = killed(tmp_path)
+    assert [piece for piece in seconds(run.history(), 0) if piece[0] is not Use.STALL] == [
+        (Use.START, 0.0, 1.0, 0),
+        *((Use.PRODUCTIVE, float(n), n + 0.75, n) for n in range(1, 9)),
+        (Use.DETECTION, 9.0, 12.0, 0),
+        (Use.RESTORE, 12.0, 12.5, 0),
+        (Use.REPLAY, 12.5, 13.5, 5),
+        (Use.DETECTION, 13.5, 15.5, 0),
+        (Use.RESTORE, 15.5, 16.0, 0),
+        (Use.REPLAY, 16.0, 18.0, 5),
+        (Use.REDO, 18.0, 20.0, 7),
+        (Use.PRODUCTIVE, 20.0, 20.75, 9),
+        (Use.PRODUCTIVE, 21.0, 21.75, 10),
     ]
-    assert lane.commits == ((START + 22.0, 10),)
 
 
 def test_failures_of_a_rank_that_is_killed_twice(tmp_path: Path) -> None:
@@ -200,14 +214,62 @@ def test_failures_of_a_rank_that_is_killed_twice(tmp_path: Path) -> None:
     assert second.verified is True
 
 
-def test_ratio_counts_each_iteration_once(tmp_path: Path) -> None:
+def test_ratio_counts_each_iteration_once_and_never_before_other_ranks_have(tmp_path: Path) -> None:
     history = killed(tmp_path).history()
-    assert history.ratio[0] == (0.0, 0.0)
-    assert (9.0, 8 * 0.75 / 9.0) in history.ratio
-    assert (13.5, 5 * 0.75 / 13.5) in history.ratio  # four that were kept, and one that was replayed
-    assert history.ratio[-1] == (22.0, 10 * 0.75 / 22.0)
-    assert history.stalls == dict.fromkeys(range(1, 11), 0.25)
-    assert history.iterations == 10
+    assert history.ettr == 10 * 0.75 / 22.0
+    times, ratio, _ = history.ratio
+    assert ratio[-1] == pytest.approx(10 * 0.75 / 22.0)
+    assert np.interp(9.0, times, ratio) == pytest.approx(8 * 0.75 / 9.0, abs=0.01)
+    run = Run(tmp_path / "two")  # the second rank's events come later
+    for rank in range(2):
+        run.emit(FOUND, pid=1 + rank, rank=rank)
+    for number in range(1, 101):
+        for rank, after in ((0, 1.0), (1, 0.4)):
+            done = IterationFinished(iteration=number, seconds=1.4, stall_seconds=0.0)
+            run.emit(done, pid=1 + rank, rank=rank, after=after)
+    course = run.history().ratio[1][50:]
+    assert np.abs(np.diff(course)).max() < 2e-3  # no saw-tooth
+
+
+def test_curves_hold_each_iteration_once_and_what_was_taken_back(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for pid, numbers in ((1, range(1, 6)), (2, range(4, 8))):
+        run.emit(FOUND, pid=pid)
+        for number in numbers:
+            run.iterate([number], pid=pid)
+            run.emit(LossRecorded(iteration=number, loss=9.0 - number, learning_rate=0.5), pid=pid)
+    run.emit(LastIterationFinished(iteration=8, seconds=1.0, stall_seconds=0.0), pid=2, after=1.0)
+    history = run.history()
+    assert history.loss.iterations.tolist() == list(range(1, 8))
+    assert history.loss.values.tolist() == [9.0 - number for number in range(1, 8)]
+    assert history.lost_loss.iterations.tolist() == [4, 5]
+    assert history.stalls.values.tolist() == [0.25] * 7
+    assert history.iterations == 8
+    assert history.uses[Use.REDO] == 2 * NANOSECONDS
+
+
+def test_a_stop_that_was_said_is_told_and_a_completed_fit_is_no_failure(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for pid, reason, predecessor in ((1, "ValueError: no", ""), (2, "", "exit code 1"), (3, "", "")):
+        made = START + run.now + 1.0
+        environment = {"host": "here", "torch": "2.13"}
+        run.emit(
+            ProcessStarted(
+                created_at=made, groups_seconds=0.0, predecessor=predecessor, environment=environment, settings={}
+            ),
+            pid=pid, after=3.0,
+        )  # fmt: skip
+        run.iterate([pid], pid=pid)
+        if pid != 1:
+            run.emit(ProcessEnded(completed=True, reason=reason), pid=pid)
+        else:
+            run.emit(ProcessEnded(completed=False, reason=reason), pid=pid)
+    history = run.history()
+    (failure,) = history.failures
+    assert failure.cause == "ValueError: no"  # the launcher has only seen an exit code
+    assert history.uses[Use.START] == 3 * 2 * NANOSECONDS
+    assert (history.uses[Use.DETECTION], history.uses[Use.IDLE]) == (NANOSECONDS, NANOSECONDS)
+    assert as_json("run", history)["environment"] == {"host": "here", "torch": "2.13"}
 
 
 def test_tokens_that_were_taken_back_do_not_count(tmp_path: Path) -> None:
@@ -224,7 +286,7 @@ def test_a_job_that_begins_anew(tmp_path: Path) -> None:
     (failure,) = history.failures
     assert failure.sources == ()
     assert (failure.restored, failure.replayed, failure.again, failure.seconds) == (0, 0, 2, 4.0)
-    assert history.ratio[-1] == (6.0, 3 * 0.75 / 6.0)
+    assert history.ettr == 3 * 0.75 / 6.0
 
 
 def pipeline(path: Path, *, verified: bool = True) -> Run:
@@ -253,16 +315,13 @@ def test_a_stage_that_is_replayed_alone_while_the_others_wait(tmp_path: Path) ->
     assert failure.ranks == (1,)
     assert (failure.restored, failure.replayed, failure.again) == (4, 2, 0)
     assert (failure.seconds, failure.verified) == (5.0, True)
-    survivor, lost, _ = history.lanes
-    assert [(s.kind, s.start - START, s.end - START) for s in survivor.spans[6:]] == [
-        (Kind.WAITING, 6.0, 10.0),
-        (Kind.FIRST, 10.0, 11.0),
-    ]
-    assert [(s.kind, s.start - START, s.end - START) for s in lost.spans[6:]] == [
-        (Kind.DOWN, 6.0, 8.0),
-        (Kind.STARTING, 8.0, 8.5),
-        (Kind.STAGE_REPLAY, 8.5, 10.0),
-        (Kind.FIRST, 10.0, 11.0),
+    survivor, lost = seconds(history, 0), seconds(history, 1)
+    assert survivor[-3:] == [(Use.START, 6.0, 8.5, 0), (Use.RESTORE, 8.5, 10.0, 0), (Use.PRODUCTIVE, 10.0, 11.0, 7)]
+    assert lost[-4:] == [
+        (Use.DETECTION, 6.0, 8.0, 0),
+        (Use.START, 8.0, 8.5, 0),
+        (Use.REPLAY, 8.5, 10.0, 0),
+        (Use.PRODUCTIVE, 10.0, 11.0, 7),
     ]
 
 
@@ -283,19 +342,23 @@ def test_ranks_that_are_lost_together_are_one_failure(tmp_path: Path) -> None:
     assert (first.iteration, second.iteration) == (3, 5)
 
 
+def test_parts_that_are_read_at_once_make_the_same_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = pipeline(tmp_path)
+    run.emit(TokensCounted(iteration=7, tokens={"a": [1, 2]}), pid=10)
+    whole = run.history()
+    monkeypatch.setattr(reading, "_LONG", 0)
+    monkeypatch.setattr(histories, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
+    events = read_events(tmp_path)
+    assert len(events.parts(2)) == 2
+    together = tell(events, processes=2)
+    assert as_json("run", together) == as_json("run", whole)
+    assert together.tokens == whole.tokens == {"a": [1, 2]}
+    assert events.num_events == len(list(read_events(tmp_path)))
+    (tmp_path / "more.jsonl").write_bytes((tmp_path / "events-0.jsonl").read_bytes())  # one rank in several files
+    assert tell(read_events(tmp_path), processes=4).num_processes == whole.num_processes
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
-
-
-class Tags(HTMLParser):
-    """All elements, with their attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
 
 
 def page(run: Run) -> str:
@@ -304,113 +367,54 @@ def page(run: Run) -> str:
     return out.read_text(encoding="utf-8")
 
 
-def figures(text: str) -> dict[str, ElementTree.Element]:
-    parsed = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
-    return {str(svg.get("id")): svg for svg in parsed}
-
-
-def of_class(svg: ElementTree.Element, name: str) -> list[ElementTree.Element]:
-    return [e for e in svg.iter() if name in str(e.get("class", "")).split()]
+def drawn(text: str) -> dict[str, dict[str, Any]]:
+    """The figures, as Bokeh will read them, by their places."""
+    data = re.search(r'<script type="application/json" id="figures">(.*?)</script>', text, re.DOTALL)
+    assert data is not None
+    documents, (item,) = json.loads(data[1].replace(r"<\/", "</"))
+    (document,) = documents.values()
+    roots = {root["id"]: root for root in document["roots"]}
+    return {place: roots[root] for root, place in item["roots"].items()}
 
 
 def test_page_needs_nothing_else(tmp_path: Path) -> None:
     text = page(killed(tmp_path))
-    tags = Tags(text).found
-    assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "embed"}
-    assert not [attributes for _, attributes in tags if attributes.keys() & {"src", "href", "onload", "style"}]
-    assert "url(" not in text
-    assert "@import" not in text
-    assert set(re.findall(r"https?://[^\"< ]+", text)) == {"http://www.w3.org/2000/svg"}
-    assert "prefers-color-scheme: dark" in text
-    assert len([1 for tag, _ in tags if tag == "h1"]) == 1
+    own = "".join(part for part in text.split("</script>") if len(part) < 1_000_000)  # without Bokeh
+    assert len(text) - len(own) > 1_000_000
+    assert not re.findall(r"<(?:link|img|iframe|object|embed)\b|\bsrc=|\bhref=|@import|https?://", own)
+    assert "prefers-color-scheme: dark" in own
+    assert set(drawn(text)) == {"badput", "timeline-0", "ratio", "stalls", "bytes", "load-0"}  # no loss was recorded
 
 
-def test_bars_of_the_time_line_are_where_and_as_long_as_the_events_say(tmp_path: Path) -> None:
-    run = killed(tmp_path)
-    history, svg = run.history(), figures(page(run))["timeline"]
-    per_second = (WIDTH - LEFT - RIGHT) / history.wall_seconds
-    spans = [(span, span.kind.value) for span in history.lanes[0].spans]
-    drawn = of_class(svg, "span")
-    drawn = [bar for bar in drawn if "capture" not in str(bar.get("class"))]
-    # Iterations that follow each other without a gap are one bar.
-    bars = [
-        (b.get("class"), b.get("data-first"), b.get("data-last"), float(b.get("x", 0)), float(b.get("width", 0)))
-        for b in drawn
-    ]
-    assert [(kind, first, last) for kind, first, last, _, _ in bars] == [
-        ("span starting", None, None),
-        ("span first", "1", "8"),
-        ("span down", None, None),
-        ("span starting", None, None),
-        ("span replayed", "5", "5"),
-        ("span down", None, None),
-        ("span starting", None, None),
-        ("span replayed", "5", "6"),
-        ("span again", "7", "8"),
-        ("span first", "9", "10"),
-    ]
-    for kind in {kind for _, kind in spans}:
-        seconds = sum(span.end - span.start for span, name in spans if name == kind)
-        width = sum(width for name, *_, width in bars if name == f"span {kind}")
-        assert width == pytest.approx(seconds * per_second, abs=0.05), kind  # positions are rounded to 0.01
-    assert bars[2][3] == pytest.approx(LEFT + 9.0 * per_second, abs=0.01)
-    assert len(of_class(svg, "failure")) == 2
-    assert len(of_class(svg, "commit")) == 1
-
-
-def test_bars_of_stall_and_bytes(tmp_path: Path) -> None:
-    drawn = figures(page(killed(tmp_path)))
-    for name, expected in (("stall", [0.25] * 10), ("bytes", [100.0 * n for n in range(1, 11)])):
-        bars = of_class(drawn[name], "bar")
-        assert [float(bar.get("data-value", 0)) for bar in bars] == expected
-        heights = [float(bar.get("height", 0)) for bar in bars]
-        assert heights == pytest.approx([value / max(expected) * max(heights) for value in expected], abs=0.02)
-    (reference,) = of_class(drawn["bytes"], "reference")
-    assert float(reference.get("data-value", 0)) == 1000.0
-    highest = of_class(drawn["bytes"], "bar")[-1]  # 1000 bytes, too
-    assert float(reference.get("y1", 0)) == pytest.approx(float(highest.get("y", 0)), abs=0.01)
-
-
-def test_very_many_iterations_share_bars(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.emit(FOUND, pid=1)
-    for number in range(1, 1001):
-        run.iterate([number], pid=1, stall=0.5 if number == 777 else 0.25)
-    drawn = figures(page(run))
-    bars = of_class(drawn["stall"], "bar")
-    assert len(bars) == 200
-    assert [bar.get("data-iteration") for bar in bars if bar.get("data-value") == "0.500000"] == ["777"]
-    assert len(of_class(drawn["timeline"], "span")) == 1
-    (line,) = of_class(drawn["ratio"], "line")
-    assert len(str(line.get("points")).split()) < 650
-
-
-def test_load_is_a_map_of_layers_and_experts(tmp_path: Path) -> None:
-    cells = [c for c in of_class(figures(page(killed(tmp_path)))["load"], "cell") if c.get("data-layer")]
-    found = {(c.get("data-layer"), int(c.get("data-expert", 0))): int(c.get("data-tokens", 0)) for c in cells}
-    expected = {"a": [6, 10], "b": [0, 1, 3, 4]}
-    assert found == {(layer, e): n for layer, row in expected.items() for e, n in enumerate(row)}
-    by_load = sorted(cells, key=lambda c: float(c.get("fill-opacity", 0)))
-    assert (by_load[0].get("data-tokens"), by_load[-1].get("data-tokens")) == ("0", "4")
-
-
-def test_ratio_curve_ends_at_the_ratio(tmp_path: Path) -> None:
-    run = killed(tmp_path)
-    svg = figures(page(run))["ratio"]
-    (line,) = of_class(svg, "line")
-    assert float(line.get("data-last", 0)) == pytest.approx(10 * 0.75 / 22.0, abs=1e-6)  # six digits are written
-    ys = [float(point.split(",")[1]) for point in str(line.get("points")).split()]
-    top, bottom = 30.0, 180.0
-    assert ys[-1] == pytest.approx(bottom - (bottom - top) * 10 * 0.75 / 22.0, abs=0.01)
+def test_page_of_many_ranks_and_iterations_stays_small(tmp_path: Path) -> None:
+    """As large as it becomes: 64 ranks with 100,000 iterations each."""
+    count = 100_000
+    lane = Lane(0)
+    for number in range(count // 10):  # each span another use than the one before
+        lane.add(Span(tuple(Use)[number % 7], number * NANOSECONDS, (number + 1) * NANOSECONDS, number))
+    lane.shorten(625)
+    assert 200 < len(lane.pieces) <= 625
+    assert (lane.pieces[0].start, lane.pieces[-1].end) == (0, count // 10 * NANOSECONDS)
+    pieces = [Piece(n, n + 1, {tuple(Use)[n % 10]: 1}) for n in range(625)]
+    lanes = tuple(Lane(rank) for rank in range(64))
+    for each in lanes:
+        each.pieces = pieces
+    values = np.random.default_rng(0).random(count)
+    curve = Curve(iterations=np.arange(1, count + 1), values=values, highest=values + 1)
+    curves = dict.fromkeys(("loss", "lost_loss", "rates", "stalls", "nbytes"), curve)
+    tokens = {f"model.layers.{n}.experts": list(range(256)) for n in range(60)}
+    history = dataclasses.replace(killed(tmp_path).history(), lanes=lanes, tokens=tokens, **curves)
+    assert 1_300_000 < len(make_page([Drawn(name="many", history=history)])) < 3_000_000
 
 
 def test_table_and_tiles(tmp_path: Path) -> None:
     text = page(killed(tmp_path))
     rows = re.findall(r"<tr data-failure=.*?</tr>", text, re.DOTALL)
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
+    word = "no word: killed, or lost with its machine"
     assert cells == [
-        ["1", "9 s (22:13:29)", "rank 0", "8", "host memory", "4", "1", "0", "lost again before", "not finished"],
-        ["2", "13.5 s (22:13:33)", "rank 0", "8", "host memory", "4", "2", "2", "7.5 s", "exact"],
+        ["1", "9 s (22:13:29)", "rank 0", word, "8", "host memory", "4", "1", "0", "lost again before", "not finished"],
+        ["2", "13.5 s (22:13:33)", "rank 0", word, "8", "host memory", "4", "2", "2", "7.5 s", "exact"],
     ]
     tiles = dict(re.findall(r'data-tile="(\w+)"><b>(.*?)</b>', text))
     assert tiles == {
@@ -440,9 +444,9 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     run = Run(tmp_path / "a<b>&c")
     run.emit(FOUND, pid=1)
     run.iterate([1], pid=1)
-    run.emit(TokensCounted(iteration=1, tokens={"<script>": [1]}), pid=1)
+    run.emit(TokensCounted(iteration=1, tokens={"</script><script>": [1]}), pid=1)
     text = page(run)
-    assert "<script>" not in text
+    assert "</script><script>" not in text.replace("</script><script>\nconst", "")
     assert "<h1>Run report: a&lt;b&gt;&amp;c</h1>" in text
 
 
@@ -450,6 +454,15 @@ def test_a_run_without_any_iteration_is_drawn(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.emit(FOUND, pid=1)
     assert "No rank was lost." in page(run)
+
+
+def test_two_runs_side_by_side(tmp_path: Path) -> None:
+    first, second = killed(tmp_path / "first"), killed(tmp_path / "second")
+    write_report(first.path, tmp_path / "x.html", second.path)
+    text = (tmp_path / "x.html").read_text()
+    assert "<h1>Run report: first and second</h1>" in text
+    assert {"timeline-0", "timeline-1", "badput", "load-0", "load-1"} <= drawn(text).keys()
+    assert text.count('<tr data-failure="2">') == 2
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -462,6 +475,26 @@ def test_command_writes_beside_the_events(tmp_path: Path, capsys: pytest.Capture
     assert "events from 1 files" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "run" / "events-0.jsonl"), "--out", str(tmp_path / "new" / "x.html")]) == 0
     assert (tmp_path / "new" / "x.html").exists()
+
+
+def test_command_prints_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    killed(tmp_path)
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["productive_seconds"] == 7.5
+    assert numbers["badput_seconds"]["detection"] == 5.0
+    assert numbers["productive_seconds"] + sum(numbers["badput_seconds"].values()) == pytest.approx(22.0)
+    assert [failure["iteration"] for failure in numbers["failures"]] == [8, 8]
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_missing_library_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed(tmp_path)
+    monkeypatch.setitem(sys.modules, "moetion_lightning.report.figures", None)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "pip install 'moetion-lightning[report]'" in capsys.readouterr().err
 
 
 def test_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -493,11 +526,7 @@ def test_durations(seconds: float, text: str) -> None:
     assert seconds_text(seconds) == text
 
 
-def test_sizes_and_steps() -> None:
+def test_sizes_and_names() -> None:
     assert [size_text(n) for n in (12, 1500, 2.5e6, 3e9, 4e12)] == ["12 B", "1.5 kB", "2.5 MB", "3 GB", "4 TB"]
-    assert round_steps(7.0) == [0.0, 2.0, 4.0, 6.0, 8.0]
-    assert round_steps(0.0) == [0.0, 1.0]
-    for high in (0.003, 1.0, 9.99, 10.0, 123456.0):
-        steps = round_steps(high)
-        assert steps[-1] >= high
-        assert len(steps) <= 6
+    layers = [f"body.blocks.{number}.experts" for number in (0, 7)]
+    assert [short for short, _ in short_names(layers)] == ["0", "7"]
