@@ -46,7 +46,7 @@ def pytest_pyfunc_call() -> Iterator[None]:
     try:
         return (yield)
     except ConfigurationError as error:
-        if "need torch 2.10 or newer; this is" not in str(error):
+        if "need torch 2.10 or newer, and this is" not in str(error):
             raise
         pytest.skip(str(error))
 

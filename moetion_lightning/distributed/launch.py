@@ -44,6 +44,7 @@ from moetion_lightning.distributed.exits import FAILED, JobEndedError
 from moetion_lightning.distributed.guard import Guard
 from moetion_lightning.distributed.rendezvous import BACKEND, NodeRendezvous
 from moetion_lightning.distributed.stable_store import STORE_ERRORS, format_endpoint
+from moetion_lightning.distributed.torch_elastic import settings_of
 from moetion_lightning.distributed.watchdog import Limits, parse_limits
 from moetion_lightning.errors import ConfigurationError, LaunchError
 
@@ -161,7 +162,7 @@ def launch(options: argparse.Namespace) -> None:
     if config.nproc_per_node < 1:
         raise ConfigurationError(f"--nproc-per-node {options.nproc_per_node!r}: expected at least 1")
     params.config |= {**config.rdzv_configs} | {"ranks_per_node": config.nproc_per_node}
-    stop = StopSignal(config.signals_to_handle)
+    stop = StopSignal(*settings_of(config, "signals_to_handle").values())
     stop.install()
     handler: NodeRendezvous | None = None
     guard = Guard()

@@ -8,7 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
+
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from moetion_lightning.config import LAUNCHER_PID_VARIABLE, REPORT_VARIABLE
 from moetion_lightning.distributed.exits import describe_exit
@@ -23,6 +26,8 @@ _log = logging.getLogger(__name__)
 #: Arguments of the interpreter before a rank's program.
 RANK_MODULE = ("-u", "-m", "moetion_lightning.distributed.rank")
 _REFILL_SECONDS = 5.0
+#: torch before 2.9 does not bind processes to processors.
+_NO_NUMA: dict[str, Any] = {"numa_options": None} if "numa_options" in signature(SubprocessHandler).parameters else {}
 _STANDBY_FAILURES = 3
 
 
@@ -64,7 +69,7 @@ class StandbyPool:
         report = Report()
         env = {REPORT_VARIABLE: report.path, LAUNCHER_PID_VARIABLE: str(os.getpid())}
         args = (*RANK_MODULE, "--standby")
-        process = StandbyProcess(sys.executable, args, env, None, None, local_rank_id=0, numa_options=None)
+        process = StandbyProcess(sys.executable, args, env, None, None, local_rank_id=0, **_NO_NUMA)
         self._guard.add(process.proc.pid)
         return process, report, False
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
@@ -28,11 +27,8 @@ from torch.distributed.elastic.multiprocessing.tail_log import TailLog
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 from torch.distributed.launcher.api import LaunchConfig
 
-from moetion_lightning.errors import ConfigurationError
+__all__ = ["BeginAgainError", "RankStart", "SingleRankAgent", "StandbyProcess", "end_session", "settings_of"]
 
-__all__ = ["BeginAgainError", "RankStart", "SingleRankAgent", "StandbyProcess", "end_session"]
-
-_OLDEST = (2, 13)
 #: Settings of the launcher that are a worker group's, too, and that not every version of torch has.
 _OPTIONS = ("numa_options", "duplicate_stdout_filters", "duplicate_stderr_filters", "virtual_local_rank")
 _LOOK_SECONDS = 0.05
@@ -116,10 +112,6 @@ class SingleRankAgent(LocalElasticAgent):
     """
 
     def __init__(self, config: LaunchConfig, args: tuple[str, ...], handler: RendezvousHandler) -> None:
-        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST:
-            raise ConfigurationError(
-                f"moetion launch needs torch {_OLDEST[0]}.{_OLDEST[1]}, this is {torch.__version__}: use torchrun"
-            )
         spec = WorkerSpec(
             role=config.role,
             local_world_size=config.nproc_per_node,
@@ -129,7 +121,7 @@ class SingleRankAgent(LocalElasticAgent):
             max_restarts=config.max_restarts,
             monitor_interval=min(config.monitor_interval, _LOOK_SECONDS),
             event_log_handler=config.event_log_handler,
-            **_given(config, *_OPTIONS),
+            **settings_of(config, *_OPTIONS),
         )
         assert config.logs_specs is not None
         self._logs = _Logs(config.logs_specs, self.variables)
@@ -137,7 +129,7 @@ class SingleRankAgent(LocalElasticAgent):
             spec,
             self._logs,
             log_line_prefix_template=config.log_line_prefix_template,
-            **_given(config, "shutdown_timeout"),
+            **settings_of(config, "shutdown_timeout"),
         )
         self._more_tails: list[TailLog] = []
 
@@ -202,7 +194,7 @@ class SingleRankAgent(LocalElasticAgent):
             stdout=given.stdout,
             stderr=given.stderr,
             local_rank_id=local_rank,
-            **_given(self._worker_group.spec, "numa_options"),
+            **settings_of(self._worker_group.spec, "numa_options"),
         )
 
     def replace(self, local_rank: int, process: SubprocessHandler) -> None:
@@ -242,8 +234,8 @@ class SingleRankAgent(LocalElasticAgent):
             self._more_tails.clear()
 
 
-def _given(settings: Any, *names: str) -> dict[str, Any]:
-    """Those of the settings that this version of torch has."""
+def settings_of(settings: Any, *names: str) -> dict[str, Any]:
+    """Those of a launch's settings that this version of torch has."""
     return {name: getattr(settings, name) for name in names if hasattr(settings, name)}
 
 

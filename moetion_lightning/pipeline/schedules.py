@@ -92,11 +92,6 @@ def schedule_kind(name: str, chunks_per_rank: int, num_micro_batches: int, pipel
             f"MoEtionStrategy(schedule={name!r}): expected one of {', '.join(map(repr, SCHEDULES))}"
         )
     kind = SCHEDULES[name]
-    if kind.interleaved and not SEVERAL_STAGES:
-        raise ConfigurationError(
-            f"MoEtionStrategy(schedule={name!r}): schedules with several stages on a rank need torch 2.10 or newer; "
-            f"this is {torch.__version__}. Install a newer one, or take schedule='1f1b' with chunks_per_rank=1"
-        )
     if kind.interleaved != (chunks_per_rank > 1) or (kind.v_shaped and chunks_per_rank != 2):
         wanted = "2" if kind.v_shaped else ("2 or more" if kind.interleaved else "1")
         raise ConfigurationError(
@@ -109,7 +104,16 @@ def schedule_kind(name: str, chunks_per_rank: int, num_micro_batches: int, pipel
             f"MoEtionStrategy(schedule={name!r}, num_microbatches={num_micro_batches}) with pipeline_parallel_size="
             f"{pipeline_parallel_size}: this schedule needs {rule} micro-batches"
         )
+    _check_torch(kind)
     return kind
+
+
+def _check_torch(kind: ScheduleKind) -> None:
+    if kind.interleaved and not SEVERAL_STAGES:
+        raise ConfigurationError(
+            f"MoEtionStrategy(schedule={kind.name!r}): schedules with several stages on a rank need torch 2.10 or newer, "
+            f"and this is {torch.__version__}. Install a newer one, or take schedule='1f1b' with chunks_per_rank=1"
+        )
 
 
 def usable_micro_batches(kind: ScheduleKind, wanted: int, num_samples: int, pipeline_parallel_size: int) -> int:
@@ -146,6 +150,7 @@ def make_schedule(
         pipeline_parallel_size: Ranks of the pipeline.
         loss: Called on the last stage with its output and the micro-batch's index (a tensor ``[1]``).
     """
+    _check_torch(kind)
     cls = kind.cls if kind.runs(num_micro_batches, pipeline_parallel_size) else ScheduleGPipe
     given: Any = list(stages) if kind.interleaved else stages[0]
     # Before 2.12 GPipe refuses fewer micro-batches than stages, though it runs them.
