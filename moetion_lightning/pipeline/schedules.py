@@ -111,8 +111,8 @@ def schedule_kind(name: str, chunks_per_rank: int, num_micro_batches: int, pipel
 def _check_torch(kind: ScheduleKind) -> None:
     if kind.interleaved and not SEVERAL_STAGES:
         raise ConfigurationError(
-            f"MoEtionStrategy(schedule={kind.name!r}): schedules with several stages on a rank need torch 2.10 or newer, "
-            f"and this is {torch.__version__}. Install a newer one, or take schedule='1f1b' with chunks_per_rank=1"
+            f"MoEtionStrategy(schedule={kind.name!r}): several stages on a rank need torch 2.10 or newer, and this "
+            f"is {torch.__version__}. Install a newer one, or take schedule='1f1b' with chunks_per_rank=1"
         )
 
 
