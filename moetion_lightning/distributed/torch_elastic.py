@@ -223,9 +223,9 @@ class SingleRankAgent(LocalElasticAgent):
     def _exit_barrier(self) -> None:
         """Nodes end by the rendezvous, whose waits have limits."""
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+    def _shutdown(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super()._shutdown(death_sig, timeout)
+            super()._shutdown(*args, **kwargs)
         finally:
             for handler in self.processes.values():
                 end_session(handler)
