@@ -15,8 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Python, and what is installed beside this package and the libraries of its tests.
 ENVIRONMENTS = {
     "lowest": ("3.10", ["torch==2.8.*", "lightning==2.5.0", "transformers==4.57.0", "accelerate==1.0.*"]),
-    "middle": ("3.12", ["torch==2.10.*", "lightning==2.5.5", "transformers==5.2.*", "accelerate==1.10.*"]),
+    "middle": ("3.12", ["torch==2.10.*", "lightning==2.5.5", "transformers==5.5.*", "accelerate==1.10.*"]),
     "newest": ("3.13", ["torch", "lightning", "transformers", "accelerate"]),
+}
+#: What these do not have: FSDP2 that reduces gradients of experts without tokens (torch 2.13), and a Trainer in whose loop
+#: a callback can stand (transformers 5.3).
+NOT_THERE = {
+    "lowest": ["-k", "not fsdp2", "--ignore", "tests/integrations/test_hf_trainer.py"],
+    "middle": ["-k", "not fsdp2"],
 }
 #: Where other libraries are called: hooks, loops, schedules, private names. What is only ours is left out.
 TESTS = [
@@ -43,6 +49,7 @@ def main(name: str, *arguments: str) -> int:
     libraries = ("torch", "lightning", "transformers", "accelerate")
     subprocess.run([interpreter, "-c", shown % (libraries,)], check=True)
     command = [interpreter, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", *TESTS]
+    command += NOT_THERE.get(name, [])
     return subprocess.run([*command, *arguments], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.recipes.models import ByteMoE
 
 __all__ = ["ShardedByteMoE"]
@@ -23,6 +25,11 @@ class ShardedByteMoE(ByteMoE):
         module: Any = self
         if self.device_mesh is None or isinstance(module, FSDPModule):
             return
+        if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            raise ConfigurationError(
+                f"ShardedByteMoE needs torch 2.13 or newer, and this is {torch.__version__}: an older FSDP2 waits for ever "
+                "where an expert has tokens on some ranks only. Install a newer one, or take strategy='ddp' and ByteMoE"
+            )
         mesh = self.device_mesh["data_parallel"]
         for block in self.blocks:
             fully_shard(block, mesh=mesh)
