@@ -18,7 +18,7 @@ ENVIRONMENTS = {
     "middle": ("3.12", ["torch==2.10.*", "lightning==2.5.5", "transformers==5.5.*", "accelerate==1.10.*"]),
     "newest": ("3.13", ["torch", "lightning", "transformers", "accelerate"]),
 }
-#: What these do not have: FSDP2 that reduces gradients of experts without tokens (torch 2.13), and a Trainer in whose loop
+#: What these lack: FSDP2 that reduces gradients of experts without tokens (torch 2.13), and a Trainer in whose loop
 #: a callback can stand (transformers 5.3).
 NOT_THERE = {
     "lowest": ["-k", "not fsdp2", "--ignore", "tests/integrations/test_hf_trainer.py"],
