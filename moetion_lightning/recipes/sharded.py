@@ -27,8 +27,8 @@ class ShardedByteMoE(ByteMoE):
             return
         if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
             raise ConfigurationError(
-                f"ShardedByteMoE needs torch 2.13 or newer; this is {torch.__version__}, whose FSDP2 waits for ever where "
-                "an expert has tokens on some ranks only. Install a newer one, or take strategy='ddp' and ByteMoE"
+                f"ShardedByteMoE needs torch 2.13 or newer; this is {torch.__version__}, whose FSDP2 waits for ever "
+                "where an expert has tokens on some ranks only. Install a newer one, or take strategy='ddp' and ByteMoE"
             )
         mesh = self.device_mesh["data_parallel"]
         for block in self.blocks:
