@@ -389,7 +389,7 @@ class TrainingSession:
             also = f", of storage at {disk.location}" if disk is not None else ""
             _log.info(
                 "training stops before its end. Iteration %d is kept in %s%s: the same command continues there, and "
-                "`moetion clean --older-than 0 --job %s` removes it.",
+                "`moetion clean --job %s` removes it.",
                 kept[0], host.location, also, host.job,
             )  # fmt: skip
         else:
