@@ -46,7 +46,8 @@ def diff(args: Sequence[str]) -> int:
         print(json.dumps({**asdict(outcome), "exact": outcome.exact}, indent=1))
         return 0 if outcome.exact else 1
     counts = ", ".join(f"{count} {name}" for name, count in outcome.compared.items() if count)
-    print(f"{outcome.steps} steps in both: {counts}")
+    until = "" if found is None else ", compared up to the first difference"
+    print(f"{outcome.steps} step{'s'[: outcome.steps != 1]} in both{until}: {counts}")
     if outcome.unseeded:
         print(f"not seeded alike, and not compared with each other: {', '.join(outcome.unseeded)}")
     if found is None:

@@ -19,6 +19,20 @@ NAMES = {
 }
 #: Keys of :mod:`moetion_lightning.engine.replay_check`.
 _RECORD_KEYS = {"inputs": "batches", "settings": "lrs", "losses": "losses", "gradient": "gradients", "rng": "rng"}
+_BEGINS_APART = (
+    "the runs do not begin alike: another seed or none, so that initial weights or the order of the data differ"
+)
+_SEED = (
+    "Seed with a fixed seed first, before the model and the data are made: lightning.seed_everything(1, workers=True), "
+    "accelerate.utils.set_seed(1) or torch.manual_seed(1). A seed from the time is another one each time."
+)
+_COUNTS_ITSELF = (
+    "a loop that counts its steps or epochs for itself begins to count anew in a restart, and draws its data elsewhere"
+)
+_LET_COUNT = (
+    "A loop of your own: let it be counted, by run = attach(accelerator) (or SparseCheckpointing) and "
+    "`for step, batch in run.steps(loader)`."
+)
 _REMEDIES = {
     "inputs": (
         "Let what a sample is follow from its index, seeds and restored generators alone. What counts or remembers "
@@ -68,21 +82,34 @@ def where(divergence: Divergence, first: str, second: str) -> list[str]:
     if d.others:
         lines.append(f"  {d.others} more values differ in this step")
     if d.equal:
-        lines.append(f"  still equal in this step: {', '.join(NAMES[quantity] for quantity in d.equal)}")
+        names = {**NAMES, "rng": f"{NAMES['rng']} (without {', '.join(d.skipped)})"} if d.skipped else NAMES
+        lines.append(f"  still equal in this step: {', '.join(names[quantity] for quantity in d.equal)}")
     return lines
 
 
 def causes(divergence: Divergence) -> list[str]:
     """Likely causes, the most specific first."""
     d = divergence
+    if d.begins_apart:
+        return [_BEGINS_APART]
     if d.quantity == "steps":
         return ["one of the runs ended earlier, or counted its steps differently"]
     key = _RECORD_KEYS.get(d.quantity, "weights")
     difference = Difference(quantity=key, recorded=d.second, replayed=d.first, where=d.name)
     compared = [_RECORD_KEYS.get(quantity, "weights") for quantity in d.equal]
-    return likely_causes([difference], compared, Suspects())
+    found = likely_causes([difference], compared, Suspects())
+    return [*found, _COUNTS_ITSELF] if _may_count_itself(d) else found
+
+
+def _may_count_itself(divergence: Divergence) -> bool:
+    """Whether behind a restart other data are drawn from generators that stand elsewhere."""
+    d = divergence
+    return not d.is_undisturbed and "rng" in d.parted and d.quantity in ("inputs", "losses", "rng")
 
 
 def remedy(divergence: Divergence) -> str:
     """What to change."""
-    return _REMEDIES[divergence.quantity]
+    if divergence.begins_apart:
+        return _SEED
+    change = _REMEDIES[divergence.quantity]
+    return f"{change} {_LET_COUNT}" if _may_count_itself(divergence) else change

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from moetion_lightning.commands.arguments import add_program
 from moetion_lightning.commands.drill_page import Page
+from moetion_lightning.config import default_memory_dir
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.testing.divergence import Outcome, compare_recordings
 from moetion_lightning.testing.drill_plan import PHASES, DrillPlan, Kills
@@ -30,8 +32,8 @@ from moetion_lightning.testing.scratch import Scratch, copy_folder
 __all__ = ["drill"]
 
 _DESCRIPTION = """\
-Prove that a training script recovers exactly. It is run in a copy of this folder, killed with SIGKILL at random
-moments and in named phases, and started again each time; then its undisturbed twin runs, and every loss, tensor, model
+Prove that a training script recovers exactly. It runs in copies of this folder: first undisturbed, as the twin; then it
+is killed with SIGKILL at random moments and in named phases, and started again each time. Every loss, tensor, model
 input and random generator of every step is compared.
 
 A script without a callback of ours is run as by `moetion run`, and its twin without this package. Lightning's callbacks
@@ -39,6 +41,7 @@ of ours are idle in the twin; a loop over run.steps(...) is only left alone.
 
 Exit status: 0 exact, 1 differs or was not recovered, 2 could not be carried out, 130 stopped by a signal.
 """
+_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +68,17 @@ def drill(args: Sequence[str]) -> int:
     """
     given = _parser().parse_args(args)
     options = _options(given)
-    plan = DrillPlan.drawn(
-        seed=options.seed, kills=options.kills, steps=options.steps, ranks=max(1, options.ranks), phases=options.phases
-    )
+    _plan(options, options.steps)  # what is impossible is said before anything runs
     out = given.out
     if out is not None and out.suffix not in (".md", ".html"):
         raise ConfigurationError(f"--out {out}: expected a name that ends in .md or .html")
+    if out is not None and (out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK)):
+        raise ConfigurationError(f"--out {out}: expected a file in a folder that is there and can be written to")
     show = _Progress(options.steps, quiet=given.json)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs end, and nothing stays in memory
     try:
         with _folders(given.keep) as (folder, memory):
-            page = _carry_out(options, plan, folder, memory, show)
+            page = _carry_out(options, folder, memory, show)
     except RunError as error:
         failed = isinstance(error, NotRestartedError)
         if given.json:
@@ -159,11 +162,10 @@ def _folders(wanted: Path | None) -> Iterator[tuple[Path, Path]]:
     """A folder for the runs, kept if the user named it, and one in memory that is removed in the end."""
     if wanted is not None and wanted.exists() and any(wanted.iterdir()):
         raise ConfigurationError(f"--keep {wanted} is not empty; give a new folder")
+    base = _memory_base()
     folder = Path(tempfile.mkdtemp(prefix="moetion-drill-")) if wanted is None else wanted.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    shared = Path("/dev/shm")
-    is_usable = os.access(shared, os.W_OK | os.X_OK)
-    memory = Path(tempfile.mkdtemp(prefix="moetion-drill-", dir=shared if is_usable else None))
+    memory = Path(tempfile.mkdtemp(prefix="moetion-drill-", dir=base))
     try:
         yield folder, memory
     finally:
@@ -172,16 +174,37 @@ def _folders(wanted: Path | None) -> Iterator[tuple[Path, Path]]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _carry_out(options: _Options, plan: DrillPlan, folder: Path, memory: Path, show: _Progress) -> Page:
+def _memory_base() -> Path | None:
+    """Where the drill's memory is made: as the user says, in host memory, or among temporary files."""
+    given = default_memory_dir()
+    if given is not None:
+        base = Path(given)
+        if not os.access(base, os.W_OK | os.X_OK):
+            raise ConfigurationError(
+                f"MOETION_MEMORY_DIR={base}: expected a folder that is there and can be written to"
+            )
+        return base
+    shared = Path("/dev/shm")
+    return shared if os.access(shared, os.W_OK | os.X_OK) else None
+
+
+def _plan(options: _Options, steps: int) -> DrillPlan:
+    return DrillPlan.drawn(
+        seed=options.seed, kills=options.kills, steps=steps, ranks=max(1, options.ranks), phases=options.phases
+    )
+
+
+def _carry_out(options: _Options, folder: Path, memory: Path, show: _Progress) -> Page:
     began = time.monotonic()
+    twin = _twin(options, folder / "twin", memory, show, "1/2 the undisturbed twin")
+    twin_seconds = time.monotonic() - began
+    plan = _plan(options, _steps_of(twin, options.kills))
     disturbed, scratch = _run(options, folder / "disturbed", memory, show.step, captured=True)
     plan.write(folder / "kills")
-    show.phase(f"1/2 train, with {options.kills} kill{'s'[: options.kills != 1]}")
+    show.phase(f"2/2 train, with {options.kills} kill{'s'[: options.kills != 1]}")
     done = disturbed.execute(folder / "kills")
-    disturbed_seconds = time.monotonic() - began
+    disturbed_seconds = time.monotonic() - began - twin_seconds
     _check_happened(disturbed, done)
-    twin = _twin(options, folder / "twin", memory, show, "2/2 its undisturbed twin")
-    twin_seconds = time.monotonic() - began - disturbed_seconds
     recording = disturbed.recording()
     outcome = compare_recordings(recording, twin.recording())
     lines: list[str] = []
@@ -212,6 +235,7 @@ def _carry_out(options: _Options, plan: DrillPlan, folder: Path, memory: Path, s
         causes=tuple(likely),
         remedy=change,
         warnings=tuple(_warnings(outcome, scratch, disturbed)),
+        refused=_refused(disturbed.log),
         seconds=(disturbed_seconds, twin_seconds),
     )
 
@@ -260,11 +284,19 @@ def _twin(options: _Options, folder: Path, memory: Path, show: _Progress, label:
     return run
 
 
+def _steps_of(twin: DrilledRun, kills: int) -> int:
+    """How many steps the script makes. Raises ``RunError`` where they are too few."""
+    steps = twin.recording().last_step
+    if not steps:
+        raise RunError(f"the script made no optimizer step that could be seen; {last_output(twin.log)}")
+    if steps < kills + 2:
+        raise RunError(f"the script ended by itself after {steps} steps: too few for {kills} kills; give fewer --kills")
+    return steps
+
+
 def _check_happened(run: DrilledRun, done: int) -> None:
     """Raises ``RunError`` where nothing can be said."""
     recording = run.recording()
-    if not recording.last_step:
-        raise RunError(f"the script made no optimizer step that could be seen; {last_output(run.log)}")
     if not any(records.committed for records in recording.ranks.values()):
         raise RunError(
             f"nothing was captured in {recording.last_step} steps, so that no kill can be survived: give more --steps, "
@@ -274,6 +306,12 @@ def _check_happened(run: DrilledRun, done: int) -> None:
         raise RunError(
             f"the script ended by itself after {recording.last_step} steps, before the first kill; give fewer --steps"
         )
+
+
+def _refused(log: Path) -> tuple[str, ...]:
+    """Why restarts did not continue, as they have said."""
+    said = re.findall(r"captured .{1,40} ago, is not continued: (.+?)\. It is kept", log.read_text(errors="replace"))
+    return tuple(dict.fromkeys(said))
 
 
 def _twin_text(twin: Recording) -> str:
@@ -293,8 +331,13 @@ def _warnings(outcome: Outcome, scratch: Scratch, run: DrilledRun) -> Iterator[s
         written = (run.folder / "writes.txt").read_text(encoding="utf-8").splitlines()
         yield (
             "the script writes outside of its folder, also while it is drilled (use relative paths): "
-            f"{', '.join(sorted(set(written))[:5])}"
+            f"{_some(sorted(set(written)))}"
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = names[:_SHOWN]
+    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 class _Progress:

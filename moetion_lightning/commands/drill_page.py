@@ -96,6 +96,7 @@ class Page:
         remedy: What to change.
         warnings: What else the user should know.
         seconds: Of the disturbed run and of its twin.
+        refused: Why restarts did not continue, in their own words.
     """
 
     command: str
@@ -109,6 +110,7 @@ class Page:
     remedy: str
     warnings: tuple[str, ...]
     seconds: tuple[float, float]
+    refused: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -171,6 +173,7 @@ class Page:
         for where, *columns, source in rows:
             shown = "  ".join(column.rjust(width) for column, width in zip(columns, widths[1:]))
             lines.append(f"{where.ljust(widths[0])}  {shown}  {source}")
+        lines += [f"began anew: {reason}" for reason in self.refused]
         if len(self.kills) < self.planned:
             lines.append(f"{len(self.kills)} of {self.planned} planned kills came: the run ended before the others")
         return lines
@@ -227,6 +230,7 @@ class Page:
             "executions": outcome.executions,
             "compared": outcome.compared,
             "twin": self.twin,
+            "refused": list(self.refused),
             "warnings": list(self.warnings),
             "seconds": {"disturbed": self.seconds[0], "twin": self.seconds[1]},
         }

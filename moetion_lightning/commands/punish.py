@@ -36,7 +36,7 @@ def punish(args: Sequence[str]) -> int:
         args: Arguments after ``moetion punish``.
 
     Returns:
-        0; 1 if the job ended for good meanwhile.
+        0; 1 if the job ended for good meanwhile; 130 if it was stopped.
     """
     parser = argparse.ArgumentParser(
         prog="moetion punish", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -53,13 +53,18 @@ def punish(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     if sys.platform != "linux":
         raise ConfigurationError("only Linux says which process holds a lock; this is " + sys.platform)
+    duration_seconds = parse_duration(options.duration)
+    if duration_seconds <= 0:
+        raise ConfigurationError(
+            f"--duration {options.duration}: expected more than no time, for example 90s, 30m or 12h"
+        )
     base = memory_base(options.memory_dir)
     seed = random.SystemRandom().randrange(1 << 31) if options.seed is None else options.seed
     punishment = Punishment(
         look=lambda: [info for info in find_jobs(base) if info.name == options.job],
         job=options.job,
         per_second=parse_rate(options.rate),
-        duration_seconds=parse_duration(options.duration),
+        duration_seconds=duration_seconds,
         grace_seconds=parse_duration(options.grace),
         phase=options.phase,
         seed=seed,
@@ -75,7 +80,11 @@ def punish(args: Sequence[str]) -> int:
         shown = ", ".join(f"{seconds:.0f} s" for seconds in times[:5]) or "none"
         print(f"would kill a random rank {len(times)} times, the first ones after {shown}; --yes does it")
         return 0
-    return 0 if punishment.carry_out() else 1
+    try:
+        return 0 if punishment.carry_out() else 1
+    except KeyboardInterrupt:
+        print(f"stopped; {_kills(len(punishment.killed))}")
+        return 130
 
 
 @dataclass(kw_only=True)
@@ -134,12 +143,12 @@ class Punishment:
                 self.sleep(min(_POLL_SECONDS, began + due - self.clock()))
             victim = self._victim(choice)
             if victim is None:
-                self.say(f"job {self.job} has no live rank any more; {len(self.killed)} kills")
+                self.say(f"job {self.job} has no live rank any more; {_kills(len(self.killed))}")
                 return False
             if victim.kill():
                 self.killed.append(victim)
                 self.say(f"{time.strftime('%H:%M:%S')} killed {victim.rank_name} (process {victim.pid})")
-        self.say(f"done; {len(self.killed)} kills")
+        self.say(f"done; {_kills(len(self.killed))}")
         return True
 
     def _victim(self, choice: random.Random) -> LockHolder | None:
@@ -154,6 +163,10 @@ class Punishment:
 
     def _newest(self) -> int:
         return max((iteration for info in self.look() for iteration in info.windows), default=-1)
+
+
+def _kills(count: int) -> str:
+    return f"{count} kill{'s'[: count != 1]}"
 
 
 def parse_rate(text: str) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,14 +116,19 @@ def _isolate(order: Order) -> None:
 def _note_writes(order: Order) -> None:
     """Write down which files of other folders the script makes or changes."""
     known: set[str] = set()
-    passing = (order.folder, order.memory_dir, tempfile.gettempdir(), "/dev/", "/proc/", "/sys/")
-    caches = ("__pycache__", "/.cache/", "/.config/", "/.triton/")
+    passing = [f"{os.path.realpath(folder)}/" for folder in (order.folder, order.memory_dir)]
+    passing += ["/dev/", "/proc/", "/sys/"]
+    caches = ("__pycache__", "/.cache/", "/.config/", "/.triton/", "/torchinductor_")
 
     def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("tempfile.mkstemp", "tempfile.mkdtemp"):  # of a name that no other run will have
+            passing.append(os.path.realpath(arguments[0]))
         if event != "open" or not isinstance(arguments[0], str) or not arguments[2] & _WRITING:
             return
         path = os.path.realpath(arguments[0])
-        if path.startswith(passing) or path in known or any(cache in path for cache in caches):
+        if path.startswith(tuple(passing)) or path in known or any(cache in path for cache in caches):
+            return
+        if os.path.isdir(path):  # a file without a name
             return
         known.add(path)
         with open(order.writes, "a", encoding="utf-8") as file:

@@ -30,6 +30,9 @@ class Divergence:
         second: Value in the second one.
         others: How many more things differ in the same step.
         equal: Quantities that both have and that are equal in this step.
+        parted: Quantities that differ in it.
+        is_first: Whether it is the first step that both have.
+        skipped: Generators that the runs have not seeded alike: they were not compared in this step.
     """
 
     step: int
@@ -43,6 +46,16 @@ class Divergence:
     second: str
     others: int = 0
     equal: tuple[str, ...] = ()
+    parted: tuple[str, ...] = ()
+    is_first: bool = False
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def begins_apart(self) -> bool:
+        """Whether the runs differ before anything that a step does could have made them differ."""
+        if not (self.is_first and self.is_undisturbed):
+            return False
+        return "torch" in self.skipped or (self.step == 1 and self.quantity in ("inputs", "losses"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +66,9 @@ class Outcome:
         divergence: Where the runs part; None if they do not.
         steps: Steps of all ranks that both runs have.
         executions: How often the first run executed them: more where steps were done again.
-        compared: Values that were compared, by quantity.
-        unseeded: Global generators that stand elsewhere from the first step on: the script does not seed them. They are
-            compared with the first run itself.
+        compared: Values that were compared, by quantity, up to the first difference.
+        unseeded: Global generators that stand elsewhere from the first step on, and that something draws from: the
+            script does not seed them. They are compared with the first run itself.
     """
 
     divergence: Divergence | None
@@ -85,19 +98,19 @@ def compare_recordings(first: Recording, second: Recording) -> Outcome:
         a, b = first.ranks.get(rank, RankRecords()), second.ranks.get(rank, RankRecords())
         mine, theirs = a.by_step(), {step: times[-1] for step, times in b.by_step().items()}
         free = _unseeded(mine, theirs)
-        unseeded |= free
+        unseeded |= {name for name in free if _draws(a, name) or _draws(b, name)}
+        common = {*mine} & {*theirs}
+        steps += len(common)
+        executions += sum(len(mine[step]) for step in common)
         for step in sorted({*mine, *theirs}):
             if step not in mine and _taken_over(a, step):
                 continue
             if step not in mine or step not in theirs:
                 found.append(_missing(rank, step, a, b, step in mine))
                 break
-            steps += 1
-            executions += len(mine[step])
-            expected = _with_own(theirs[step], mine[step][0], free)
-            parted = [d for d in (_differs(rank, one, expected, counts) for one in mine[step]) if d is not None]
+            parted = _parted(rank, mine[step], theirs[step], free, counts)
             if parted:
-                found.append(min(parted, key=lambda d: d.start))
+                found.append(replace(min(parted, key=lambda d: d.start), is_first=step == min(common)))
                 break
     divergence = min(found, key=lambda d: (d.step, (*QUANTITIES, "steps").index(d.quantity)), default=None)
     return Outcome(
@@ -118,11 +131,32 @@ def _unseeded(mine: dict[int, list[Execution]], theirs: dict[int, Execution]) ->
     return frozenset(_unequal(mine[step][0].quantities["rng"], theirs[step].quantities["rng"]))
 
 
-def _with_own(theirs: Execution, first: Execution, names: frozenset[str]) -> Execution:
-    """What is expected of a step, where some generators are expected to be as the first time."""
-    own = {name: first.quantities["rng"].get(name, "none") for name in names}
-    rng = {**theirs.quantities["rng"], **own}
-    return replace(theirs, quantities={**theirs.quantities, "rng": rng})
+def _draws(records: RankRecords, name: str) -> bool:
+    """Whether something draws from a generator in the first process of a rank."""
+    states = {start.rng[name] for start in records.starts[:1] if name in start.rng}
+    states |= {e.quantities["rng"][name] for e in records.executions if e.start == 1 and name in e.quantities["rng"]}
+    return len(states) > 1
+
+
+def _parted(
+    rank: int, times: list[Execution], theirs: Execution, free: frozenset[str], counts: dict[str, int]
+) -> list[Divergence]:
+    """How the executions of a step differ: generators that are not seeded must be as the first time."""
+    first = times[0].quantities["rng"]
+    shared = {name: value for name, value in theirs.quantities["rng"].items() if name not in free}
+    own = {name: first[name] for name in free if name in first}
+    found = [
+        _differs(rank, _with_rng(times[0], {n: v for n, v in first.items() if n not in free}), theirs, shared, counts)
+    ]
+    found += [_differs(rank, one, theirs, {**shared, **own}, counts) for one in times[1:]]
+    parted = [divergence for divergence in found if divergence is not None]
+    if found[0] is not None:
+        parted[0] = replace(found[0], skipped=tuple(sorted(free)))
+    return parted
+
+
+def _with_rng(execution: Execution, rng: dict[str, str]) -> Execution:
+    return replace(execution, quantities={**execution.quantities, "rng": rng})
 
 
 def _missing(rank: int, step: int, a: RankRecords, b: RankRecords, first_has_it: bool) -> Divergence:
@@ -147,7 +181,10 @@ def _values(execution: Execution, quantity: str) -> dict[str, str]:
     return values
 
 
-def _differs(rank: int, mine: Execution, theirs: Execution, counts: dict[str, int]) -> Divergence | None:
+def _differs(
+    rank: int, mine: Execution, theirs: Execution, rng: dict[str, str], counts: dict[str, int]
+) -> Divergence | None:
+    theirs = _with_rng(theirs, rng)
     differing: list[tuple[str, str]] = []
     equal = []
     for quantity in QUANTITIES:
@@ -174,6 +211,7 @@ def _differs(rank: int, mine: Execution, theirs: Execution, counts: dict[str, in
         second=_shown(theirs, quantity, name),
         others=len(differing) - 1,
         equal=tuple(equal),
+        parted=tuple(dict.fromkeys(parted for parted, _ in differing)),
     )
 
 

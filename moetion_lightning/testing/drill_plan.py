@@ -18,6 +18,8 @@ ANYTIME = "anytime"
 PHASES = (ANYTIME, "capture", "replay", "commit", "backward", "optimizer_step", "restore", "forward", "data")
 _OF_A_RESTART = ("replay", "restore")
 _PATIENCE_STEPS = 8
+#: Of the run, no kill is due in its last steps, if there are enough others: what it waits for may not come any more.
+_SHARE_LEFT, _MOST_LEFT = 5, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +31,14 @@ class Kill:
         phase: Where, of :data:`PHASES`.
         rank: Global rank that is killed.
         delay: Of a kill at any time, by which share of a step it comes later.
+        latest: Step behind which it comes after the next update, wherever it was due; 0: as its phase says.
     """
 
     step: int
     phase: str
     rank: int = 0
     delay: float = 0.0
+    latest: int = 0
 
     def point(self, step: int) -> str | None:
         """The named point at which it is due in a step; None where it is not.
@@ -45,6 +49,8 @@ class Kill:
         Args:
             step: The step.
         """
+        if 0 < self.latest < step:
+            return "optimizer_step"
         comes_early = self.phase in _OF_A_RESTART
         if self.phase == ANYTIME or (step < self.step and not comes_early):
             return None
@@ -69,7 +75,7 @@ class DrillPlan:
         Args:
             seed: Of the generator.
             kills: How many.
-            steps: Optimizer steps of the run.
+            steps: Optimizer steps of the run, as many as it really makes.
             ranks: Ranks of the job.
             phases: Where; the first ones are taken first, in this order, again and again. Nothing is restored before
                 a first kill, which then comes at any time.
@@ -87,7 +93,8 @@ class DrillPlan:
         generator = random.Random(seed)
         order = [ANYTIME, *phases[1:]] if phases[0] in _OF_A_RESTART else list(phases)
         order += list(phases) * kills
-        share = (steps - 2) / kills
+        left = min(steps // _SHARE_LEFT, _MOST_LEFT)
+        share = max(1.0, (steps - 2 - left) / kills)
         return cls(
             kills=tuple(
                 Kill(
@@ -95,6 +102,7 @@ class DrillPlan:
                     phase=order[index],
                     rank=generator.randrange(ranks),
                     delay=generator.random(),
+                    latest=steps - 1,
                 )
                 for index in range(kills)
             )

@@ -60,8 +60,14 @@ class FaultInjection(Callback):
         check_point(point)
         if action not in _ACTIONS:
             raise ConfigurationError(f"action={action!r}: expected one of {', '.join(_ACTIONS)}")
-        if at < 1:
-            raise ConfigurationError(f"at={at}: optimizer steps count from 1")
+        if type(at) is not int or at < 1:
+            raise ConfigurationError(f"at={at!r}: expected an integer; optimizer steps count from 1")
+        if rank is not None and (type(rank) is not int or rank < 0):
+            raise ConfigurationError(f"rank={rank!r}: expected a global rank from 0, or None for every rank")
+        if marker is not None and (not isinstance(marker, str) or not marker):
+            raise ConfigurationError(
+                f"marker={marker!r}: expected the path of a file, or None for one that is named here"
+            )
         if action == "raise" and point in EVENT_POINTS:
             raise ConfigurationError(
                 f'action="raise" at point={point!r}: events are announced on the engine\'s threads, where an exception '

@@ -43,6 +43,7 @@ class Start:
         first: First step that it executed; 0 if none.
         last: Last one.
         restored: Steps to which it went back in its middle, without a new process.
+        rng: Global generators before the script ran, by name.
     """
 
     pid: int
@@ -51,6 +52,7 @@ class Start:
     first: int = 0
     last: int = 0
     restored: list[int] = field(default_factory=list)
+    rng: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -59,7 +61,8 @@ class RankRecords:
 
     starts: list[Start] = field(default_factory=list)
     executions: list[Execution] = field(default_factory=list)
-    iterations: dict[int, int] = field(default_factory=dict)
+    #: The step behind which an iteration was complete, by the fit of the script (from 1) and the iteration.
+    iterations: dict[tuple[int, int], int] = field(default_factory=dict)
     committed: bool = False
     ended: bool = False
 
@@ -79,9 +82,9 @@ class RankRecords:
         """Take a line."""
         kind = record["kind"]
         if kind == "start":
-            self.starts.append(Start(pid=record["pid"]))
+            self.starts.append(Start(pid=record["pid"], rng=record.get("rng", {})))
         elif kind == "iteration":
-            self.iterations[record["iteration"]] = record["step"]
+            self.iterations[record["fit"], record["iteration"]] = record["step"]
         elif kind == "committed":
             self.committed = True
         elif kind == "found":
@@ -158,19 +161,21 @@ def read_recording(folder: str | Path) -> Recording:
     return Recording(ranks=dict(sorted(ranks.items())))
 
 
-def step_of_iteration(folder: str | Path, rank: int, iteration: int) -> int:
+def step_of_iteration(folder: str | Path, rank: int, fit: int, iteration: int) -> int:
     """Behind which optimizer step an iteration of the engine was complete.
 
     Args:
         folder: Where the recorders write.
         rank: This rank; others are asked where it has not written of that iteration: its process died too early.
+        fit: Which fit of the script it is of, from 1: each one counts its iterations anew.
         iteration: The iteration.
 
     Returns:
-        The step; the iteration itself, where nobody has written of it.
+        The step; so many steps behind the earlier fits, where nobody has written of it.
     """
     ranks = read_recording(folder).ranks
     for number in sorted(ranks, key=lambda other: (other != rank, other)):
-        if iteration in ranks[number].iterations:
-            return ranks[number].iterations[iteration]
-    return iteration
+        if (fit, iteration) in ranks[number].iterations:
+            return ranks[number].iterations[fit, iteration]
+    known = [(key[0], step) for records in ranks.values() for key, step in records.iterations.items()]
+    return max((step for earlier, step in known if earlier < fit), default=0) + iteration

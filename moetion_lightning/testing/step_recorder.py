@@ -26,6 +26,8 @@ from moetion_lightning.core.digests import bytes_of, digest_of, rng_digests
 from moetion_lightning.events import (
     Event,
     IterationFinished,
+    LastIterationFinished,
+    ProcessStarted,
     ReplayIteration,
     RestoreApplied,
     RestoreStarted,
@@ -73,6 +75,7 @@ class StepRecorder:
         self.step = 0
         #: Whether a state was committed to which a restart can go back.
         self.committed = False
+        self._fit = 0  # of the script, from 1: each one counts its iterations anew
         self._restoring = False
         self._replay = 0  # iterations that are still to be replayed
         self._losses: list[str] = []
@@ -90,7 +93,7 @@ class StepRecorder:
         self.committed = any(rank.committed for rank in read_recording(self._folder).ranks.values())
         path = self._folder / f"rank-{self._rank:05d}-{time.time_ns()}.jsonl"
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._write("start", pid=os.getpid(), time=time.time())
+        self._write("start", pid=os.getpid(), time=time.time(), rng=rng_digests())
         self._undo = [listen(self._heard), register_optimizer_step_post_hook(self._after_step).remove]
         self._put(torch.autograd, "backward", self._watched_backward)
         self._put(nn.Module, "__call__", self._watched_call)
@@ -136,8 +139,10 @@ class StepRecorder:
         return __call__
 
     def _heard(self, event: Event) -> None:
-        if isinstance(event, IterationFinished):
-            self._write("iteration", iteration=event.iteration, step=self.step)
+        if isinstance(event, ProcessStarted):
+            self._fit += 1
+        elif isinstance(event, (IterationFinished, LastIterationFinished)):
+            self._write("iteration", fit=self._fit, iteration=event.iteration, step=self.step)
         elif isinstance(event, (WindowCommitted, StateRebuilt)) and not self.committed:
             self.committed = True
             self._write("committed")
@@ -153,7 +158,7 @@ class StepRecorder:
         self._restoring, self._replay = False, replay
         self._backwards, self._counted = 0, {}
         self._losses, self._inputs, self._wants_inputs = [], [], True
-        self.step = step_of_iteration(self._folder, self._rank, iteration)
+        self.step = step_of_iteration(self._folder, self._rank, self._fit, iteration)
         self._write("restored", iteration=iteration, step=self.step, replay=replay)
 
     # --- a step --------------------------------------------------------------------------------------------------
