@@ -59,6 +59,10 @@ def write(folder: Path, *starts: list[dict[str, Any]], rank: int = 0) -> Path:
     return folder
 
 
+def ended(fit: int, iteration: int, step: int) -> dict[str, Any]:
+    return line("iteration", fit=fit, iteration=iteration, step=step)
+
+
 def compare(first: Path, second: Path) -> Any:
     return compare_recordings(read_recording(first), read_recording(second))
 
@@ -135,6 +139,46 @@ def test_a_generator_that_nobody_seeds_is_compared_with_the_run_itself(tmp_path:
     assert (found.step, found.quantity, found.name) == (4, "rng", "python")
 
 
+def test_a_generator_that_nobody_draws_from_is_not_named(tmp_path: Path, twin: Path) -> None:
+    idle = write(tmp_path / "a", [step(n, rng={"python": "idle"}) for n in range(1, 7)])
+    other = write(tmp_path / "b", [step(n, rng={"python": "idle too"}) for n in range(1, 7)])
+    outcome = compare(idle, other)
+    assert outcome.exact
+    assert outcome.unseeded == ()
+    assert compare(idle, twin).unseeded == ("python",), "the other run draws from it"
+
+
+def test_runs_that_do_not_begin_alike_are_told_to_seed(
+    tmp_path: Path, twin: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their generators stand elsewhere from the first step on: they are not compared, and not called equal."""
+    apart = {"losses": ["0x1p-3"], "rng": {"torch": "x", "python": "y"}}
+    other = write(tmp_path / "a", [step(n, **apart) for n in range(1, 7)])
+    found = compare(other, twin).divergence
+    assert "rng" not in found.equal
+    assert found.skipped == ("python", "torch")
+    assert "do not begin alike: another seed or none" in causes(found)[0]
+    assert remedy(found).startswith("Seed with a fixed seed first")
+    assert main(["diff", str(other), str(twin)]) == 1
+    said = capsys.readouterr().out
+    assert "6 steps in both, compared up to the first difference" in said
+    assert "random generators" not in said.partition("still equal")[2]
+    assert "another seed or none" in said
+
+
+def test_a_loop_that_counts_for_itself_is_named_where_data_and_generators_differ_behind_a_restart(
+    tmp_path: Path, twin: Path
+) -> None:
+    again = [*CONTINUED, step(3, replay=True), step(4), step(5, inputs=["x"], rng={"torch": "x"}), step(6)]
+    found = compare(write(tmp_path / "a", BEFORE, again), twin).divergence
+    assert "counts its steps or epochs for itself" in causes(found)[-1]
+    assert "attach(accelerator)" in remedy(found)
+    assert "run.steps(loader)" in remedy(found)
+    again[3] = step(5, inputs=["x"])
+    found = compare(write(tmp_path / "b", BEFORE, again), twin).divergence
+    assert "attach(accelerator)" not in remedy(found), "the generators are where they were"
+
+
 def test_a_step_that_one_run_lacks_is_a_difference(tmp_path: Path, twin: Path) -> None:
     found = compare(write(tmp_path / "a", [step(n) for n in range(1, 6)]), twin).divergence
     assert (found.step, found.quantity) == (6, "steps")
@@ -168,11 +212,17 @@ def test_a_line_that_a_kill_has_cut_off_is_not_there(tmp_path: Path, twin: Path)
 
 def test_an_iteration_is_looked_up_where_it_was_written(tmp_path: Path) -> None:
     """Two optimizers step in each iteration; rank 1 died before it wrote of the second one."""
-    write(tmp_path / "a", [line("iteration", iteration=1, step=2), line("iteration", iteration=2, step=4)])
-    write(tmp_path / "a", [line("iteration", iteration=1, step=2)], rank=1)
-    assert step_of_iteration(tmp_path / "a", 1, 1) == 2
-    assert step_of_iteration(tmp_path / "a", 1, 2) == 4
-    assert step_of_iteration(tmp_path / "a", 1, 7) == 7
+    write(tmp_path / "a", [ended(1, 1, 2), ended(1, 2, 4)])
+    write(tmp_path / "a", [ended(1, 1, 2)], rank=1)
+    assert step_of_iteration(tmp_path / "a", 1, 1, 1) == 2
+    assert step_of_iteration(tmp_path / "a", 1, 1, 2) == 4
+    assert step_of_iteration(tmp_path / "a", 1, 1, 7) == 7
+
+
+def test_each_fit_of_a_script_has_iterations_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "a", [ended(1, 1, 1), ended(1, 2, 2), ended(2, 1, 3)])
+    assert [step_of_iteration(tmp_path / "a", 0, *key) for key in ((1, 1), (1, 2), (2, 1))] == [1, 2, 3]
+    assert step_of_iteration(tmp_path / "a", 0, 2, 2) == 4, "so far behind the first fit, where nobody wrote of it"
 
 
 def test_diff_says_step_tensor_values_and_cause(tmp_path: Path, twin: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +253,7 @@ def page(disturbed: Path, twin: Path) -> Page:
         remedy="",
         warnings=("<none>",),
         seconds=(2.0, 1.0),
+        refused=("seed 3 there, 4 here",),
     )
 
 
@@ -225,6 +276,7 @@ def test_a_restart_from_the_beginning_is_no_recovery_though_all_steps_are_equal(
     assert not found.exact
     assert found.verdict.startswith("NOT RECOVERED")
     assert "must find the windows of the same job" in found.text()
+    assert "began anew: seed 3 there, 4 here" in found.text()
     assert [restart.source for restart in restarts(found.recording)] == [""]
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from moetion_lightning.cli import main
+from moetion_lightning.commands import drill, recorded
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.events import (
     CaptureStarted,
@@ -32,6 +33,7 @@ from moetion_lightning.testing import fault_injection
 from moetion_lightning.testing.drill_plan import ANYTIME, PHASES, DrillPlan, Kill, Kills
 from moetion_lightning.testing.fault_injection import FaultInjection, InjectedFaultError
 from moetion_lightning.testing.fault_points import EVENT_POINTS, POINTS
+from moetion_lightning.testing.order import Order
 from moetion_lightning.testing.records import read_recording
 from moetion_lightning.testing.scratch import copy_folder
 from moetion_lightning.testing.step_recorder import StepRecorder
@@ -44,8 +46,15 @@ def test_plan_follows_from_its_seed_and_spreads_over_the_run() -> None:
     assert plan == DrillPlan.drawn(seed=3, kills=5, steps=52, ranks=4)
     assert plan != DrillPlan.drawn(seed=4, kills=5, steps=52, ranks=4)
     steps = [kill.step for kill in plan.kills]
-    assert all(2 + 10 * index <= step < 12 + 10 * index for index, step in enumerate(steps))
+    assert all(2 + 8.4 * index - 1 < step < 2 + 8.4 * (index + 1) for index, step in enumerate(steps))
     assert [kill.phase for kill in plan.kills] == list(PHASES[:5])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_all_kills_are_due_before_the_end_of_a_short_run(seed: int) -> None:
+    plan = DrillPlan.drawn(seed=seed, kills=4, steps=20)
+    assert max(kill.step for kill in plan.kills) <= 16
+    assert all(kill.point(20) == "optimizer_step" for kill in plan.kills), "in the last step whatever comes"
 
 
 def test_nothing_is_restored_before_the_first_kill() -> None:
@@ -102,12 +111,39 @@ def test_script_works_in_a_copy_that_leaves_the_folder_as_it_is(tmp_path: Path) 
         (["--steps", "3", "--", __file__], "at least 1 kill, and 2 steps more"),
         (["--phase", "lunch", "--", __file__], "--phase lunch: expected one of anytime, capture"),
         (["--out", "page.pdf", "--", __file__], "ends in .md or .html"),
+        (["--out", "no/such/page.md", "--", __file__], "expected a file in a folder that is there"),
         (["--every", "0", "--", __file__], "expected positive numbers"),
     ],
 )
 def test_wrong_use_is_told_at_once(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["drill", *args]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_memory_of_a_drill_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOETION_MEMORY_DIR", str(tmp_path))
+    with drill._folders(tmp_path / "kept") as (_, memory):
+        assert memory.parent == tmp_path
+    assert not memory.exists()
+    monkeypatch.setenv("MOETION_MEMORY_DIR", str(tmp_path / "none"))
+    with pytest.raises(ConfigurationError, match="MOETION_MEMORY_DIR"), drill._folders(None):
+        pass
+
+
+def test_what_is_written_beside_the_folder_of_the_drill_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also among temporary files, and in a folder whose name only begins as the drill's."""
+    hooks: list[Any] = []
+    monkeypatch.setattr(recorded.sys, "addaudithook", hooks.append)
+    own, beside = tmp_path / "drill", tmp_path / "drill-of-mine"
+    names = {"records": "", "steps": 1, "memory_dir": str(tmp_path / "memory"), "job_id": "", "persist_dir": ""}
+    recorded._note_writes(Order(**names, writes=str(tmp_path / "writes.txt"), folder=str(own)))
+    hooks[0]("tempfile.mkdtemp", (str(tmp_path / "tmp1"),))
+    for path in (own / "work" / "a", beside / "b", tmp_path / "memory" / "c", tmp_path / "tmp1" / "d", tmp_path):
+        hooks[0]("open", (str(path), "w", os.O_WRONLY))
+    hooks[0]("open", (str(tmp_path / "read"), "r", os.O_RDONLY))
+    assert (tmp_path / "writes.txt").read_text() == f"{beside / 'b'}\n"
 
 
 # --- recording -------------------------------------------------------------------------------------------------------
@@ -294,7 +330,9 @@ def test_a_hang_stops_the_thread_that_came_to_the_point(tmp_path: Path) -> None:
     [
         ({"point": "lunch"}, "expected one of data, forward, backward"),
         ({"action": "explode"}, "expected one of kill, raise, hang"),
-        ({"at": 0}, "count from 1"),
+        *(({"at": at}, f"at={at!r}: expected an integer") for at in (0, "3", 2.5, True)),
+        *(({"rank": rank}, f"rank={rank!r}: expected a global rank") for rank in (-1, "0", False)),
+        *(({"marker": marker}, "expected the path of a file") for marker in ("", 3)),
         ({"point": "commit", "action": "raise"}, 'expected "kill" or "hang"'),
     ],
 )

@@ -116,6 +116,22 @@ def test_in_the_commit_phase_it_waits_for_the_next_window(base: Path, rank: Rank
     assert rank.process.poll() is None, "no window was committed"
 
 
+def test_a_stop_says_how_many_were_killed(
+    base: Path, rank: Rank, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Punishment) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Punishment, "carry_out", interrupted)
+    assert main(["punish", "mine", "--yes", "--memory-dir", str(base)]) == 130
+    assert capsys.readouterr().out.endswith("stopped; 0 kills\n")
+
+
+def test_no_time_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["punish", "mine", "--duration", "0", "--memory-dir", str(base)]) == 2
+    assert "--duration 0: expected more than no time" in capsys.readouterr().err
+
+
 def test_job_that_does_not_live_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["punish", "mine", "--memory-dir", str(base)]) == 2
     assert "no process of this user holds the lock of job 'mine'" in capsys.readouterr().err
