@@ -80,7 +80,7 @@ def where(divergence: Divergence, first: str, second: str) -> list[str]:
         f"  {second}: {d.second}",
     ]
     if d.others:
-        lines.append(f"  {d.others} more values differ in this step")
+        lines.append(f"  {d.others} more {'value differs' if d.others == 1 else 'values differ'} in this step")
     if d.equal:
         names = {**NAMES, "rng": f"{NAMES['rng']} (without {', '.join(d.skipped)})"} if d.skipped else NAMES
         lines.append(f"  still equal in this step: {', '.join(names[quantity] for quantity in d.equal)}")

@@ -68,12 +68,16 @@ def restarts(recording: Recording) -> list[Restart]:
                         source=start.found,
                         step=start.began_at,
                         replayed=_replayed(records, number),
-                        again=max(0, min(reached, start.last) - start.began_at),
+                        again=_again(records, number, reached),
                         trained=start.first > 0,
                     )
                 )
             reached = max(reached, start.last)
     return found
+
+
+def _again(records: RankRecords, start: int, reached: int) -> int:
+    return len({execution.step for execution in records.executions if execution.start == start} & {*range(reached + 1)})
 
 
 def _replayed(records: RankRecords, start: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,7 @@ def _note_writes(order: Order) -> None:
         with open(order.writes, "a", encoding="utf-8") as file:
             file.write(f"{path}\n")
 
+    tempfile.gettempdir()  # tries once where it can write
     sys.addaudithook(look)
 
 

@@ -23,7 +23,9 @@ from moetion_lightning.events import (
     Event,
     EventBus,
     IterationFinished,
+    LastIterationFinished,
     ManifestWritten,
+    ProcessStarted,
     ReplayIteration,
     RestoreApplied,
     RestoreStarted,
@@ -248,6 +250,20 @@ def test_a_process_that_continues_counts_on_from_the_restored_iteration(tmp_path
     assert records.starts[1].began_at == 4
     again = [(e.step, e.is_replay, bool(e.quantities["tensors"])) for e in records.executions if e.start == 2]
     assert again == [(5, True, False), (6, True, False), (7, False, True), (8, False, True)]
+
+
+def test_iterations_are_written_by_the_fit_of_the_script(tmp_path: Path, recorder: StepRecorder) -> None:
+    """Each fit opens a session, which counts its iterations anew; its last one is told in another way."""
+    bus, net = EventBus(), Net()
+    told = {"seconds": 0.1, "stall_seconds": 0.0}
+    for _ in range(2):
+        bus.emit(ProcessStarted(created_at=0.0, groups_seconds=0.0, predecessor="", environment={}, settings={}))
+        train(recorder, net, 1)
+        bus.emit(IterationFinished(iteration=1, **told))
+        train(recorder, net, 1)
+        bus.emit(LastIterationFinished(iteration=2, **told))
+    known = read_recording(tmp_path / "records").ranks[0].iterations
+    assert known == {(1, 1): 2, (1, 2): 4, (2, 1): 6, (2, 2): 8}
 
 
 def test_process_ends_in_good_order_behind_the_last_step(tmp_path: Path) -> None:
