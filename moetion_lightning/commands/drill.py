@@ -322,7 +322,7 @@ def _twin_text(twin: Recording) -> str:
 
 
 def _warnings(outcome: Outcome, scratch: Scratch, run: DrilledRun) -> Iterator[str]:
-    if outcome.unseeded:
+    if outcome.unseeded and not (outcome.divergence and outcome.divergence.begins_apart):
         names = ", ".join(outcome.unseeded)
         yield f"the script does not seed these global generators, which a restart continued all the same: {names}"
     if scratch.linked:

@@ -11,6 +11,8 @@ __all__ = ["QUANTITIES", "Divergence", "Outcome", "compare_recordings"]
 
 #: In the order in which one follows from another within a step.
 QUANTITIES = ("inputs", "settings", "losses", "gradient", "optimizer", "parameter", "buffer", "rng")
+#: Generators that scripts need not use.
+_OFTEN_IDLE = ("python", "numpy")
 _KEYS = {"gradient": "tensors", "optimizer": "tensors", "parameter": "tensors", "buffer": "tensors"}
 
 
@@ -132,10 +134,9 @@ def _unseeded(mine: dict[int, list[Execution]], theirs: dict[int, Execution]) ->
 
 
 def _draws(records: RankRecords, name: str) -> bool:
-    """Whether something draws from a generator in the first process of a rank."""
-    states = {start.rng[name] for start in records.starts[:1] if name in start.rng}
-    states |= {e.quantities["rng"][name] for e in records.executions if e.start == 1 and name in e.quantities["rng"]}
-    return len(states) > 1
+    """Whether something draws from a generator while a rank trains; from torch's, initial weights are drawn at least."""
+    states = {e.quantities["rng"].get(name) for e in records.executions if e.start == 1}
+    return name not in _OFTEN_IDLE or len(states) > 1
 
 
 def _parted(

@@ -43,7 +43,6 @@ class Start:
         first: First step that it executed; 0 if none.
         last: Last one.
         restored: Steps to which it went back in its middle, without a new process.
-        rng: Global generators before the script ran, by name.
     """
 
     pid: int
@@ -52,7 +51,6 @@ class Start:
     first: int = 0
     last: int = 0
     restored: list[int] = field(default_factory=list)
-    rng: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -82,7 +80,7 @@ class RankRecords:
         """Take a line."""
         kind = record["kind"]
         if kind == "start":
-            self.starts.append(Start(pid=record["pid"], rng=record.get("rng", {})))
+            self.starts.append(Start(pid=record["pid"]))
         elif kind == "iteration":
             self.iterations[record["fit"], record["iteration"]] = record["step"]
         elif kind == "committed":

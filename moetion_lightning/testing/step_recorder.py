@@ -93,7 +93,7 @@ class StepRecorder:
         self.committed = any(rank.committed for rank in read_recording(self._folder).ranks.values())
         path = self._folder / f"rank-{self._rank:05d}-{time.time_ns()}.jsonl"
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._write("start", pid=os.getpid(), time=time.time(), rng=rng_digests())
+        self._write("start", pid=os.getpid(), time=time.time())
         self._undo = [listen(self._heard), register_optimizer_step_post_hook(self._after_step).remove]
         self._put(torch.autograd, "backward", self._watched_backward)
         self._put(nn.Module, "__call__", self._watched_call)
