@@ -56,7 +56,10 @@ _REMEDIES = {
         "Seed once, at the beginning, with a fixed seed; draw nothing that only a first start or a restart draws; "
         "keep generators of your own where they are found: attributes of module, dataset or DataModule."
     ),
-    "steps": "The number of steps must not depend on time, on a counter of the script, or on how often it was started.",
+    "steps": (
+        "The number of steps must not depend on time, on a counter of the script, or on how often it was started. "
+        + _LET_COUNT
+    ),
 }
 
 

@@ -134,7 +134,7 @@ def _unseeded(mine: dict[int, list[Execution]], theirs: dict[int, Execution]) ->
 
 
 def _draws(records: RankRecords, name: str) -> bool:
-    """Whether something draws from a generator while a rank trains; from torch's, initial weights are drawn at least."""
+    """Whether something draws from a generator in training; from torch's, initial weights are drawn at least."""
     states = {e.quantities["rng"].get(name) for e in records.executions if e.start == 1}
     return name not in _OFTEN_IDLE or len(states) > 1
 

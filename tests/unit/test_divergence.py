@@ -182,6 +182,7 @@ def test_a_loop_that_counts_for_itself_is_named_where_data_and_generators_differ
 def test_a_step_that_one_run_lacks_is_a_difference(tmp_path: Path, twin: Path) -> None:
     found = compare(write(tmp_path / "a", [step(n) for n in range(1, 6)]), twin).divergence
     assert (found.step, found.quantity) == (6, "steps")
+    assert "run.steps(loader)" in remedy(found)
     assert "was not executed by A (its last step 5), unlike B (its last step 6)" in where(found, "A", "B")[0]
 
 
