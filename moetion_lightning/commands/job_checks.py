@@ -117,7 +117,8 @@ def replicas_of(options: argparse.Namespace, ranks: int) -> int:
         most = "0" if others == 0 else f"from 0 to {others}"
         raise ConfigurationError(
             f"--replicas {given}: expected {most}, since each copy is on another node, and "
-            f"{number_text(ranks, 'rank')} with --ranks-per-node {options.ranks_per_node} are {number_text(others + 1, 'node')}"
+            f"{number_text(ranks, 'rank')} with --ranks-per-node {options.ranks_per_node} are "
+            f"{number_text(others + 1, 'node')}"
         )
     return given
 

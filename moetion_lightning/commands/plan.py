@@ -56,7 +56,8 @@ def job_line(given: Arguments) -> str:
     spare = f"{time_text(job.outage.start)} to start processes" if job.outage.start else "a warm standby"
     ranks, state = number_text(job.ranks, "rank"), size_text(job.state.full_bytes)
     return (
-        f"{given.model} on {ranks}, {state} of state captured by each; an iteration takes {time_text(job.iteration_seconds)}; a failure every {time_text(job.mtbf)}, seen after "
+        f"{given.model} on {ranks}, {state} of state captured by each; an iteration takes "
+        f"{time_text(job.iteration_seconds)}; a failure every {time_text(job.mtbf)}, seen after "
         f"{time_text(job.outage.detection)}, {spare}, {time_text(job.outage.groups)} for communicators"
     )
 

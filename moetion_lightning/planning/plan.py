@@ -82,7 +82,7 @@ def _why(job: Job, best: PolicyCost | None, costs: Sequence[PolicyCost]) -> str:
     text = (
         f"Take {best.callback}: of the time {best.shares.ettr:.1%} is expected to be effective, with a failure every "
         f"{time_text(job.mtbf)}. A failure costs about {time_text(best.recovery_seconds)}, captures cost "
-        f"{best.overhead:.2%} of an iteration, and {size_text(best.host_memory)} of host memory a rank are needed. "
+        f"{best.overhead:.2%} of an iteration, and {_memory_text(best)}. "
     )
     if total > 0.005:
         text += f"Of the {total:.1%} that are lost, {_NAMES[main]} is the largest part ({lost[main]:.1%} of all time). "
@@ -108,6 +108,12 @@ def _why(job: Job, best: PolicyCost | None, costs: Sequence[PolicyCost]) -> str:
             lost_work = number_text(round(cost.lost_iterations), "iteration")
             text += f"{cost.callback} is lossy: in a failure an expert loses {lost_work}. "
     return text.strip()
+
+
+def _memory_text(cost: PolicyCost) -> str:
+    if not cost.host_memory:
+        return "no host memory is needed"
+    return f"{size_text(cost.host_memory)} of host memory a rank are needed"
 
 
 def _reason(best: PolicyCost, higher: PolicyCost) -> str:
