@@ -40,7 +40,7 @@ __all__ = ["simulate"]
 _MOST = 10_000_000  # failures: a minute or more
 _RANGES: dict[str, Range] = {
     "shape": (0.1, 100.0, "a number from 0.1 to 100; 0.7 is usual"),
-    "burst_nodes": (1.0, 1e6, "a number of nodes of at least 1"),
+    "burst_nodes": (1.0, 1000.0, "a number of nodes from 1 to 1000"),
     "repeats": (0.0, 0.99, "a share from 0 to 0.99"),
     "time": TIME,
 }
@@ -85,6 +85,8 @@ def simulate(args: Sequence[str]) -> int:
         raise ConfigurationError(f"--policy {' '.join(options.policy)}: expected of {', '.join(sorted(known))}")
     scales = [_scale(text) for text in options.scale]
     given = read_job(options)
+    if "partial" in options.policy and not given.job.state.num_experts:
+        raise ConfigurationError("--policy partial: expected a model with routed experts (--experts)")
     found = {job.ranks: _run(options, given, job) for job in _jobs(options, given, scales)}
     if options.picture is not None:
         save(_picture(given, found), options.picture)

@@ -43,6 +43,9 @@ def number_text(number: int, noun: str) -> str:
 
 def time_text(seconds: float) -> str:
     """``20 ms``, ``1.5 s``, ``10 min``, ``4.17 d``, ``31.7 years``: three digits, and no 0 for what is short."""
+    years = seconds / (365 * 86400.0)
+    if years >= 1000:
+        return f"{years:,.0f} years"
     for unit, length in (("years", 365 * 86400.0), ("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= length:
             return f"{seconds / length:.3g} {unit}"

@@ -151,6 +151,7 @@ def test_wrong_arguments_are_one_line(
         (["--shape", "0"], "--shape 0: expected"),
         (["--burst-nodes", "0"], "--burst-nodes 0: expected"),
         (["--repeats", "1"], "--repeats 1: expected"),
+        (["--burst-nodes", "2000"], "--burst-nodes 2000: expected"),
         (["--scale", "0"], "--scale 0: expected"),
         (["--scale", "1.5"], "--scale 1.5: expected"),
         (["--scale", "8", "--model-ranks", "16"], "--scale 8: expected at least --model-ranks 16"),
@@ -211,6 +212,8 @@ def test_prose_is_broken_where_the_terminal_ends(monkeypatch: pytest.MonkeyPatch
 def test_unknown_policy_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *MODEL, "--policy", "wishful"]) == 2
     assert "wishful" in capsys.readouterr().err
+    assert main(["simulate", *MODEL[:2], *MODEL[6:], "--policy", "partial"]) == 2
+    assert "--policy partial: expected a model with routed experts" in capsys.readouterr().err
 
 
 def test_documentation_shows_what_the_commands_print(capsys: pytest.CaptureFixture[str]) -> None:

@@ -326,8 +326,8 @@ def test_quantities_as_people_write_them() -> None:
     assert (count("671B"), count("1.5k"), count("2e3")) == (671e9, 1500.0, 2000.0)
     assert (byte_count("25GB/s"), byte_count("64 GiB"), byte_count("7")) == (25e9, 64 * 2**30, 7.0)
     assert (duration("10min"), duration("400ms"), duration("2 d"), duration("3")) == (600.0, 0.4, 172_800.0, 3.0)
-    assert [time_text(seconds) for seconds in (0.0, 0.02, 5.0, 600.0, 360_000.0, 1e9)] == [
-        "0 s", "20 ms", "5 s", "10 min", "4.17 d", "31.7 years",
+    assert [time_text(seconds) for seconds in (0.0, 0.02, 5.0, 600.0, 360_000.0, 1e9, 4e10)] == [
+        "0 s", "20 ms", "5 s", "10 min", "4.17 d", "31.7 years", "1,268 years",
     ]  # fmt: skip
     assert [number_text(number, "rank") for number in (1, 16_384)] == ["1 rank", "16,384 ranks"]
     assert [count_text(number) for number in (671e9, 57e6, 2e12, 12)] == ["671B", "57M", "2T", "12"]
