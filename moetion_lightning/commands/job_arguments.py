@@ -183,11 +183,9 @@ def _explained(options: argparse.Namespace) -> tuple[Explanation, float, float]:
 
     from moetion_lightning.capture.thread import measure_bandwidth
     from moetion_lightning.commands.explain import load_module, observe_recipe
-    from moetion_lightning.commands.train import ignore_lightnings_own_warnings
     from moetion_lightning.core.explain import explain
     from moetion_lightning.core.policy import SparsePolicy
 
-    ignore_lightnings_own_warnings()
     target: str = options.target
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given = options.iteration_time or 0.0

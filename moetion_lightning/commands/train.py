@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from moetion_lightning.config import launched_devices
 from moetion_lightning.errors import ConfigurationError
 
-__all__ = ["SaveConfig", "ignore_lightnings_own_warnings", "program_arguments", "train"]
+__all__ = ["SaveConfig", "program_arguments", "train"]
 
 
 class SaveConfig(SaveConfigCallback):
@@ -43,19 +43,15 @@ def train(args: Sequence[str]) -> int:
     Returns:
         0; LightningCLI itself leaves by ``SystemExit(2)`` for wrong arguments.
     """
-    ignore_lightnings_own_warnings()
+    # Lightning's own calls of interfaces that others have deprecated: nothing that a user could change.
+    for module in (r"lightning\.pytorch\.cli", r"lightning\.pytorch\.utilities\._pytree"):
+        warnings.filterwarnings("ignore", module=module)
     with program_arguments([*args, *_devices(args)]):
         try:
             _Cli(save_config_callback=SaveConfig, save_config_kwargs={"overwrite": True})
         except MisconfigurationException as error:  # what Lightning says to its users
             raise ConfigurationError(" ".join(str(error).split())) from error
     return 0
-
-
-def ignore_lightnings_own_warnings() -> None:
-    """Of its calls of interfaces that others have deprecated: nothing that a user could change."""
-    for module in (r"lightning\.pytorch\.cli", r"lightning\.pytorch\.utilities\._pytree"):
-        warnings.filterwarnings("ignore", module=module)
 
 
 class _Cli(LightningCLI):
