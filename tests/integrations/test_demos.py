@@ -1,8 +1,8 @@
 """`moetion demo`, `demo ranks` and `demo pipeline`, end to end.
 
 Of one process, what is killed runs as the user starts it; of several, `moetion launch` and its ranks are forks of a
-process that has imported everything. The undisturbed twin, with which it is compared bit by bit, is forked, too, and its
-ranks by an ordinary elastic agent's rules.
+process that has imported everything. The undisturbed twin, with which it is compared bit by bit, is forked, too, and
+its ranks by an ordinary elastic agent's rules.
 """
 
 from __future__ import annotations
