@@ -65,7 +65,9 @@ def test_every_kind_of_training(drill: Drill, name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer(drill: Drill, name: str) -> None:
-    killed = _check(drill, {**OPTIMIZERS[name], **TWO_EPOCHS, **LOG}, [KILL])
+    # What that one hides, a generator of its own, is found by an audit: an earlier restore says that it is approximate.
+    length, kill = ({}, {"hook": "backward", "step": 16}) if name == "rounding" else (TWO_EPOCHS, KILL)
+    killed = _check(drill, {**OPTIMIZERS[name], **length, **LOG}, [kill])
     assert bool(read_events(killed, "StateRebuilt")) == (name not in NOT_LOGGED)
 
 
