@@ -65,9 +65,13 @@ def test_every_kind_of_training(drill: Drill, name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer(drill: Drill, name: str) -> None:
-    # What that one hides, a generator of its own, is found by an audit: an earlier restore says that it is approximate.
-    length, kill = ({}, {"hook": "backward", "step": 16}) if name == "rounding" else (TWO_EPOCHS, KILL)
-    killed = _check(drill, {**OPTIMIZERS[name], **length, **LOG}, [kill])
+    spec = {**OPTIMIZERS[name], **TWO_EPOCHS, **LOG}
+    killed = drill.killed(spec, [KILL])
+    found = differences(drill.reference(spec), killed)
+    if name == "rounding":  # draws from a generator of its own in each step, which gradients do not repeat: it is said
+        assert not found or "THE RECOVERED STATE IS APPROXIMATE" in (killed / "log").read_text()
+    else:
+        assert found == []
     assert bool(read_events(killed, "StateRebuilt")) == (name not in NOT_LOGGED)
 
 
