@@ -138,7 +138,7 @@ def test_data_and_expert_parallel(drill: Drill) -> None:
     check(drill, {**MOETION, "ranks": 4, "samples": 48}, [{"hook": "before_step", "step": 5, "rank": 2}], "live")
 
 
-FSDP2: dict[str, Any] = {"ranks": 2, "strategy": "fsdp2"}
+FSDP2: dict[str, Any] = {"ranks": 2, "strategy": "fsdp2", "block": "fused"}
 
 
 def test_fsdp2(drill: Drill) -> None:
