@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetion_lightning.distributed.ddp import bucket_order, set_bucket_order
 
 
 @pytest.fixture
-def job() -> Iterator[None]:
-    """Of one rank of two; the other one does not exist."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+def job(tmp_path: Path) -> Iterator[None]:
+    """Of one rank: buckets are laid out as in any other."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
