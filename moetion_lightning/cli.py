@@ -112,6 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"moetion {command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before training, and outside of it; Lightning takes it while it trains
+        if report_channel() is not None:
+            raise
+        print(f"moetion {command}: stopped", file=sys.stderr)
+        return 130
     near = difflib.get_close_matches(command, [*TRAINING, *_OWN, "completion"], n=1)
     hint = f" Did you mean `moetion {near[0]}`?" if near else ""
     print(f"moetion: error: unknown command {command!r}.{hint} See moetion --help.", file=sys.stderr)

@@ -91,7 +91,9 @@ class RunLoggers:
         if isinstance(given, dict) and "_id" in changed:
             old_id, given["id"] = given.get("id"), changed["_id"]
             self._undo.append(lambda: given.update(id=old_id))
-        _log.info("%s goes on in %s, where the run began", type(logger).__name__, next(iter(changed.values())))
+        name, value = next(iter(changed.items()))
+        where = f"{name.strip('_').replace('_', ' ')} {value}"
+        _log.info("%s goes on in %s, where the run began", type(logger).__name__, where)
 
         def undo() -> None:
             _close(logger)

@@ -96,7 +96,11 @@ def explain(args: Sequence[str]) -> int:
 
 
 def _window(text: str) -> int | Literal["auto"]:
-    return "auto" if text == "auto" else int(text)
+    if text == "auto":
+        return "auto"
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a number of iterations >= 1, or "auto"')
+    return int(text)
 
 
 def _policy(given: Mapping[str, Any], window: int | Literal["auto"] | None, mtbf: float | None) -> SparsePolicy:
@@ -192,10 +196,9 @@ def observe_recipe(
         ConfigurationError: It cannot be read, or configures no model.
     """
     import yaml
-    from lightning.pytorch.cli import LightningCLI
 
     from moetion_lightning.commands.observer import OperatorObserver
-    from moetion_lightning.commands.train import program_arguments
+    from moetion_lightning.commands.train import OneLineCLI, ignore_deprecations, program_arguments, told_errors
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -223,8 +226,9 @@ def observe_recipe(
         trainer.update(devices=1, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
         stripped = Path(folder, "config.yaml")
         stripped.write_text(yaml.safe_dump(config), encoding="utf-8")
-        with _quiet(), program_arguments(["--config", str(stripped), *overrides]):
-            cli = LightningCLI(run=False, save_config_callback=None, trainer_defaults={"callbacks": [observer]})
+        ignore_deprecations()
+        with _quiet(), program_arguments(["--config", str(stripped), *overrides]), told_errors():
+            cli = OneLineCLI(run=False, save_config_callback=None, trainer_defaults={"callbacks": [observer]})
             cli.trainer.fit(cli.model, cli.datamodule)
     return observer.explanation, cli.model, _pipeline(strategy)
 

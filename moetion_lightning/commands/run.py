@@ -96,7 +96,8 @@ def _show_as_of_script(text: str) -> None:
 
     def show_and_say(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
         sys.excepthook = show
-        error.__traceback__ = frames_of_program(frames)
+        # Of a script that cannot be parsed no line has run.
+        error.__traceback__ = None if isinstance(error, SyntaxError) else frames_of_program(frames)
         show(kind, error, error.__traceback__)
         sys.stderr.write(text)
 

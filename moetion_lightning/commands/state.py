@@ -83,7 +83,9 @@ def clean(args: Sequence[str]) -> int:
     )
     _add_memory_dir(parser)
     parser.add_argument(
-        "--older-than", default="1d", metavar="TIME", help="age since the last commit: 90s, 30m, 12h, 7d, 0 (1d)"
+        "--older-than",
+        metavar="TIME",
+        help="age since the last commit: 90s, 30m, 12h, 7d, 0 (1d; with --job 0, as it is named)",
     )
     parser.add_argument("--keep", action="append", default=[], metavar="JOB", help="a job to leave (may be repeated)")
     parser.add_argument(
@@ -91,14 +93,21 @@ def clean(args: Sequence[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(args)
-    base, age = memory_base(options.memory_dir), parse_duration(options.older_than)
+    base = memory_base(options.memory_dir)
+    age = parse_duration(options.older_than or ("0" if options.job else "1d"))
+    unknown = set(options.job or ()) - {info.name for info in find_jobs(base)}
+    if unknown:
+        raise ConfigurationError(f"--job {min(unknown)}: no such job in {base}; `moetion jobs` lists them")
     stale = clean_stale(base, age, options.keep, options.job, dry_run=options.dry_run)
     if stale:
         show(job_table(stale))
     if options.dry_run:
         print(f"{len(stale)} found in {base}: without --dry-run they are removed")
-    else:
-        print(f"{len(stale)} removed, {len(find_jobs(base))} left in {base}")
+        return 0
+    left = find_jobs(base)
+    alive = sum(info.alive for info in left)
+    why = f" ({alive} alive, {len(left) - alive} younger than {options.older_than or '1d'} or kept)" if left else ""
+    print(f"{len(stale)} removed, {len(left)} left in {base}{why}")
     return 0
 
 

@@ -37,7 +37,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collectio
     """
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, name in enumerate(header):
-        made.add_column(name, justify="right" if index in right else "left", overflow="fold")
+        # What a row is about is there to be copied.
+        made.add_column(name, justify="right" if index in right else "left", overflow="fold", no_wrap=index == 0)
     for row in rows:
         made.add_row(*row)
     return made

@@ -16,9 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from moetion_lightning.config import launched_devices
-from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.errors import ConfigurationError, MoEtionError
 
-__all__ = ["SaveConfig", "program_arguments", "train"]
+__all__ = ["OneLineCLI", "SaveConfig", "ignore_deprecations", "program_arguments", "told_errors", "train"]
 
 
 class SaveConfig(SaveConfigCallback):
@@ -43,21 +43,43 @@ def train(args: Sequence[str]) -> int:
     Returns:
         0; LightningCLI itself leaves by ``SystemExit(2)`` for wrong arguments.
     """
-    # Lightning's own calls of interfaces that others have deprecated: nothing that a user could change.
-    for module in (r"lightning\.pytorch\.cli", r"lightning\.pytorch\.utilities\._pytree"):
-        warnings.filterwarnings("ignore", module=module)
-    with program_arguments([*args, *_devices(args)]):
-        try:
-            _Cli(save_config_callback=SaveConfig, save_config_kwargs={"overwrite": True})
-        except MisconfigurationException as error:  # what Lightning says to its users
-            raise ConfigurationError(" ".join(str(error).split())) from error
+    ignore_deprecations()
+    with program_arguments([*args, *_devices(args)]), told_errors():
+        OneLineCLI(save_config_callback=SaveConfig, save_config_kwargs={"overwrite": True})
     return 0
 
 
-class _Cli(LightningCLI):
+def ignore_deprecations() -> None:
+    """Lightning's own calls of interfaces that others have deprecated: nothing that a user could change."""
+    for module in (r"lightning\.pytorch\.cli", r"lightning\.pytorch\.utilities\._pytree"):
+        warnings.filterwarnings("ignore", module=module)
+
+
+@contextmanager
+def told_errors() -> Iterator[None]:
+    """What a user can put right becomes an error of ours, which the command tells in one line.
+
+    Lightning's own exception for users is one, and an error of ours in which classes were made: jsonargparse gives it
+    as the cause of what it raises about all forms that it tried.
+    """
+    try:
+        yield
+    except MoEtionError:
+        raise
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, (MoEtionError, MisconfigurationException)):
+            found = found.__cause__ or found.__context__
+        if found is None:
+            raise
+        raise ConfigurationError(" ".join(str(found).split())) from error
+
+
+class OneLineCLI(LightningCLI):
     """Tells a wrong argument in one line."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """See LightningCLI."""
         parser = super().init_parser(**kwargs)
         parser.error = functools.partial(_tell, parser)  # type: ignore[method-assign]
         return parser

@@ -40,7 +40,7 @@ __all__ = ["TrainingSession"]
 _log = logging.getLogger(__name__)
 _NOT_REACHED = (
     "training ended before it came to where the window begins that was found: nothing was trained, and the windows are "
-    "kept. Start it with as many epochs as before, or begin afresh with another job_id (MOETION_JOB_ID)."
+    "kept. Start it with as many epochs or steps as before, or begin afresh with another job_id (MOETION_JOB_ID)."
 )
 
 
@@ -389,7 +389,7 @@ class TrainingSession:
             also = f", of storage at {disk.location}" if disk is not None else ""
             _log.info(
                 "training stops before its end. Iteration %d is kept in %s%s: the same command continues there, and "
-                "`moetion clean --older-than 0 --job %s` removes it.",
+                "`moetion clean --job %s` removes it.",
                 kept[0], host.location, also, host.job,
             )  # fmt: skip
         else:
