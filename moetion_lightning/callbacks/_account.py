@@ -79,7 +79,7 @@ class Account:
         _STATE.pack_into(note, _HEAD.size, *self.ledger.dump())
         marks = self.ledger.marks()
         if marks[-1][0] != self._marked:
-            for at, totals in marks if not self._marked else marks[-1:]:
+            for at, totals in marks if not self._marked else [marks[-1]]:
                 place = _HEAD.size + _STATE.size + at // _MINUTE % _NUM_MARKS * _MARK.size
                 _MARK.pack_into(note, place, at, *totals)
             self._marked = marks[-1][0]

@@ -120,7 +120,7 @@ class LoggedResults:
             metric = _ResultMetric(meta, entry["is_tensor"])
             for name, value in entry["states"].items():
                 setattr(metric, name, value.to(device))
-                metric._defaults[name] = value.new_tensor(metric._defaults[name])
+                metric._defaults[name] = torch.as_tensor(metric._defaults[name]).to(value)
             if not entry["is_tensor"]:
                 metric.value = attrgetter(entry["meta"]["metric_attribute"])(self._trainer.lightning_module)
             metric.has_reset = entry["has_reset"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moetion_lightning.commands.job_checks import check_job, check_state, replicas_of
 from moetion_lightning.commands.tables import add_json
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.planning.job import Job, Outage, RankState, state_of
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from moetion_lightning.core.explain import Explanation
     from moetion_lightning.planning.failures import Failure
 
-__all__ = ["Arguments", "add_job", "read_job"]
+__all__ = ["Arguments", "add_job", "as_quantity", "read_job"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,10 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--meta", action="store_true", help="build an importable module without memory")
 
     model = parser.add_argument_group("the model, where no target is given")
-    model.add_argument("--parameters", type=_as(count), metavar="N", help="e.g. 671B")
-    model.add_argument("--experts", type=int, default=0, metavar="N", help="routed experts of each MoE layer")
+    model.add_argument("--parameters", type=as_quantity(count), metavar="N", help="e.g. 671B")
+    model.add_argument("--experts", type=int, metavar="N", help="routed experts of each MoE layer")
     model.add_argument("--experts-per-token", type=int, default=8, metavar="K", help="%(default)s")
-    model.add_argument("--active-parameters", type=_as(count), metavar="N", help="of one token, e.g. 37B")
+    model.add_argument("--active-parameters", type=as_quantity(count), metavar="N", help="of one token, e.g. 37B")
     model.add_argument("--full-bytes", type=float, default=12.0, metavar="B", help="weights and optimizer state (12)")
     model.add_argument("--compute-bytes", type=float, default=2.0, metavar="B", help="as the forward reads them (2)")
     model.add_argument("--gradient-bytes", type=float, default=4.0, metavar="B", help="as optimizers read them (4)")
@@ -65,34 +66,42 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--model-ranks", type=int, metavar="N", help="ranks that hold the model once, where each "
                          "replica captures all of it (else captures are shared by all ranks)")  # fmt: skip
     machine.add_argument("--live-copies", action="store_true", help="living ranks hold whatever a lost one held (DDP)")
-    machine.add_argument("--copy-bandwidth", type=_as(byte_count), metavar="B/s", help="device to host; of a target: "
-                         "measured here; else 25GB/s")  # fmt: skip
-    machine.add_argument("--network-bandwidth", type=_as(byte_count), default=25e9, metavar="B/s", help="25GB/s")
-    machine.add_argument("--storage-bandwidth", type=_as(byte_count), default=0.125e9, metavar="B/s", help="0.125GB/s")
+    machine.add_argument("--copy-bandwidth", type=as_quantity(byte_count), metavar="B/s",
+                         help="device to host; of a target: measured here; else 25GB/s")  # fmt: skip
     machine.add_argument(
-        "--host-memory", type=_as(byte_count), default=0.0, metavar="B", help="for snapshots of a rank"
+        "--network-bandwidth", type=as_quantity(byte_count), default=25e9, metavar="B/s", help="25GB/s"
     )
-    machine.add_argument("--replicas", type=int, default=1, metavar="N", help="copies on other nodes (1)")
-    machine.add_argument("--persist-every", type=_as(duration), default=0.0, metavar="T", help="copies of "
+    machine.add_argument(
+        "--storage-bandwidth", type=as_quantity(byte_count), default=0.125e9, metavar="B/s", help="0.125GB/s"
+    )
+    machine.add_argument(
+        "--host-memory", type=as_quantity(byte_count), metavar="B", help="for snapshots of a rank (not checked)"
+    )
+    machine.add_argument("--replicas", type=int, metavar="N", help="copies on other nodes (1; 0 on one node)")
+    machine.add_argument("--persist-every", type=as_quantity(duration), metavar="T", help="copies of "
                          "snapshots in memory to storage (ten times as long as one takes, at least 1min)")  # fmt: skip
     machine.add_argument("--interference", type=float, default=0.25, metavar="SHARE", help="of a copy's time, that "
                          "training loses beside it (0.25)")  # fmt: skip
-    machine.add_argument("--iteration-time", type=_as(duration), metavar="T", help="of a recipe: measured here")
+    machine.add_argument("--iteration-time", type=as_quantity(duration), metavar="T", help="of a recipe: measured here")
     machine.add_argument("--window", type=int, metavar="W", help="of the sparse policy (else the best)")
 
     fails = parser.add_argument_group("the failures")
-    fails.add_argument("--mtbf", type=_as(duration), metavar="T", help="between two failures of the job, e.g. 10min")
-    fails.add_argument("--node-mtbf", type=_as(duration), default=META_NODE_MTBF, metavar="T", help="of one node, "
+    fails.add_argument(
+        "--mtbf", type=as_quantity(duration), metavar="T", help="between two failures of the job, e.g. 10min"
+    )
+    fails.add_argument("--node-mtbf", type=as_quantity(duration), metavar="T", help="of one node, "
                        "where --mtbf is not given (154d: 6.5 failures in 1,000 node-days)")  # fmt: skip
     fails.add_argument("--trace", type=Path, metavar="FILE", help="a public trace; its failures in place of --mtbf")
     fails.add_argument("--trace-span", metavar="FROM,TO", help="a part of it, e.g. 470min,830min")
     fails.add_argument("--node-losses", type=float, default=0.2, metavar="SHARE", help="of the failures, that take a "
                        "node's memory with them, where it has no copies (0.2)")  # fmt: skip
-    fails.add_argument("--detection", type=_as(duration), default=5.0, metavar="T", help="until a failure is seen (5s)")
-    fails.add_argument("--start-time", type=_as(duration), default=0.0, metavar="T", help="of processes that replace "
-                       "the lost ones (0: warm standby)")  # fmt: skip
     fails.add_argument(
-        "--group-time", type=_as(duration), metavar="T", help="to make communicators (5s to 30s by ranks)"
+        "--detection", type=as_quantity(duration), default=5.0, metavar="T", help="until a failure is seen (5s)"
+    )
+    fails.add_argument("--start-time", type=as_quantity(duration), default=0.0, metavar="T",
+                       help="of processes that replace the lost ones (0: warm standby)")  # fmt: skip
+    fails.add_argument(
+        "--group-time", type=as_quantity(duration), metavar="T", help="to make communicators (5s to 30s by ranks)"
     )
     add_json(parser)
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw it, too")
@@ -107,18 +116,16 @@ def read_job(options: argparse.Namespace) -> Arguments:
     Raises:
         ConfigurationError: Something is missing, contradicts itself, or cannot be read.
     """
-    if options.ranks < 1 or options.ranks_per_node < 1:
-        raise ConfigurationError(f"--ranks {options.ranks} --ranks-per-node {options.ranks_per_node}: expected >= 1")
-    state, model, iteration_seconds, bandwidth = _model(options)
+    check_job(options)
     trace, mtbf, node_mtbf = None, options.mtbf, 0.0
     if options.trace is not None:
-        if mtbf is not None:
-            raise ConfigurationError("--mtbf and --trace: give one of them, both say how often the job fails")
         trace = read_trace(options.trace, **_span(options.trace_span))
         mtbf = trace[1] / len(trace[0])
     elif mtbf is None:
-        node_mtbf = options.node_mtbf
+        node_mtbf = META_NODE_MTBF if options.node_mtbf is None else options.node_mtbf
         mtbf = node_mtbf / -(-options.ranks // options.ranks_per_node)
+    state, model, iteration_seconds, bandwidth = _model(options)
+    check_state(state, model, options.ranks)
     groups = group_seconds(options.ranks) if options.group_time is None else options.group_time
     job = Job(
         state=state,
@@ -128,9 +135,9 @@ def read_job(options: argparse.Namespace) -> Arguments:
         copy_bandwidth=options.copy_bandwidth or bandwidth,
         network_bandwidth=options.network_bandwidth,
         storage_bandwidth=options.storage_bandwidth,
-        host_memory=options.host_memory,
-        replicas=options.replicas if options.ranks > options.ranks_per_node else 0,
-        persist_seconds=options.persist_every,
+        host_memory=options.host_memory or 0.0,
+        replicas=replicas_of(options, options.ranks),
+        persist_seconds=options.persist_every or 0.0,
         interference=options.interference,
         live_copies=options.live_copies,
         node_losses=options.node_losses,
@@ -149,12 +156,10 @@ def _model(options: argparse.Namespace) -> tuple[RankState, str, float, float]:
                 "give a target (recipe:NAME, FILE.yaml, package.module:Class), or --parameters and --iteration-time"
             )
         state = state_of(
-            options.parameters, shared_by, experts=options.experts, expert_parameters=_expert_parameters(options),
+            options.parameters, shared_by, experts=options.experts or 0, expert_parameters=_expert_parameters(options),
             full=options.full_bytes, compute=options.compute_bytes, gradient=options.gradient_bytes,
         )  # fmt: skip
         return state, f"{count_text(options.parameters)} parameters", options.iteration_time, 25e9
-    if options.parameters is not None:
-        raise ConfigurationError(f"{options.target} and --parameters: give one of them, both say what the model is")
     found, iteration_seconds, bandwidth = _explained(options)
     if not iteration_seconds:
         raise ConfigurationError(
@@ -199,14 +204,7 @@ def _expert_parameters(options: argparse.Namespace) -> float:
     """Parameters of all routed experts: what one token does not use, and the share of it that it does."""
     if not options.experts:
         return 0.0
-    if options.active_parameters is None:
-        raise ConfigurationError(f"--experts {options.experts}: --active-parameters is needed, too")
     used = options.experts_per_token / options.experts
-    if not 0 < used < 1 or not 0 < options.active_parameters < options.parameters:
-        raise ConfigurationError(
-            f"--experts-per-token {options.experts_per_token} of --experts {options.experts}, --active-parameters of "
-            "--parameters: expected fewer than there are"
-        )
     return float(min(options.parameters, (options.parameters - options.active_parameters) / (1 - used)))
 
 
@@ -216,10 +214,13 @@ def _span(text: str | None) -> dict[str, float]:
     start, comma, stop = text.partition(",")
     if not comma:
         raise ConfigurationError(f"--trace-span {text!r}: expected two times, e.g. 470min,830min")
-    return {"start": duration(start), "stop": duration(stop)}
+    span = {"start": duration(start), "stop": duration(stop)}
+    if not span["start"] < span["stop"]:
+        raise ConfigurationError(f"--trace-span {text}: expected an end after the beginning, e.g. 470min,830min")
+    return span
 
 
-def _as(parse: Callable[[str], float]) -> Callable[[str], float]:
+def as_quantity(parse: Callable[[str], float]) -> Callable[[str], float]:
     """A type for argparse, whose own message says nothing of what is expected."""
 
     def call(text: str) -> float:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from xml.etree.ElementTree import Element
 
 from moetion_lightning.commands.job_arguments import Arguments, add_job, read_job
-from moetion_lightning.commands.tables import print_json, show, table
+from moetion_lightning.commands.tables import paragraph, print_json, show, table
 from moetion_lightning.planning.picture import lines, save
 from moetion_lightning.planning.plan import HEADER, Plan, as_json, plan_rows
 from moetion_lightning.planning.plan import plan as make_plan
-from moetion_lightning.units import age_text, size_text
+from moetion_lightning.planning.quantities import number_text, time_text
+from moetion_lightning.units import size_text
 
 __all__ = ["job_line", "plan"]
 
-_LINE = 110  # characters of a line of running text
+_LEGEND = (
+    "W: iterations of a window; N: iterations between two captures; captured: bytes of a rank in an iteration; memory: "
+    "of its host; a failure: what one costs; ETTR: effective share of the time."
+)
 _MTBFS = [60.0 * 2**step for step in range(12)]  # 1 min to 1.4 d
 
 
@@ -29,6 +32,7 @@ def plan(args: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="moetion plan",
+        usage="moetion plan TARGET | --parameters N --iteration-time T [OPTIONS], see moetion plan --help",
         description="Bytes, host memory, overhead, cost of a failure and effective training time ratio (ETTR) of each "
         "checkpoint policy, for a model on given hardware, in closed form; and which policy to take.",
     )
@@ -42,20 +46,20 @@ def plan(args: Sequence[str]) -> int:
         print_json(as_json(found))
         return 0
     rows = table(HEADER, plan_rows(found), right={1, 2, 3, 4, 5})
-    show(job_line(given), "", rows, "", textwrap.fill(found.why, _LINE))
+    show(paragraph(job_line(given)), "", rows, "", paragraph(_LEGEND), "", paragraph(found.why))
     return 0
 
 
 def job_line(given: Arguments) -> str:
-    """The job in a line: what the numbers below it belong to."""
+    """The job in a sentence: what the numbers below it belong to."""
     job = given.job
-    spare = f"{age_text(job.outage.start)} to start processes" if job.outage.start else "a warm standby"
-    text = (
-        f"{given.model} on {job.ranks:,} ranks, {size_text(job.state.full_bytes)} of state captured by each; an "
-        f"iteration takes {job.iteration_seconds:.3g} s; a failure every {age_text(job.mtbf)}, seen after "
-        f"{job.outage.detection:.3g} s, {spare}, {job.outage.groups:.3g} s for communicators"
+    spare = f"{time_text(job.outage.start)} to start processes" if job.outage.start else "a warm standby"
+    ranks, state = number_text(job.ranks, "rank"), size_text(job.state.full_bytes)
+    return (
+        f"{given.model} on {ranks}, {state} of state captured by each; an iteration takes "
+        f"{time_text(job.iteration_seconds)}; a failure every {time_text(job.mtbf)}, seen after "
+        f"{time_text(job.outage.detection)}, {spare}, {time_text(job.outage.groups)} for communicators"
     )
-    return textwrap.fill(text, _LINE)
 
 
 def _picture(given: Arguments, found: Plan) -> Element:
@@ -70,6 +74,6 @@ def _picture(given: Arguments, found: Plan) -> Element:
         if _MTBFS[0] <= given.job.mtbf <= _MTBFS[-1]
     }
     return lines(
-        f"Effective training time: {given.model}, {given.job.ranks:,} ranks", series,
-        x_label="time between two failures of the job", y_label="ETTR", x_text=age_text, points=here,
+        f"Effective training time: {given.model}, {number_text(given.job.ranks, 'rank')}", series,
+        x_label="time between two failures of the job", y_label="ETTR", x_text=time_text, points=here,
     )  # fmt: skip

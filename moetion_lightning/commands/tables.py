@@ -13,10 +13,18 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["add_json", "print_json", "show", "table", "text"]
+__all__ = ["add_json", "paragraph", "print_json", "show", "table", "text"]
 
 _NO_LIMIT = 10_000  # characters of a line where nobody looks at a terminal: another program may read it
+
+_PROSE = 100  # characters of a line of running text, where a terminal is not narrower
+
+
+def paragraph(prose: str) -> Text:
+    """Running text: its lines are broken where the terminal ends."""
+    return Text(prose)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> Table:
@@ -29,28 +37,30 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collectio
     """
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, name in enumerate(header):
-        made.add_column(name, justify="right" if index in right else "left", overflow="fold")
+        # What a row is about is there to be copied.
+        made.add_column(name, justify="right" if index in right else "left", overflow="fold", no_wrap=index == 0)
     for row in rows:
         made.add_row(*row)
     return made
 
 
-def show(*parts: str | Table) -> None:
+def show(*parts: str | Text | Table) -> None:
     """Print lines and tables: to a terminal as wide as that is, else every row on a line of its own."""
     _print(parts, sys.stdout)
 
 
-def text(*parts: str | Table) -> str:
+def text(*parts: str | Text | Table) -> str:
     """The same as text."""
     stream = io.StringIO()
     _print(parts, stream)
     return stream.getvalue()
 
 
-def _print(parts: Sequence[str | Table], stream: TextIO) -> None:
+def _print(parts: Sequence[str | Text | Table], stream: TextIO) -> None:
     console = Console(file=stream, width=None if stream.isatty() else _NO_LIMIT, highlight=False, markup=False)
     for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str))
+        width = min(_PROSE, console.width) if isinstance(part, Text) else None
+        console.print(part, soft_wrap=isinstance(part, str), width=width)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

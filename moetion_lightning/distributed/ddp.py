@@ -27,7 +27,7 @@ def bucket_order(ddp: DistributedDataParallel) -> list[int]:
 
     A layout that the next forward would make is made now: all ranks must call this at the same place.
     """
-    if ddp.find_unused_parameters and not ddp.static_graph:  # the first layout is the only one
+    if _has_one_layout(ddp):
         return []
     if ddp not in _known:
         ddp.reducer._rebuild_buckets()
@@ -45,7 +45,7 @@ def set_bucket_order(ddp: DistributedDataParallel, order: Sequence[int]) -> None
         ddp: A wrapper that has not run yet.
         order: From :func:`bucket_order`; empty keeps the first layout.
     """
-    if not order or ddp in _known:
+    if not order or ddp in _known or _has_one_layout(ddp):
         return
     parameters, sparse = ddp._build_params_for_reducer()
     if any(sparse):  # their gradients are not in the buckets' memory
@@ -58,6 +58,11 @@ def set_bucket_order(ddp: DistributedDataParallel, order: Sequence[int]) -> None
         parameter.grad = None
     ddp.reducer._rebuild_buckets()
     _known[ddp] = list(order)
+
+
+def _has_one_layout(ddp: DistributedDataParallel) -> bool:
+    """Whether the first layout is the only one. Captured with the other kind, a run goes on with other sums' order."""
+    return bool(ddp.find_unused_parameters and not ddp.static_graph)
 
 
 def _read_order(ddp: DistributedDataParallel) -> list[int]:

@@ -12,9 +12,11 @@ from moetion_lightning.planning.plan import plan
 from moetion_lightning.planning.policies import PolicyCost
 from moetion_lightning.planning.simulation import Simulated, simulate
 
-__all__ = ["HEADER", "Compared", "as_json", "compare", "compare_rows"]
+__all__ = ["CAUSE_HEADER", "HEADER", "Compared", "as_json", "cause_rows", "compare", "compare_rows"]
 
-HEADER = ("policy", "closed form", "simulated", "failures", *CAUSES)
+HEADER = ("policy", "closed form", "simulated", "difference", "failures")
+CAUSE_HEADER = ("lost by", *CAUSES)
+_SHOWN = 5e-5  # a ratio below it is shown as 0: a difference relative to it says nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +79,22 @@ def _with_losses(cost: PolicyCost, share: float, mtbf: float) -> PolicyCost:
 
 
 def compare_rows(found: Sequence[Compared]) -> list[tuple[str, ...]]:
-    """Rows under :data:`HEADER`; causes are shares of the simulated time."""
+    """Rows under :data:`HEADER`."""
     return [
         (
-            row.cost.callback,
+            row.cost.label,
             f"{row.cost.shares.ettr:.4f}",
-            f"{row.simulated.shares.ettr:.4f} ({row.difference:+.2%})",
+            f"{row.simulated.shares.ettr:.4f}",
+            f"{row.difference:+.2%}" if row.cost.shares.ettr >= _SHOWN else "-",
             f"{row.simulated.failures:,}",
-            *(f"{row.simulated.shares.causes[cause]:.2%}" for cause in CAUSES),
         )
         for row in found
     ]
+
+
+def cause_rows(found: Sequence[Compared]) -> list[tuple[str, ...]]:
+    """Rows under :data:`CAUSE_HEADER`: shares of the simulated time."""
+    return [(row.cost.label, *(f"{row.simulated.shares.causes[cause]:.2%}" for cause in CAUSES)) for row in found]
 
 
 def as_json(found: Sequence[Compared]) -> list[dict[str, object]]:

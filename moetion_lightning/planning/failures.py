@@ -56,11 +56,14 @@ class FailureModel:
             raise ConfigurationError("the trace has no failure; give another file, or mtbf")
         if self.kind != "trace" and not self.mtbf > 0:
             raise ConfigurationError(f"mtbf={self.mtbf!r}: expected seconds greater than 0")
-        if self.shape <= 0 or self.burst_nodes < 1 or not 0 <= self.repeats < 1 or self.repeat_seconds <= 0:
-            raise ConfigurationError(
-                f"shape={self.shape}, burst_nodes={self.burst_nodes}, repeats={self.repeats}, repeat_seconds="
-                f"{self.repeat_seconds}: expected > 0, >= 1, a share below 1, and seconds > 0"
-            )
+        if not 0.1 <= self.shape <= 100:
+            raise ConfigurationError(f"shape={self.shape!r}: expected a number from 0.1 to 100")
+        if not 1 <= self.burst_nodes < math.inf:
+            raise ConfigurationError(f"burst_nodes={self.burst_nodes!r}: expected a number of nodes of at least 1")
+        if not 0 <= self.repeats < 1:
+            raise ConfigurationError(f"repeats={self.repeats!r}: expected a share of at least 0 and below 1")
+        if not self.repeat_seconds > 0:
+            raise ConfigurationError(f"repeat_seconds={self.repeat_seconds!r}: expected seconds greater than 0")
 
     @property
     def mean_seconds(self) -> float:

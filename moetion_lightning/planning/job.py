@@ -46,7 +46,7 @@ def state_of(
     """What one rank captures of a model that is spread evenly.
 
     Args:
-        parameters: Of the whole model.
+        parameters: Of the whole model; greater than 0.
         ranks: Ranks that share the captures: all of them where each byte is captured once (``sharding="auto"``), those
             that together hold the model once where every replica captures everything (``sharding="none"``).
         experts: Routed experts of each MoE layer.
@@ -142,6 +142,8 @@ class Job:
     outage: Outage
 
     def __post_init__(self) -> None:
+        if self.state.full_bytes < 1:
+            raise ConfigurationError(f"full_bytes={self.state.full_bytes!r}: expected at least one byte on each rank")
         for name in ("ranks", "ranks_per_node", "iteration_seconds", "copy_bandwidth", "network_bandwidth",
                      "storage_bandwidth", "overlap", "replay", "mtbf"):  # fmt: skip
             if not 0 < getattr(self, name) < float("inf"):

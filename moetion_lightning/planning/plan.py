@@ -16,14 +16,18 @@ from moetion_lightning.planning.policies import (
     sparse,
     two_phase,
 )
-from moetion_lightning.units import age_text, size_text
+from moetion_lightning.planning.quantities import number_text, percent_text, time_text
+from moetion_lightning.units import size_text
 
 __all__ = ["HEADER", "Plan", "as_json", "plan", "plan_rows"]
 
 #: Ratios that differ by less count as equal: the policy with less host memory is then the better one.
 _SAME = 0.002
 
-HEADER = ("policy", "bytes an iteration", "host memory", "overhead", "a failure costs", "ETTR", "recovery")
+#: Ratios below this are no progress that anybody would wait for.
+_HOPELESS = 0.01
+
+HEADER = ("policy", "captured", "memory", "overhead", "a failure", "ETTR", "recovery")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +37,13 @@ class Plan:
     Args:
         job: The job.
         costs: The policies, in a fixed order.
-        best: The one to take.
+        best: The one to take; None: with none of them the job makes progress.
         why: In a paragraph.
     """
 
     job: Job
     costs: tuple[PolicyCost, ...]
-    best: PolicyCost
+    best: PolicyCost | None
     why: str
 
 
@@ -59,22 +63,26 @@ def plan(job: Job, *, window: int | None = None, expert_share: float = 1 / 8) ->
     return Plan(job=job, costs=tuple(costs), best=best, why=_why(job, best, costs))
 
 
-def _best(costs: Sequence[PolicyCost]) -> PolicyCost:
+def _best(costs: Sequence[PolicyCost]) -> PolicyCost | None:
     exact = [cost for cost in costs if cost.exact and cost.fits]
     highest = max(cost.shares.ettr for cost in exact)
+    if highest < _HOPELESS:
+        return None
     near = [cost for cost in exact if cost.shares.ettr >= highest - _SAME]
     # What stays exact on kernels that are not deterministic comes first, then what takes less memory.
     return min(near, key=lambda cost: (cost.deterministic, cost.host_memory))
 
 
-def _why(job: Job, best: PolicyCost, costs: Sequence[PolicyCost]) -> str:
+def _why(job: Job, best: PolicyCost | None, costs: Sequence[PolicyCost]) -> str:
+    if best is None:
+        return _hopeless(job, [cost for cost in costs if cost.exact and cost.fits])
     lost = {cause: best.shares.causes[cause] for cause in CAUSES}
     main = max(lost, key=lambda cause: lost[cause])
     total = 1 - best.shares.ettr
     text = (
         f"Take {best.callback}: of the time {best.shares.ettr:.1%} is expected to be effective, with a failure every "
-        f"{age_text(job.mtbf)}. A failure costs about {age_text(best.recovery_seconds)}, captures cost "
-        f"{best.overhead:.2%} of an iteration, and {size_text(best.host_memory)} of host memory a rank are needed. "
+        f"{time_text(job.mtbf)}. A failure costs about {time_text(best.recovery_seconds)}, captures cost "
+        f"{best.overhead:.2%} of an iteration, and {_memory_text(best)}. "
     )
     if total > 0.005:
         text += f"Of the {total:.1%} that are lost, {_NAMES[main]} is the largest part ({lost[main]:.1%} of all time). "
@@ -82,14 +90,49 @@ def _why(job: Job, best: PolicyCost, costs: Sequence[PolicyCost]) -> str:
     if others:
         second = max(others, key=lambda cost: cost.shares.ettr)
         gain = best.shares.ettr - second.shares.ettr
-        text += f"The next is {second.callback} with {second.shares.ettr:.1%}"
-        text += ", which is about as good. " if abs(gain) <= _SAME else ". "
+        if gain < 0:
+            text += (
+                f"{second.callback} has slightly more, {second.shares.ettr:.1%}; differences of up to "
+                f"{_SAME * 100:.1f} points count as equal, and {_reason(best, second)}. "
+            )
+        else:
+            text += f"The next is {second.callback} with {second.shares.ettr:.1%}"
+            text += ", which is about as good. " if gain <= _SAME else ". "
     unfit = [cost.callback for cost in costs if not cost.fits]
     if unfit:
         text += f"Too little host memory for {', '.join(unfit)}. "
     if best.deterministic:
         text += "It is exact where training is deterministic; where it is not, GradientLogCheckpoint is. "
+    for cost in costs:
+        if not cost.exact:
+            lost_work = number_text(round(cost.lost_iterations), "iteration")
+            text += f"{cost.callback} is lossy: in a failure an expert loses {lost_work}. "
     return text.strip()
+
+
+def _memory_text(cost: PolicyCost) -> str:
+    if not cost.host_memory:
+        return "no host memory is needed"
+    return f"{size_text(cost.host_memory)} of host memory a rank are needed"
+
+
+def _reason(best: PolicyCost, higher: PolicyCost) -> str:
+    """Why not the policy with the slightly higher ratio: what :func:`_best` decides by."""
+    if higher.deterministic and not best.deterministic:
+        return "it is exact only where training is deterministic"
+    return f"it takes {size_text(higher.host_memory)} of host memory a rank"
+
+
+def _hopeless(job: Job, exact: Sequence[PolicyCost]) -> str:
+    """What to say where no policy gets anywhere."""
+    highest = max(exact, key=lambda cost: cost.shares.ettr)
+    shortest = min(cost.recovery_seconds for cost in exact)
+    return (
+        f"No policy makes progress: with a failure every {time_text(job.mtbf)} the most that is effective is "
+        f"{highest.shares.ettr:.1%} of the time ({highest.callback}), since a failure costs at least "
+        f"{time_text(shortest)}. None is recommended. Fewer failures, or a shorter way back (--detection, "
+        "--start-time, --group-time, bandwidths), would change that."
+    )
 
 
 _NAMES = {
@@ -107,11 +150,11 @@ def plan_rows(found: Plan) -> list[tuple[str, ...]]:
     """Rows under :data:`HEADER`."""
     return [
         (
-            cost.callback,
+            cost.label,
             size_text(cost.bytes_per_iteration),
-            size_text(cost.host_memory) + ("" if cost.fits else " (too much)"),
-            f"{cost.overhead:.2%}",
-            age_text(cost.recovery_seconds),
+            size_text(cost.host_memory),
+            percent_text(cost.overhead),
+            time_text(cost.recovery_seconds),
             f"{cost.shares.ettr:.3f}",
             _recovery_text(cost),
         )
@@ -120,9 +163,11 @@ def plan_rows(found: Plan) -> list[tuple[str, ...]]:
 
 
 def _recovery_text(cost: PolicyCost) -> str:
+    if not cost.fits:
+        return "does not fit"
     if not cost.exact:
-        return f"lossy: an expert loses {cost.lost_iterations:.0f} iterations"
-    return "exact if deterministic" if cost.deterministic else "exact"
+        return "lossy"
+    return "deterministic" if cost.deterministic else "exact"
 
 
 def as_json(found: Plan) -> dict[str, object]:
@@ -131,7 +176,7 @@ def as_json(found: Plan) -> dict[str, object]:
         "ranks": found.job.ranks,
         "mtbf_seconds": found.job.mtbf,
         "iteration_seconds": found.job.iteration_seconds,
-        "recommended": found.best.name,
+        "recommended": None if found.best is None else found.best.name,
         "why": found.why,
         "policies": [
             {

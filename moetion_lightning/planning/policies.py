@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _LONGEST_WINDOW, _LOG_WINDOW = 32, 8
+_WINDOWED = ("sparse", "gradient_log")
 _LONGEST_INTERVAL = 1 << 20
 _NEGLIGIBLE = 5e-4  # of the ratio: shorter windows take less memory
 _BUDGET = 0.035  # of CheckFreq's overhead
@@ -61,6 +62,13 @@ class PolicyCost:
     exact: bool = True
     deterministic: bool = False
     lost_iterations: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """A short name, with the iterations of a window (W) or between captures (N): ``sparse W=2``, ``files N=13``."""
+        number = self.callback.rpartition("=")[2].rstrip(")")
+        name = "two-phase" if self.name == "two_phase" else self.name.replace("_", " ")
+        return f"{name} {'W' if self.name in _WINDOWED else 'N'}={number}"
 
     @property
     def overhead(self) -> float:
@@ -228,7 +236,7 @@ def two_phase(job: Job, budget: float = _BUDGET, every: int | None = None) -> Po
 
     stall = _stall(replace(job, replicas=0), full)
     if every is None:
-        every = math.ceil(max(copy + persist, stall / budget) / job.iteration_seconds)
+        every = max(1, math.ceil(max(copy + persist, stall / budget) / job.iteration_seconds))
     cycle = Cycle(
         iteration_seconds=job.iteration_seconds,
         stall_seconds=stall / every,

@@ -7,7 +7,7 @@ import re
 
 from moetion_lightning.errors import ConfigurationError
 
-__all__ = ["byte_count", "count", "count_text", "duration"]
+__all__ = ["byte_count", "count", "count_text", "duration", "number_text", "percent_text", "time_text"]
 
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _BYTES = {
@@ -34,6 +34,27 @@ def count_text(number: float) -> str:
             return f"{number:.3g}{unit}"
         number /= 1000
     return f"{number:.3g}T"
+
+
+def number_text(number: int, noun: str) -> str:
+    """``1 rank``, ``16,384 ranks``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def time_text(seconds: float) -> str:
+    """``20 ms``, ``1.5 s``, ``10 min``, ``4.17 d``, ``31.7 years``: three digits, and no 0 for what is short."""
+    years = seconds / (365 * 86400.0)
+    if years >= 1000:
+        return f"{years:,.0f} years"
+    for unit, length in (("years", 365 * 86400.0), ("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds * 1e3:.3g} ms" if seconds else "0 s"
+
+
+def percent_text(share: float) -> str:
+    """``0.10%``, and without digits from 1,000% on, where two more would say nothing."""
+    return f"{share:.2%}" if share < 10 else f"{share:,.0%}"
 
 
 def byte_count(text: str) -> float:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.planning.cycle import CAUSES, Cycle, Shares
 from moetion_lightning.planning.failures import Failure, loss_share
 
@@ -79,7 +80,12 @@ def simulate(
         num_nodes: Nodes of the job. This and the next two only matter where the cycle has a fallback.
         replicas: Copies of each node's snapshots on other nodes.
         seed: Of whether a failure of several nodes takes all copies of something.
+
+    Raises:
+        ConfigurationError: The time is not greater than 0.
     """
+    if not seconds > 0:
+        raise ConfigurationError(f"seconds={seconds!r}: expected a time greater than 0")
     clock, rng = _Clock(cycle), random.Random(f"losses {seed}")  # another stream than that of the failures
     now = 0.0
     outage = None  # what is going on

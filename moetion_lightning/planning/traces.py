@@ -23,6 +23,10 @@ from moetion_lightning.planning.failures import Failure
 __all__ = ["read_trace"]
 
 _TOGETHER_SECONDS = 60.0
+_EVENT, _POLL = (
+    "`milliseconds,add|remove,node` (e.g. 1500,remove,node3)",
+    "`date, time, nodes` (e.g. 2021-12-11, 11:11:30, 55)",
+)
 
 
 def read_trace(path: Path, *, start: float = 0.0, stop: float | None = None) -> tuple[list[Failure], float]:
@@ -40,16 +44,25 @@ def read_trace(path: Path, *, start: float = 0.0, stop: float | None = None) -> 
         ConfigurationError: It cannot be read, has another form, or no failure.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read as a trace: {error}. Give another file.") from error
-    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
-    try:
-        events, length = _from_events(rows) if rows and rows[0][1] in ("add", "remove") else _from_sizes(rows)
-    except (ValueError, IndexError) as error:
-        raise ConfigurationError(
-            f"{path} is no trace ({error}): expected lines `milliseconds,add|remove,node` or `date, time, nodes`"
-        ) from error
+    rows = {number: [cell.strip() for cell in line.split(",")] for number, line in enumerate(lines, 1) if line.strip()}
+    if not rows:
+        raise ConfigurationError(f"{path} is empty: expected lines {_EVENT} or {_POLL}")
+    first = next(iter(rows.values()))
+    is_events = len(first) > 1 and first[1] in ("add", "remove")
+    for number, row in rows.items():
+        try:
+            _event(row) if is_events else _poll(row)
+        except (ValueError, IndexError) as error:
+            form = (_EVENT if is_events else _POLL) if number > next(iter(rows)) else f"{_EVENT} or {_POLL}"
+            raise ConfigurationError(
+                f"{path} is no trace: line {number} is {lines[number - 1].strip()[:60]!r}, expected {form}"
+            ) from error
+    events, length = (_from_events if is_events else _from_sizes)(list(rows.values()))
+    if length <= 0:
+        raise ConfigurationError(f"{path} covers no time: all its lines have the same one. Give another file.")
     stop = length if stop is None else min(stop, length)
     found = [Failure(failure.at - start, failure.nodes) for failure in _joined(events) if start <= failure.at <= stop]
     if not found:
@@ -59,20 +72,25 @@ def read_trace(path: Path, *, start: float = 0.0, stop: float | None = None) -> 
 
 def _from_events(rows: list[list[str]]) -> tuple[list[Failure], float]:
     """Removals of single nodes, and the length."""
-    times = [int(row[0]) / 1e3 for row in rows]
-    first = min(times)
-    events = [Failure(at - first) for at, row in zip(times, rows) if row[1] == "remove"]
-    return sorted(events, key=lambda event: event.at), max(times) - first
+    events = [_event(row) for row in rows]
+    first = min(at for at, _ in events)
+    removed = [Failure(at - first) for at, is_removed in events if is_removed]
+    return sorted(removed, key=lambda failure: failure.at), max(at for at, _ in events) - first
+
+
+def _event(row: list[str]) -> tuple[float, bool]:
+    """When a node came or went, and whether it went."""
+    return int(row[0]) / 1e3, ("add", "remove").index(row[1]) == 1
+
+
+def _poll(row: list[str]) -> tuple[float, int]:
+    """When there was an answer, and how many nodes it says."""
+    return datetime.datetime.strptime(f"{row[0]} {row[1]}", "%Y-%m-%d %H:%M:%S").timestamp(), int(row[2])
 
 
 def _from_sizes(rows: list[list[str]]) -> tuple[list[Failure], float]:
     """Falls of the number of nodes, and the length."""
-    polls = _newest_answers(
-        [
-            (datetime.datetime.strptime(f"{row[0]} {row[1]}", "%Y-%m-%d %H:%M:%S").timestamp(), int(row[2]))
-            for row in rows
-        ]
-    )
+    polls = _newest_answers([_poll(row) for row in rows])
     first, last = polls[0][0], polls[-1][0]
     falls = [Failure(at - first, before - now) for (_, before), (at, now) in zip(polls, polls[1:]) if now < before]
     return falls, last - first

@@ -40,7 +40,7 @@ __all__ = ["TrainingSession"]
 _log = logging.getLogger(__name__)
 _NOT_REACHED = (
     "training ended before it came to where the window begins that was found: nothing was trained, and the windows are "
-    "kept. Start it with as many epochs as before, or begin afresh with another job_id (MOETION_JOB_ID)."
+    "kept. Start it with as many epochs or steps as before, or begin afresh with another job_id (MOETION_JOB_ID)."
 )
 
 

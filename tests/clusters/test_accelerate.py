@@ -1,4 +1,7 @@
-"""`accelerate launch` of two processes, as its how-to page has it: killed and told to end, it ends the same."""
+"""`accelerate launch` of two processes, as its how-to page has it: killed and told to end, it ends the same.
+
+It and its ranks are forks of a process that has imported everything.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,14 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.runs import program
+from tests.command import Forked
+from tests.runs import forked, program
 from tests.runs.drill import Zygote
 from tests.runs.ranks import TIMEOUT_SECONDS, elastic_environments
 
@@ -33,12 +35,12 @@ def losses(text: str) -> dict[int, set[str]]:
     return found
 
 
-def rank_1(launcher: psutil.Process, before: set[int]) -> psutil.Process | None:
-    for child in launcher.children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if child.pid not in before and child.environ().get("RANK") == "1":
-                return child
-    return None
+def newest_ranks(launcher: psutil.Process, before: set[int]) -> list[psutil.Process]:
+    """The two processes of an attempt, in the order of their ranks; empty while one of them is not there."""
+    with contextlib.suppress(psutil.Error):
+        found = [child for child in launcher.children() if child.pid not in before]
+        return sorted(found, key=lambda child: (child.create_time(), child.pid)) if len(found) == 2 else []
+    return []
 
 
 @pytest.mark.slow
@@ -55,23 +57,20 @@ def test_lost_rank_restarts_all_and_the_losses_are_the_same(zygote: Zygote, tmp_
 
     line = next(line for line in PAGE.read_text().splitlines() if line.startswith("accelerate launch"))
     _, _, *words = shlex.split(line.replace("examples/accelerate_loop.py", str(SCRIPT)))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *words]
     log = tmp_path / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env={**os.environ, **environment, "PYTHONPATH": str(ROOT)}, stdout=file,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    log.touch()
+    command = forked.spec("--main_process_port", 0, *words, folder=tmp_path, module="accelerate.commands.launch")
+    process = Forked(zygote, command, log, {**os.environ, **environment})
     launcher, gone = psutil.Process(process.pid), set[int]()
     try:
         deadline = time.monotonic() + LIMIT_SECONDS
         for step, number in ((14, signal.SIGKILL), (26, signal.SIGTERM)):
-            while max(losses(log.read_text()), default=0) < step or (victim := rank_1(launcher, gone)) is None:
+            while max(losses(log.read_text()), default=0) < step or not (ranks := newest_ranks(launcher, gone)):
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.02)
-            gone.add(victim.pid)
-            victim.send_signal(number)
+            gone.update(rank.pid for rank in ranks)
+            ranks[1].send_signal(number)
         assert process.wait(timeout=max(1.0, deadline - time.monotonic())) == 0, log.read_text()
     finally:
         for child in [*launcher.children(recursive=True), launcher] if process.poll() is None else []:

@@ -51,7 +51,7 @@ def test_told_ranks_end_all_and_a_restart_is_exact(
     assert codes == [143] * ranks
     last = max(event["last_iteration"] for event in jobs.events(tmp_path, "WindowCommitted"))
     persisted = {(event.get("rank", 0), event["last_iteration"]) for event in jobs.events(tmp_path, "WindowPersisted")}
-    assert last > jobs.HOLD - 3
+    assert last > jobs.HOLD - 6  # at most one window is left out, where a commit was still under way
     assert {(rank, last) for rank in range(ranks)} <= persisted  # also of ranks that nobody has told
 
     shutil.rmtree(tmp_path / "memory")  # the nodes are gone

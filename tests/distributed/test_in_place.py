@@ -26,22 +26,35 @@ def check(drill: Drill, spec: dict[str, Any], kills: list[dict[str, Any]], origi
     assert differences(drill.reference(spec), out) == []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ddp_live(drill: Drill, rank: int) -> None:
-    check(drill, DDP, [{"hook": "before_step", "step": 11, "rank": rank}], "live")
+def in_turn(*kills: dict[str, Any]) -> list[dict[str, Any]]:
+    """One death after the other; a rank that has died before dies in the process that took its place."""
+    died: dict[int, int] = {}
+    found = []
+    for generation, kill in enumerate(kills, start=1):
+        found.append({**kill, "generation": died.get(kill["rank"], 0)})
+        died[kill["rank"]] = generation
+    return found
 
 
-PHASES: dict[str, dict[str, Any]] = {
-    "after the step": {"hook": "batch_end", "step": 9},
-    "validation": {"hook": "validation", "step": 8},
-    "capture": {"event": "CaptureFinished", "count": 6},
-    "commit": {"event": "ManifestWritten", "count": 3},
-}
+def test_ddp_live(drill: Drill) -> None:
+    kills = [{"hook": "before_step", "step": 10 + rank, "rank": rank} for rank in (0, 1)]
+    check(drill, DDP, kills, "live")
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_ddp_phases(drill: Drill, phase: str) -> None:
-    check(drill, DDP, [{**PHASES[phase], "rank": 1}])
+def phases(hook: str) -> list[dict[str, Any]]:
+    """Each is the end of one process of the same rank: in a commit, in a validation, in a step. Of 16 iterations."""
+    moments = [
+        {"event": "ManifestWritten", "count": 3}, {"hook": "validation", "step": 12}, {"hook": hook, "step": 14},
+    ]  # fmt: skip
+    return in_turn(*({**moment, "rank": 1} for moment in moments))
+
+
+def test_ddp_phases(drill: Drill) -> None:
+    check(drill, {**DDP, "epochs": 4}, phases("batch_end"))
+
+
+def test_ddp_in_a_capture(drill: Drill) -> None:
+    check(drill, DDP, [{"event": "CaptureFinished", "count": 6, "rank": 1}])
 
 
 def test_ddp_in_the_first_iteration(drill: Drill) -> None:
@@ -52,35 +65,32 @@ def test_ddp_in_the_first_iteration(drill: Drill) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hook", "rank", "validates"), [("validation", 0, 0.5), ("validation", 1, 1.0), ("epoch_end", 0, 1.0)]
+    "kills",
+    [
+        [{"hook": "validation", "step": 9, "rank": 0}],
+        [{"hook": "validation", "step": 6, "rank": 1}, {"hook": "epoch_end", "step": 12, "rank": 0}],
+    ],
+    ids=["validation in the middle of an epoch", "validation and the end of an epoch"],
 )
-def test_what_follows_a_batch_is_done_again_from_living_state(
-    drill: Drill, hook: str, rank: int, validates: float
-) -> None:
-    """A validation, or the end of an epoch: nobody goes back behind the batch before it."""
+def test_what_follows_a_batch_is_done_again_from_living_state(drill: Drill, kills: list[dict[str, Any]]) -> None:
+    """Nobody goes back behind the batch before it."""
+    validates = 0.5 if len(kills) == 1 else 1.0
     spec = {**DDP, "samples": 48, "val_check_interval": validates, "callbacks": ["checkpoint"], "scheduler": "plateau"}
-    step = 9 if hook == "validation" and validates < 1 else 12
-    out, ended, pids = drill.elastic(spec, [{"hook": hook, "step": step, "rank": rank}])
+    out, ended, pids = drill.elastic(spec, kills)
     assert ended.good, f"{ended}\n{read_logs(out)}"
-    assert sorted(len(history) for history in pids) == [1, 2]
+    assert sorted(len(history) for history in pids) == ([1, 2] if len(kills) == 1 else [2, 2])
     assert {event["replay"] for event in read_events(out, "RestoreApplied")} == {0}
     assert differences(drill.reference(spec), out) == []
-    steps = read_steps(out, 1 - rank)
-    assert all(len(records) == 1 for records in steps.values()), "no batch is trained on again"
+    steps = [records for rank in (0, 1) for records in read_steps(out, rank).values()]
+    assert all(len(records) == 1 for records in steps), "no batch is trained on again"
 
 
 def test_four_ranks(drill: Drill) -> None:
     check(drill, {**DDP, "ranks": 4, "samples": 48}, [{"hook": "before_step", "step": 5, "rank": 2}], "live")
 
 
-def test_one_after_the_other(drill: Drill) -> None:
-    spec = {**DDP, "ranks": 3, "samples": 36}
-    kills = [{"hook": "before_step", "step": 3, "rank": 2}, {"hook": "before_step", "step": 7, "rank": 0}]
-    check(drill, spec, kills, "live")
-
-
 def test_live_state_after_a_window_and_again(drill: Drill) -> None:
-    """What was put in place for one recovery must not be read in the next."""
+    """One after the other: what was put in place for one recovery must not be read in the next."""
     spec = {**DDP, "ranks": 3, "samples": 60, "epochs": 5}
     hooks = ("batch_end", "before_step", "batch_end", "before_step")
     kills = [{"hook": hook, "step": 7 + 4 * n, "rank": n % 3} for n, hook in enumerate(hooks)]
@@ -118,10 +128,9 @@ def test_all_die(drill: Drill) -> None:
 MOETION: dict[str, Any] = {"ranks": 2, "strategy": "moetion", "expert_parallel_size": 2}
 
 
-@pytest.mark.parametrize("phase", ["after the step", "validation"])
-def test_expert_parallel(drill: Drill, phase: str) -> None:
-    """Experts of the lost rank have no living copy: all go back to a window and replay it together."""
-    check(drill, MOETION, [{**PHASES[phase], "rank": 1}], "memory")
+def test_expert_parallel(drill: Drill) -> None:
+    """Experts of the lost rank have no living copy: all go back to a window and replay it together, in each phase."""
+    check(drill, {**MOETION, "epochs": 4}, phases("batch_end"), "memory")
 
 
 def test_data_and_expert_parallel(drill: Drill) -> None:
@@ -129,18 +138,17 @@ def test_data_and_expert_parallel(drill: Drill) -> None:
     check(drill, {**MOETION, "ranks": 4, "samples": 48}, [{"hook": "before_step", "step": 5, "rank": 2}], "live")
 
 
-FSDP2: dict[str, Any] = {"ranks": 2, "strategy": "fsdp2"}
+FSDP2: dict[str, Any] = {"ranks": 2, "strategy": "fsdp2", "block": "fused"}
 
 
-@pytest.mark.parametrize("phase", ["before the step", "validation", "commit"])
-def test_fsdp2(drill: Drill, phase: str) -> None:
-    """Shards of the lost rank have no living copy: all go back to a window and replay it together."""
-    kill = {**PHASES, "before the step": {"hook": "before_step", "step": 7}}[phase]
-    check(drill, FSDP2, [{**kill, "rank": 1}], "memory")
+def test_fsdp2(drill: Drill) -> None:
+    """Shards of the lost rank have no living copy: all go back to a window and replay it together, in each phase."""
+    check(drill, {**FSDP2, "epochs": 4}, phases("before_step"), "memory")
 
 
 def test_fsdp2_backward(drill: Drill) -> None:
-    check(drill, {**FSDP2, "ranks": 3, "samples": 36}, [{"hook": "backward", "step": 7, "rank": 0}], "memory")
+    """Of the first rank."""
+    check(drill, FSDP2, [{"hook": "backward", "step": 7, "rank": 0}], "memory")
 
 
 def test_before_the_first_window_a_lost_shard_means_the_beginning(drill: Drill) -> None:
@@ -155,12 +163,13 @@ def test_before_the_first_window_a_lost_shard_means_the_beginning(drill: Drill) 
 AGREEING: dict[str, Any] = {**DDP, "module": "agreeing", "callbacks": ["best"], "default_logger": True}
 
 
-@pytest.mark.parametrize("step", [2, 11])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_newcomer_has_what_the_others_agreed_on_at_start(drill: Drill, rank: int, step: int) -> None:
-    """Also before the first window, where nothing else tells it."""
-    out, ended, _ = drill.elastic(AGREEING, [{"hook": "backward", "step": step, "rank": rank}])
+def test_newcomer_has_what_the_others_agreed_on_at_start(drill: Drill) -> None:
+    """Each of the ranks, also before the first window, where nothing else tells it."""
+    moments = [(rank, step) for step in (2, 10) for rank in (0, 1)]
+    kills = in_turn(*({"hook": "backward", "step": step + rank, "rank": rank} for rank, step in moments))
+    out, ended, pids = drill.elastic(AGREEING, kills)
     assert ended.good, f"{ended}\n{read_logs(out)}"
+    assert [len(history) for history in pids] == [3, 3]
     reference = drill.reference(AGREEING)
     names = ("gathered", "folder", "last", "mine", "seed", "total", "parts")
     for other in (0, 1):

@@ -1,7 +1,7 @@
 """An ordinary Lightning script under `moetion launch` and under torchrun: real processes, killed and stopped.
 
-`moetion launch` and its ranks are forks of a process that has imported everything; new interpreters, as users start
-them, are in test_demos.py and test_launch.py. Those of torchrun are new ones.
+The launchers and their ranks are forks of a process that has imported everything; new interpreters, as users start
+them, are in test_demos.py, test_launch.py and test_torchrun.py.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,8 +57,8 @@ class Training:
         folder: Where its ranks write.
         launcher: Module and arguments that start the ranks.
         arguments: Further arguments of the script.
+        zygote: Forks the launcher and its ranks.
         go: Whether training may begin at once.
-        zygote: Forks `moetion launch` and its ranks; None: they are new interpreters.
         script: What they run.
         steps: Length of each fit.
     """
@@ -70,8 +68,8 @@ class Training:
         folder: Path,
         launcher: tuple[str, ...],
         *arguments: object,
+        zygote: Zygote,
         go: bool = True,
-        zygote: Zygote | None = None,
         script: Path = SCRIPT,
         steps: int = STEPS,
     ) -> None:
@@ -79,17 +77,11 @@ class Training:
         folder.mkdir()
         if go:
             self.go()
-        command = [sys.executable, "-m", *launcher, script, folder, steps, *arguments]
+        module, *options = launcher
+        command = forked.spec(*options, script, folder, steps, *arguments, module=module)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.process: subprocess.Popen[bytes] | Forked
         (folder / "log").touch()
-        if zygote is not None:
-            self.process = Forked(zygote, forked.spec(*command[3:]), folder / "log", environment)
-            return
-        with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen(
-                [str(part) for part in command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+        self.process = Forked(zygote, command, folder / "log", environment)
 
     def go(self) -> None:
         (self.folder / "go").touch()
@@ -265,8 +257,8 @@ def test_warm_standby_takes_over(start: Start, reference: Path, zygote: Zygote) 
     assert training.differences(reference) == []
 
 
-def test_torchrun_restarts_all_ranks_and_they_continue(start: Start, reference: Path) -> None:
-    training = start(TORCHRUN, 23)
+def test_torchrun_restarts_all_ranks_and_they_continue(start: Start, reference: Path, zygote: Zygote) -> None:
+    training = start(TORCHRUN, 23, zygote=zygote)
     training.finish()
     assert [len(pids) for pids in training.pids()] == [2, 2]
     assert all(16 <= event["first_iteration"] <= 22 for event in training.events("RestoreStarted"))

@@ -17,6 +17,9 @@ import torch.distributed as dist
 from moetion_lightning.config import TorchrunWorker, torchrun_worker
 from moetion_lightning.distributed import torchrun
 from moetion_lightning.errors import RankLostError
+from tests.command import Forked
+from tests.runs import forked
+from tests.runs.drill import Zygote
 from tests.runs.elastic import StoreHost
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,15 +27,18 @@ SCRIPT = Path(__file__).parent / "workers" / "restarts.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kills", [["stepping", "separated", "stepping"], ["initialised", "before", "stepping"], ["stepping"] * 3]
-)
-def test_job_survives_kills_at_any_moment(tmp_path: Path, kills: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=6"]
-    command += ["--monitor-interval=0.1", str(SCRIPT), str(tmp_path), "separate", ",".join(kills)]
+def test_job_survives_kills_at_any_moment(tmp_path: Path, zygote: Zygote) -> None:
+    """torchrun and its ranks are forks of a process that has imported everything; below, new interpreters."""
+    kills = ["stepping", "separated", "stepping", "initialised", "before", "stepping"]
+    command = ["--standalone", "--nproc-per-node=2", f"--max-restarts={len(kills)}", "--monitor-interval=0.1"]
+    command += [str(SCRIPT), str(tmp_path), "separate", ",".join(kills)]
+    log = tmp_path / "log"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launcher = Forked(zygote, forked.spec(*command, module="torch.distributed.run"), log, environment)
+    try:
+        assert launcher.wait(120) == 0, log.read_text()[-3000:]
+    finally:
+        launcher.kill()
     for rank in (0, 1):  # no attempt failed but those that were killed; the second call had nothing to do
         assert (tmp_path / f"rank{rank}").read_text(encoding="utf-8") == f"{len(kills)} 32.0 (True, False)"
 

@@ -11,6 +11,7 @@ import pytest
 from moetion_lightning.testing.compare import compare_states
 from tests.faults.test_changing_models import EXACT as CHANGING
 from tests.faults.test_exactness import TRAININGS
+from tests.faults.test_optimizers import KILL, TWO_EPOCHS
 from tests.faults.test_optimizers import SPARSE as OPTIMIZERS
 from tests.runs.drill import Drill, differences, read_events, read_logs, read_steps
 
@@ -47,15 +48,15 @@ def test_killed_at_each_iteration(drill: Drill, hook: str, spec: dict[str, Any])
 
 #: Those in which the loops, callbacks or evaluations differ, and nothing that an optimizer consumes.
 LIKE_OTHERS = {
-    "module-list", "dense", "adam", "no-clipping", "clip-hard", "schedule-epoch", "no-schedule", "early-stopping",
-    "model-checkpoint", "validation-mid-epoch", "validation-in-accumulation", "bf16-mixed", "accumulate",
+    "module-list", "adam-no-schedule", "clip-hard-schedule-epoch", "early-stopping", "model-checkpoint-dense",
+    "validation-mid-epoch-no-clipping", "validation-in-accumulation",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in TRAININGS if name not in LIKE_OTHERS])
 def test_every_kind_of_training(drill: Drill, name: str) -> None:
-    spec = {**TRAININGS[name], **LOG}
-    killed = _check(drill, spec, [{"hook": "backward", "step": 8}, {"hook": "before_step", "step": 13}])
+    spec = {**TWO_EPOCHS, **TRAININGS[name], **LOG}
+    killed = _check(drill, spec, [{"hook": "backward", "step": 8}, {"hook": "before_step", "step": 12}])
     finished = read_events(killed, "ReplayFinished")
     assert finished
     assert all(event["verified"] for event in finished)
@@ -64,7 +65,13 @@ def test_every_kind_of_training(drill: Drill, name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer(drill: Drill, name: str) -> None:
-    killed = _check(drill, {**OPTIMIZERS[name], **LOG}, [{"hook": "backward", "step": 16}])
+    spec = {**OPTIMIZERS[name], **TWO_EPOCHS, **LOG}
+    killed = drill.killed(spec, [KILL])
+    found = differences(drill.reference(spec), killed)
+    if name == "rounding":  # draws from a generator of its own in each step, which gradients do not repeat: it is said
+        assert not found or "THE RECOVERED STATE IS APPROXIMATE" in (killed / "log").read_text()
+    else:
+        assert found == []
     assert bool(read_events(killed, "StateRebuilt")) == (name not in NOT_LOGGED)
 
 
@@ -85,7 +92,11 @@ UNUSUAL = {
 def test_every_unusual_training(drill: Drill, name: str) -> None:
     """Weights, gradients, generators or metrics that a script treats in its own way."""
     clip = {"clip": 0} if name in ("lbfgs", "silent_manual_backward") else {}
-    _check(drill, {"module": name, **clip, **LOG}, [{"hook": "batch_end", "step": 12}])
+    killed = _check(drill, {"module": name, **clip, **LOG}, [{"hook": "batch_end", "step": 12}])
+    if name == "clamped":  # weights that change outside of steps are captured whole, which is said once in each process
+        said = [e["message"] for e in read_events(killed, "Notice") if "whole at every iteration" in e["message"]]
+        assert len(said) == 2
+        assert "body.embed.weight" in said[0]
 
 
 def _findings(out: Path) -> list[dict[str, Any]]:
@@ -127,35 +138,45 @@ def test_state_that_an_optimizer_hides_is_noticed(drill: Drill) -> None:
     assert "THE RECOVERED STATE IS APPROXIMATE" in (killed / "log").read_text()
 
 
-PHASES: dict[str, list[dict[str, Any]]] = {
-    "base-begins": [{"event": "CaptureStarted", "copies": 1, "fields": {"iteration": 0}}],
-    "base-sealed": [{"event": "SlotSealed", "count": 2}],
-    "slot-is-copied": [{"event": "CaptureStarted", "copies": 2, "fields": {"iteration": 10}}],
-    "record-is-copied": [{"event": "IterationFinished", "copies": 9, "fields": {"iteration": 10}}],
-    "not-sealed": [{"event": "CaptureFinished", "fields": {"iteration": 11}}],
-    "slot-sealed": [{"event": "SlotSealed", "fields": {"iteration": 12}}],
-    "manifest-temporary": [{"event": "ManifestWritten", "fields": {"iteration": 12, "committed": False}}],
-    "manifest-committed": [{"event": "ManifestWritten", "fields": {"iteration": 12, "committed": True}}],
-    "older-dropped": [{"event": "WindowCommitted", "fields": {"last_iteration": 12}}],
-    "restore-found": [{"hook": "backward", "step": 11}, {"event": "RestoreStarted"}],
-    "rebuild-begins": [{"hook": "backward", "step": 11}, {"event": "RestoreStarted", "copies": 3}],
-    "in-rebuild": [{"hook": "backward", "step": 11}, {"event": "RestoreApplied", "copies": 2}],
-    "rebuilt": [{"hook": "backward", "step": 11}, {"event": "StateRebuilt"}],
-    "base-after-rebuild": [{"hook": "backward", "step": 11}, {"event": "StateRebuilt", "copies": 12}],
-    "validation": [{"hook": "validation", "step": 10}],
+#: Each is the end of one process; the next one goes on from what it left. 30 iterations.
+PHASES: dict[str, dict[str, dict[str, Any]]] = {
+    "capture": {
+        "base-begins": {"event": "CaptureStarted", "copies": 1, "fields": {"iteration": 0}},
+        "base-sealed": {"event": "SlotSealed", "count": 2},
+        "validation": {"hook": "validation", "step": 10},
+        "slot-is-copied": {"event": "CaptureStarted", "copies": 2, "fields": {"iteration": 12}},
+        "record-is-copied": {"event": "IterationFinished", "copies": 9, "fields": {"iteration": 14}},
+        "not-sealed": {"event": "CaptureFinished", "fields": {"iteration": 16}},
+    },
+    "commit": {
+        "slot-sealed": {"event": "SlotSealed", "fields": {"iteration": 12}},
+        "manifest-temporary": {"event": "ManifestWritten", "fields": {"iteration": 14, "committed": False}},
+        "manifest-committed": {"event": "ManifestWritten", "fields": {"iteration": 16, "committed": True}},
+        "older-dropped": {"event": "WindowCommitted", "fields": {"last_iteration": 18}},
+    },
+    "rebuild": {
+        "first": {"hook": "backward", "step": 11},
+        "restore-found": {"event": "RestoreStarted"},
+        "rebuild-begins": {"event": "RestoreStarted", "copies": 3},
+        "in-rebuild": {"event": "RestoreApplied", "copies": 2},
+        "rebuilt": {"event": "StateRebuilt"},
+        "base-after-rebuild": {"event": "StateRebuilt", "copies": 12},
+    },
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_killed_in_each_phase(drill: Drill, phase: str) -> None:
-    killed = _check(drill, SPEC, PHASES[phase])
-    assert _done_again(killed) <= len(PHASES[phase])
+@pytest.mark.parametrize("phases", PHASES)
+def test_killed_in_each_phase(drill: Drill, phases: str) -> None:
+    kills = list(PHASES[phases].values())
+    killed = _check(drill, SPEC, kills)
+    assert len({event["pid"] for event in read_events(killed)}) == len(kills) + 1
+    assert _done_again(killed) <= len(kills)
 
 
-@pytest.mark.parametrize("step", [13, 14])
-def test_killed_between_two_optimizers(drill: Drill, step: int) -> None:
-    killed = _check(drill, {"manual": True, **LOG}, [{"hook": "before_step", "step": step}])
-    assert _done_again(killed) <= 1
+def test_killed_between_two_optimizers(drill: Drill) -> None:
+    """Behind the first one's step, and before it."""
+    kills = [{"hook": "before_step", "step": step} for step in (13, 14)]
+    assert _done_again(_check(drill, {"manual": True, **LOG}, kills)) <= len(kills)
 
 
 def test_ten_kills_in_one_run(drill: Drill) -> None:
@@ -207,13 +228,6 @@ def test_training_that_is_not_deterministic_is_restored_exactly(drill: Drill) ->
 def test_negative_control_a_sparse_window_notices_that_training_is_not_deterministic(drill: Drill) -> None:
     killed = drill.killed({"module": "noisy_backward"}, [{"hook": "backward", "step": 11}])
     assert {event["quantity"] for event in read_events(killed, "ReplayMismatch")} >= {"losses", "weights"}
-
-
-def test_weights_that_change_outside_of_steps_are_captured_whole_and_said_once(drill: Drill) -> None:
-    killed = _check(drill, {"module": "clamped", **LOG}, [{"hook": "backward", "step": 11}])
-    said = [e["message"] for e in read_events(killed, "Notice") if "whole at every iteration" in e["message"]]
-    assert len(said) == 2  # once in each process
-    assert "body.embed.weight" in said[0]
 
 
 @pytest.mark.parametrize("kind", ["grad", "steps", "slot", "rest", "manifest"])

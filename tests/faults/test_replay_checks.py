@@ -9,7 +9,7 @@ import pytest
 
 from tests.runs.drill import Drill, differences, read_events, read_steps
 
-LIST: dict[str, Any] = {"block": "list", "samples": 40}
+LIST: dict[str, Any] = {"block": "list", "samples": 40, "epochs": 2}
 LOOP: dict[str, Any] = {"runner": "tests.runs.loops"}
 FABRIC = {**LOOP, "framework": "fabric"}
 ACCELERATE = {**LOOP, "framework": "accelerate"}

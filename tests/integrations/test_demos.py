@@ -1,8 +1,8 @@
 """`moetion demo`, `demo ranks` and `demo pipeline`, end to end.
 
-What is killed runs as the user starts it; of the pipeline, `moetion launch` and its ranks are forks of a process that
-has imported everything. The undisturbed twin, with which it is compared bit by bit, is forked, too, and its ranks by an
-ordinary elastic agent's rules.
+Of one process, what is killed runs as the user starts it; of several, `moetion launch` and its ranks are forks of a
+process that has imported everything. The undisturbed twin, with which it is compared bit by bit, is forked, too, and
+its ranks by an ordinary elastic agent's rules.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def test_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_
     demonstrate(capsys, tmp_path / "demo", forked_twins, "--small", *FEW)
 
 
+@pytest.mark.usefixtures("forked_launcher")
 def test_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_twins: list[str]) -> None:
     """A rank is killed and replaced, the other lives on."""
     out = demonstrate(capsys, tmp_path / "demo", forked_twins, "ranks", "--ranks", "2", *FEW)

@@ -1,4 +1,4 @@
-"""``moetion launch`` and ``moetion rendezvous`` without importing everything again. Runs in a child process.
+"""``moetion launch`` and other launchers of torch's kind, without importing everything again. Runs in a child process.
 
 The command is a fork, and so is each process that it starts; all else is as usual: sessions of their own, pipes,
 signals, descriptors, environment, exit statuses.
@@ -48,7 +48,7 @@ class Process:
     """What torch's elastic agent starts as ``subprocess.Popen``, as a fork of the launcher.
 
     Args:
-        args: ``python -u -m MODULE ARGUMENTS``.
+        args: ``python -u -m MODULE ARGUMENTS``, or a script in the place of ``-m MODULE``.
         env: Its environment.
         stdin: ``PIPE``; None for the launcher's.
         stdout: A file; None for the launcher's.
@@ -61,7 +61,7 @@ class Process:
         stdout: IO[str] | None = None, stderr: IO[str] | None = None,
     ) -> None:  # fmt: skip
         assert start_new_session
-        module, *arguments = args[args.index("-m") + 1 :]
+        program = list(args[args.index("-u") + 1 :])
         reads, writes = os.pipe() if stdin == subprocess.PIPE else (os.open(os.devnull, os.O_RDONLY), None)
         self.returncode: int | None = None
         self.pid = os.fork()
@@ -71,7 +71,7 @@ class Process:
             for descriptor, file in ((1, stdout), (2, stderr)):
                 if file is not None:
                     os.dup2(file.fileno(), descriptor)
-            leave(lambda: _become(module, arguments, env))
+            leave(lambda: _become(program, env))
         os.close(reads)
         self.stdin = None if writes is None else os.fdopen(writes, "wb")
 
@@ -95,7 +95,7 @@ class Process:
             os.kill(self.pid, number)
 
 
-def _become(module: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+def _become(program: list[str], env: Mapping[str, str]) -> None:
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         if descriptor > 2:
             try:
@@ -107,19 +107,27 @@ def _become(module: str, arguments: Sequence[str], env: Mapping[str, str]) -> No
     os.environ.clear()
     os.environ.update(env)
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
-    sys.argv = [module, *arguments]
+    if program[0] != "-m":
+        sys.argv = program
+        sys.path.insert(0, os.path.dirname(program[0]))
+        runpy.run_path(program[0], run_name="__main__")
+        return
+    sys.argv = program[1:]
     sys.path.insert(0, os.getcwd())
-    sys.modules.pop(module, None)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.modules.pop(program[1], None)
+    runpy.run_module(program[1], run_name="__main__", alter_sys=True)
 
 
-def spec(*arguments: object, folder: Path | None = None, netns: str | None = None) -> dict[str, Any]:
+def spec(
+    *arguments: object, folder: Path | None = None, netns: str | None = None, module: str = "moetion_lightning"
+) -> dict[str, Any]:
     """A command, for the zygote.
 
     Args:
-        *arguments: What follows ``moetion``.
+        *arguments: What follows the name of the command.
         folder: Its current directory; None: the repository.
         netns: File of the network namespace in which it runs; None: this one.
+        module: What the command is.
     """
     given = [str(argument) for argument in arguments]
     return {
@@ -127,6 +135,7 @@ def spec(*arguments: object, folder: Path | None = None, netns: str | None = Non
         "arguments": given,
         "folder": None if folder is None else str(folder),
         "netns": netns,
+        "module": module,
     }
 
 
@@ -143,4 +152,4 @@ def run(given: dict[str, Any]) -> None:
     torch_elastic.subprocess = SimpleNamespace(Popen=Process, PIPE=subprocess.PIPE)  # type: ignore[attr-defined]
     subprocess_handler.Popen = Process  # type: ignore[attr-defined]
     sys.argv = ["moetion", *given["arguments"]]
-    runpy.run_module("moetion_lightning", run_name="__main__", alter_sys=False)
+    runpy.run_module(given["module"], run_name="__main__", alter_sys=False)

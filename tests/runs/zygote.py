@@ -28,10 +28,13 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     libc = ctypes.CDLL(None)
     import lightning.pytorch  # noqa: F401
+    import numpy.ctypeslib  # noqa: F401
     import torch
+    import torch.distributed.algorithms.ddp_comm_hooks
     import torch.distributed.fsdp
 
     import moetion_lightning.callbacks
+    import moetion_lightning.commands.automatic  # what a replacement imports
     import moetion_lightning.distributed.launch  # noqa: F401
     from moetion_lightning.distributed import groups
     from tests.runs import scenario

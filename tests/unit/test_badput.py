@@ -219,3 +219,16 @@ def test_metric_adds_up_and_means_over_ranks() -> None:
     for wrong in ({"sleep": 1.0}, {"idle": -1.0}):
         with pytest.raises(ConfigurationError, match=r"Badput\.update"):
             Badput().update(wrong)
+
+
+def test_an_account_of_hours_is_kept_minute_by_minute(clock: Clock) -> None:
+    """An iteration each second, for over an hour; then the process is killed."""
+    note = mmap.mmap(-1, NOTE_BYTES)
+    first, second = Account(), Account()
+    tell(first, clock, LIFE[:2])
+    first.keep_in(note)
+    tell(first, clock, [(10.0 + number, iteration(number)) for number in range(4000)])
+    second.keep_in(note)
+    assert second.ledger.totals == first.ledger.totals
+    assert second.ledger.last_hour() == first.ledger.last_hour()
+    assert set(first.ledger.marks()) <= set(second.ledger.marks())

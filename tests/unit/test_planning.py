@@ -18,7 +18,7 @@ from moetion_lightning.planning.failures import Failure, FailureModel, loss_shar
 from moetion_lightning.planning.job import Job, Outage, RankState, state_of
 from moetion_lightning.planning.plan import plan
 from moetion_lightning.planning.policies import checkpoint_files, dense_in_memory, gradient_log, sparse, two_phase
-from moetion_lightning.planning.quantities import byte_count, count, count_text, duration
+from moetion_lightning.planning.quantities import byte_count, count, count_text, duration, number_text, time_text
 from moetion_lightning.planning.simulation import simulate
 from moetion_lightning.planning.sources import group_seconds
 from moetion_lightning.planning.traces import read_trace
@@ -169,6 +169,7 @@ def test_goal_of_the_largest_job_is_reached() -> None:
     for row in compare(LARGE, FailureModel(mtbf=600.0), 3000 * 600.0, names=["sparse", "gradient_log"]):
         assert row.simulated.shares.ettr >= 0.93
     cold = plan(replace(LARGE, outage=replace(LARGE.outage, start=120.0)))
+    assert cold.best is not None
     assert cold.best.shares.ettr < 0.80
 
 
@@ -182,12 +183,60 @@ def test_policy_without_enough_memory_is_not_recommended() -> None:
         "partial",
         "two_phase",
     }
+    assert little.best is not None
     assert little.best.name == "files"
     assert "Too little host memory for" in little.why
 
 
+def test_recommended_policy_has_the_highest_ratio_or_a_reason() -> None:
+    """What is taken in place of a slightly higher ratio needs less memory, or no determinism; the text says which."""
+    reasons = 0
+    for job in (LARGE, SLOW, replace(LARGE, mtbf=36_000.0), replace(SLOW, mtbf=86_400.0)):
+        found = plan(job)
+        assert found.best is not None
+        exact = [cost for cost in found.costs if cost.exact and cost.fits]
+        highest = max(exact, key=lambda cost: cost.shares.ettr)
+        if highest is not found.best:
+            reasons += 1
+            assert highest.shares.ettr - found.best.shares.ettr <= 0.002
+            assert highest.deterministic > found.best.deterministic or highest.host_memory > found.best.host_memory
+            assert f"{highest.callback} has slightly more" in found.why
+            assert ("of host memory a rank. " in found.why) or ("only where training is deterministic" in found.why)
+        else:
+            assert "slightly more" not in found.why
+    assert reasons
+
+
+def test_no_policy_is_recommended_where_none_makes_progress() -> None:
+    found = plan(replace(LARGE, mtbf=1.0))
+    assert found.best is None
+    assert found.why.startswith("No policy makes progress: with a failure every 1 s")
+
+
+def test_state_smaller_than_its_copies_time_has_a_plan() -> None:
+    tiny = plan(replace(LARGE, state=RankState(full_bytes=1, compute_bytes=0, gradient_bytes=0)))
+    assert all(cost.cycle.interval >= 1 for cost in tiny.costs)
+    with pytest.raises(ConfigurationError, match="full_bytes=0"):
+        replace(LARGE, state=RankState(full_bytes=0, compute_bytes=0, gradient_bytes=0))
+
+
+def test_simulation_needs_a_time() -> None:
+    with pytest.raises(ConfigurationError, match="seconds=0"):
+        simulate(plan(LARGE).costs[0].cycle, FailureModel(mtbf=600.0).draw(0), 0.0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"shape": 0.0}, {"burst_nodes": 0.5}, {"repeats": 1.0}, {"repeat_seconds": 0.0}, {"mtbf": 0.0}]
+)
+def test_wrong_failures_are_named(wrong: dict[str, float]) -> None:
+    ((name, _),) = wrong.items()
+    with pytest.raises(ConfigurationError, match=f"^{name}="):
+        replace(FailureModel(mtbf=600.0), **wrong)  # type: ignore[arg-type]
+
+
 def test_lossy_policy_is_never_recommended() -> None:
     found = plan(replace(SLOW, copy_bandwidth=0.3e9))
+    assert found.best is not None
     ratios = {cost.name: cost.shares.ettr for cost in found.costs}
     assert max(ratios, key=ratios.__getitem__) == "partial" != found.best.name
 
@@ -229,6 +278,19 @@ def test_file_that_is_no_trace_is_refused(tmp_path: Path, text: str) -> None:
         read_trace(path)
 
 
+def test_line_that_is_no_part_of_a_trace_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text("1,add,a\n\n2,fly,b\n")
+    with pytest.raises(ConfigurationError, match=r"line 3 is '2,fly,b', expected `milliseconds,add\|remove,node`"):
+        read_trace(path)
+    path.write_text("hello\n")
+    with pytest.raises(ConfigurationError, match=r"line 1 is 'hello', expected `milliseconds.* or `date, time, nodes`"):
+        read_trace(path)
+    path.write_text("1,remove,a\n")
+    with pytest.raises(ConfigurationError, match="covers no time"):
+        read_trace(path)
+
+
 @pytest.mark.parametrize("kind", ["exponential", "weibull", "correlated"])
 def test_failures_come_as_often_as_they_should(kind: str) -> None:
     model = FailureModel(kind=kind, mtbf=600.0)  # type: ignore[arg-type]
@@ -264,6 +326,10 @@ def test_quantities_as_people_write_them() -> None:
     assert (count("671B"), count("1.5k"), count("2e3")) == (671e9, 1500.0, 2000.0)
     assert (byte_count("25GB/s"), byte_count("64 GiB"), byte_count("7")) == (25e9, 64 * 2**30, 7.0)
     assert (duration("10min"), duration("400ms"), duration("2 d"), duration("3")) == (600.0, 0.4, 172_800.0, 3.0)
+    assert [time_text(seconds) for seconds in (0.0, 0.02, 5.0, 600.0, 360_000.0, 1e9, 4e10)] == [
+        "0 s", "20 ms", "5 s", "10 min", "4.17 d", "31.7 years", "1,268 years",
+    ]  # fmt: skip
+    assert [number_text(number, "rank") for number in (1, 16_384)] == ["1 rank", "16,384 ranks"]
     assert [count_text(number) for number in (671e9, 57e6, 2e12, 12)] == ["671B", "57M", "2T", "12"]
     for wrong in ("", "B", "ten", "10 parsecs", "-3s"):
         with pytest.raises(ConfigurationError, match="expected"):
