@@ -237,7 +237,7 @@ def test_every_connection_of_a_rank_may_be_reset(start: Start, reference: Path, 
 
 
 def test_hung_rank_is_replaced(start: Start, reference: Path, zygote: Zygote) -> None:
-    training = start(launch("--hang-timeout", "step=5"), zygote=zygote)
+    training = start(launch("--hang-timeout", "step=5,validation=5,save=5"), zygote=zygote)
     training.signal(1, signal.SIGSTOP)
     training.finish()
     assert "rank 1: hung: nothing of it runs for" in training.log

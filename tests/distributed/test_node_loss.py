@@ -117,7 +117,8 @@ def test_only_holder_is_lost_while_it_serves_the_copy(drill: Drill) -> None:
 
 def test_one_of_two_holders_is_lost_while_it_serves_the_copy(drill: Drill) -> None:
     spec = {**THREE_HOSTS, "engine_args": {"replicas": 2}}
-    out, ended, _ = drill.elastic(spec, [{**REPLICATED, "rank": 1}, {"transfer": "serving", "rank": 0}])
+    twice = {**REPLICATED, "count": 4}  # each window is copied to two
+    out, ended, _ = drill.elastic(spec, [{**twice, "rank": 1}, {"transfer": "serving", "rank": 0}])
     assert ended.good, read_logs(out)
     assert differences(drill.reference(spec), out) == []
 
