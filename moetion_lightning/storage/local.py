@@ -27,6 +27,7 @@ from moetion_lightning.storage.posix import (
 __all__ = ["LocalPlace"]
 
 
+_READINGS = 20  # of a folder in which files come and go all the time
 _THIS_RUN = uuid.uuid4().hex[:12]  # processes of two machines may have the same number
 
 
@@ -73,7 +74,19 @@ class LocalPlace(Place):
         self.files_dir = path / FILES
 
     def entries(self, folder: str) -> dict[str, int]:
-        """Names and sizes in bytes, leftovers of interrupted copies included."""
+        """Names and sizes in bytes, leftovers of interrupted copies included.
+
+        A file that comes, and one that goes for it while the folder is read, may both be missing in one reading: the
+        answer is one that was read twice.
+        """
+        sizes = self._sizes(folder)
+        for _ in range(_READINGS):
+            before, sizes = sizes, self._sizes(folder)
+            if before.keys() == sizes.keys():
+                break
+        return sizes
+
+    def _sizes(self, folder: str) -> dict[str, int]:
         sizes = {}
         for entry in self._scan(folder):
             with contextlib.suppress(FileNotFoundError):

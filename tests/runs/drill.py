@@ -214,7 +214,7 @@ class Drill:
         memory.mkdir(mode=0o700)
         logs = [out / f"log{suffix(rank, spec['ranks'])}" for rank in range(spec["ranks"])]
         given = {**spec, "out": str(out), "memory_dir": str(memory), "kills": [{"generation": 0, **k} for k in kills]}
-        losses = sum(1 + len(kill.get("with_hosts", ())) for kill in kills)
+        losses = sum(1 + len(kill.get("with_hosts", ())) + len(kill.get("too", ())) for kill in kills)
         ended, pids = self.zygote.run_elastic(given, logs, losses if restarts is None else restarts, timeout_seconds)
         return out, ended, pids
 

@@ -154,3 +154,19 @@ def test_downloads_are_removed_on_close(memory):
     assert path.stat().st_mode & 0o077 == 0 or path.parent.stat().st_mode & 0o077 == 0
     disk.close()
     assert not path.exists()
+
+
+def test_window_that_takes_the_place_of_another_while_the_folder_is_read_is_seen(memory, monkeypatch):
+    """A folder is not read in one instant: the old one went before its turn, the new one came after it."""
+    commit_window(memory, 5)
+    windows = memory.path / "windows"
+    scan = memory.place._scan
+
+    def swap_while_reading(folder):
+        entries = scan(folder)
+        if folder == "windows" and (windows / "000000000005.json").exists():
+            (windows / "000000000005.json").rename(windows / "000000000006.json")
+        return entries
+
+    monkeypatch.setattr(memory.place, "_scan", swap_while_reading)
+    assert memory.windows() == [6]
