@@ -67,6 +67,7 @@ class StoreControl:
         rank: This rank.
         world_size: Number of ranks.
         scope: Prefix of all keys: differs for each membership (generation) of the job.
+        generation: That generation.
         check: Called before waiting, and when a wait was ended; raises when waiting is useless.
         local_size: Ranks of each node, which follow each other.
         timeout_seconds: How long to wait for the slowest rank.
@@ -79,13 +80,14 @@ class StoreControl:
         world_size: int,
         *,
         scope: str,
+        generation: int = 0,
         check: Callable[[], None] = lambda: None,
         local_size: int = 1,
         timeout_seconds: float = 1800.0,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.scope = scope
+        self.scope, self.generation = scope, generation
         self._store = store if isinstance(store, BoundedStore | PlainStore) else PlainStore(store)
         self._check = check
         self._waits = Waits(rank, check, timeout_seconds)

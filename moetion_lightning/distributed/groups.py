@@ -131,6 +131,7 @@ class Groups:
                 member.rank,
                 member.world_size,
                 scope=scope,
+                generation=member.generation,
                 check=member.check,
                 local_size=1 if devices is None else devices[0],
                 timeout_seconds=max(exchange_limit_seconds(), _PATIENCE * self._start_seconds),
@@ -174,7 +175,8 @@ class Groups:
         if older:
             self._communicators.abort()
         control = self._control
-        if control is not None and self.membership.newest >= newest:  # its check raises now
+        # This rank may have gone on meanwhile: then it waits in the new generation, for ranks that come.
+        if control is not None and control.generation < newest <= self.membership.newest:  # its check raises now
             control.interrupt()
 
     def _init_together(self, *, short: bool = False) -> None:

@@ -119,3 +119,15 @@ def test_a_device_in_an_error_state_makes_a_survivor_a_loss(groups: Groups, monk
     groups.install()
     with pytest.raises(RankLostError, match="illegal memory access"):
         groups.leave()
+
+
+@pytest.mark.parametrize(("generation", "ended"), [(1, True), (2, False)])
+def test_wait_in_the_generation_that_begins_is_not_ended(groups: Groups, generation: int, ended: bool) -> None:
+    """The watching thread tells of generation 2, and the rank may have gone on to it already."""
+    interrupted: list[int] = []
+    groups.membership.newest = 2  # type: ignore[misc]
+    groups._control = SimpleNamespace(  # type: ignore[assignment]
+        generation=generation, interrupt=lambda: interrupted.append(generation), close=lambda: None
+    )
+    groups._free(2)
+    assert interrupted == ([generation] if ended else [])
