@@ -11,7 +11,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-WORKERS ?= 2
+WORKERS ?= 3
 VERSIONS ?= lowest middle newest
 ARGS ?=
 
