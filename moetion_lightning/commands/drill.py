@@ -8,10 +8,8 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.testing.divergence import Outcome, compare_recordings
 from moetion_lightning.testing.drill_plan import PHASES, DrillPlan, Kills
 from moetion_lightning.testing.drilled_run import DrilledRun, NotRestartedError
+from moetion_lightning.testing.folders import run_folders, shared_memory
 from moetion_lightning.testing.order import Order
 from moetion_lightning.testing.processes import RunError, last_output
 from moetion_lightning.testing.records import Recording
@@ -157,21 +156,8 @@ def _options(given: argparse.Namespace) -> _Options:
     )
 
 
-@contextlib.contextmanager
-def _folders(wanted: Path | None) -> Iterator[tuple[Path, Path]]:
-    """A folder for the runs, kept if the user named it, and one in memory that is removed in the end."""
-    if wanted is not None and wanted.exists() and any(wanted.iterdir()):
-        raise ConfigurationError(f"--keep {wanted} is not empty; give a new folder")
-    base = _memory_base()
-    folder = Path(tempfile.mkdtemp(prefix="moetion-drill-")) if wanted is None else wanted.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    memory = Path(tempfile.mkdtemp(prefix="moetion-drill-", dir=base))
-    try:
-        yield folder, memory
-    finally:
-        shutil.rmtree(memory, ignore_errors=True)
-        if wanted is None:
-            shutil.rmtree(folder, ignore_errors=True)
+def _folders(wanted: Path | None) -> contextlib.AbstractContextManager[tuple[Path, Path]]:
+    return run_folders(wanted, "--keep", "moetion-drill-", _memory_base())
 
 
 def _memory_base() -> Path | None:
@@ -184,8 +170,7 @@ def _memory_base() -> Path | None:
                 f"MOETION_MEMORY_DIR={base}: expected a folder that is there and can be written to"
             )
         return base
-    shared = Path("/dev/shm")
-    return shared if os.access(shared, os.W_OK | os.X_OK) else None
+    return shared_memory()
 
 
 def _plan(options: _Options, steps: int) -> DrillPlan:

@@ -7,15 +7,14 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.testing.folders import run_folders, shared_memory
 
 __all__ = [
     "RECORDING",
@@ -76,30 +75,13 @@ def check_windows(steps: int, window: int, kill_after_windows: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def folders(wanted: Path | None) -> Iterator[tuple[Path, Path]]:
-    """An empty folder for results, kept if the user named it, and one in memory that is removed in the end.
+def folders(wanted: Path | None) -> contextlib.AbstractContextManager[tuple[Path, Path]]:
+    """See :func:`run_folders`.
 
     Args:
         wanted: The user's folder.
-
-    Raises:
-        ConfigurationError: The user's folder is not empty.
     """
-    folder = Path(wanted or tempfile.mkdtemp(prefix="moetion-demo-")).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ConfigurationError(f"--dir {folder} is not empty; give a new folder")
-    shared = Path("/dev/shm")
-    memory = Path(
-        tempfile.mkdtemp(prefix="moetion-demo-", dir=shared if os.access(shared, os.W_OK | os.X_OK) else None)
-    )
-    try:
-        yield folder, memory
-    finally:
-        shutil.rmtree(memory, ignore_errors=True)
-        if wanted is None:
-            shutil.rmtree(folder, ignore_errors=True)
+    return run_folders(wanted, "--dir", "moetion-demo-", shared_memory())
 
 
 # --- watching it -----------------------------------------------------------------------------------------------------
