@@ -297,7 +297,7 @@ def test_output_and_errors_of_each_process_are_kept(job: Job) -> None:
     logs, errors = job.folder.parent / "logs", job.folder.parent / "error.json"
     options = ("--nproc-per-node", 2, "--log-dir", logs, "--tee", "3", "--max-restarts", 1)
     launcher = job.start("launch", *options, ENDING, "raise", TORCHELASTIC_ERROR_FILE=str(errors))
-    assert launcher.wait() == 80
+    assert launcher.wait() == 80, job.logs()
     (run,) = logs.iterdir()
     tried = sorted(path.parent.relative_to(run).as_posix() for path in run.rglob("stderr.log") if path.stat().st_size)
     assert len(tried) >= 3

@@ -64,15 +64,22 @@ class Process:
         program = list(args[args.index("-u") + 1 :])
         reads, writes = os.pipe() if stdin == subprocess.PIPE else (os.open(os.devnull, os.O_RDONLY), None)
         self.returncode: int | None = None
+        is_new, tell = os.pipe()
         self.pid = os.fork()
         if not self.pid:
             os.setsid()
+            for number in _TAKEN:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.close(tell)
             os.dup2(reads, 0)
             for descriptor, file in ((1, stdout), (2, stderr)):
                 if file is not None:
                     os.dup2(file.fileno(), descriptor)
             leave(lambda: _become(program, env))
         os.close(reads)
+        os.close(tell)
+        os.read(is_new, 1)  # Popen, too, returns when it leads its session and heeds signals as a new program does
+        os.close(is_new)
         self.stdin = None if writes is None else os.fdopen(writes, "wb")
 
     def poll(self) -> int | None:
@@ -102,8 +109,6 @@ def _become(program: list[str], env: Mapping[str, str]) -> None:
                 os.close(descriptor)
             except OSError:  # the listing's own
                 pass
-    for number in _TAKEN:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(env)
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
