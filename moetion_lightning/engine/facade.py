@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,10 +28,9 @@ from moetion_lightning.core.kept_values import Fresh
 from moetion_lightning.core.layouts import MoELayer, MoESpec
 from moetion_lightning.core.log_policy import GradientLogPolicy
 from moetion_lightning.core.pace import Pace
-from moetion_lightning.core.policy import PacedDensePolicy, PartialExpertsPolicy, Policy, SparsePolicy, WindowPlan
+from moetion_lightning.core.policy import PacedDensePolicy, PartialExpertsPolicy, Policy, SparsePolicy
 from moetion_lightning.core.state import LiveState
 from moetion_lightning.engine.completeness import check_complete, make_reconstruction
-from moetion_lightning.engine.density import why_dense
 from moetion_lightning.engine.journal import LivePoint
 from moetion_lightning.engine.living import Living
 from moetion_lightning.engine.log_capture import GradientLog
@@ -59,8 +57,9 @@ from moetion_lightning.engine.slot_files import SlotFiles, WindowHeader
 from moetion_lightning.engine.stage_recovery import Stages
 from moetion_lightning.engine.steps import StepWatcher
 from moetion_lightning.engine.tiers import Tiers
-from moetion_lightning.engine.writer import BASELESS, TORN, OpenWindow, WindowWriter
-from moetion_lightning.errors import NonDeterminismError, RankLostError, UnsupportedStateError
+from moetion_lightning.engine.window_capture import WindowCapture
+from moetion_lightning.engine.writer import WindowWriter
+from moetion_lightning.errors import NonDeterminismError
 from moetion_lightning.events import (
     EventBus,
     IterationFinished,
@@ -77,7 +76,6 @@ from moetion_lightning.storage.tree_cache import TreeCache
 __all__ = ["Engine", "RunState"]
 
 _log = logging.getLogger(__name__)
-_UNSTEADY_WINDOWS = 3
 _NOT_REPLAYED = "a sparse window could not be replayed exactly, so windows are dense now"
 _NOT_LOGGED = "the steps could not be done again from a log, so windows are dense now"
 
@@ -124,17 +122,13 @@ class Engine:
         #: Called when a restored state is whole, before training goes on.
         self.on_recovered: Callable[[], None] | None = None
         self._attached: Attached | None = None
+        self._windows: WindowCapture | None = None
         self._log: GradientLog | None = None  # in place of windows
-        self._window: OpenWindow | None = None
         self._records_batches = False  # whether the adapter does
         self._to_come: BatchToCome | None = None  # of a window that is whole but for the batch behind it
         self._concluding: Recovery | LogRecovery | None = None  # its state is dense, and the batch behind it not known
-        self._finishing: deque[OpenWindow] = deque()  # whole, and on their way through the capture thread
-        self._unsteady = 0  # windows in a row within which other parameters began to train
-        self._synchronous = False
         self._stall = 0.0
         self._sparse: Policy | None = None  # in whose place a dense one is
-        self._slot: int | None = None  # what is captured behind the iteration under way
         #: Set when the state that was restored is that after a batch: what follows the batch comes next.
         self.restored_after_batch = False
         self._started_at = 0.0
@@ -230,6 +224,19 @@ class Engine:
                 self.tiers.on_commit,
                 keeps_older=not self.ranks.alone,
             ),
+        )
+        self._windows = WindowCapture(
+            self._attached,
+            tiers=self.tiers,
+            ranks=self.ranks,
+            stages=self._stages,
+            protection=self.protection,
+            precision=self.precision,
+            header=self._header,
+            with_lineage=self._with_lineage,
+            flatten=self._flatten,
+            fall_back=self._fall_back_to_dense,
+            say_once=self.say_once,
         )
         if isinstance(self.policy, GradientLogPolicy):
             keeps = kept_points(self.ranks, self.config.keep_rounds, self.policy.window)
@@ -440,8 +447,8 @@ class Engine:
                 if concluding is not None:
                     concluding.conclude(None if self.next_is_another else record_of_next(batch, rng))
             except NonDeterminismError as error:
-                if self._window is not None:
-                    self._window.broken = str(error)
+                if self._windows is not None:
+                    self._windows.break_off(str(error))
                 raise
             finally:
                 if to_come is not None:
@@ -508,6 +515,7 @@ class Engine:
                 self._stages.begin(self.iteration + 1)
                 self._note_boundary(run_state)
             return False
+        assert self._windows is not None
         steps = attached.steps.take()
         self.iteration += 1
         self._stages.begin(self.iteration + 1)
@@ -515,7 +523,7 @@ class Engine:
         seconds, stall = now - self._started_at, self._stall
         self._started_at, self._stall = now, 0.0
         self.pace.iteration(seconds)
-        slot, self._slot = self._slot, None
+        slot = self._windows.take_slot()
         if self.recovery is None and isinstance(self.policy, (SparsePolicy, PacedDensePolicy)):
             self.policy.iteration(self.iteration, seconds, slot)
         attached.routing.end_iteration()
@@ -539,35 +547,20 @@ class Engine:
                 return True
         noted = self._note_boundary(run_state)
         if self._log is not None:
-            self._log_iteration(noted, record.read)
-        if self._log is not None:
-            return True
-        if misread and self._window is not None:
-            self._window.broken = f"{misread[0]} was read in full precision, not only cast to 16 bits"
-        window = self._open_window(run_state, steps)
-        if window is not None:
-            self._slot = None if window.broken else window.next_slot
-            if window.next_slot == len(window.plan.slots) - 1:
-                window.header = self._with_lineage(window.header)
-            attached.writer.capture(window, self.iteration, record.read)
-            if window.complete and self._records_batches:
-                self._to_come = window.to_come
-            elif window.complete:
-                window.to_come.never_comes()
-            if self._synchronous:
-                self._wait()  # as all of this, it is counted by boundary()
-        return True
-
-    def _log_iteration(self, state: Callable[[], FlatTree], record: Callable[[], dict[str, Any]]) -> None:
-        assert self._log is not None
-        to_come = self._log.iteration(self.iteration, state, record)
+            to_come = self._log.iteration(self.iteration, noted, record.read)
+        else:
+            if misread:
+                self._windows.break_off(f"{misread[0]} was read in full precision, not only cast to 16 bits")
+            to_come = self._windows.iteration(self.policy, self.iteration, run_state, steps, record.read)
         if to_come is not None and self._records_batches:
             self._to_come = to_come
         elif to_come is not None:
             to_come.never_comes()
+        synchronous = self._windows.synchronous if self._log is None else self._log.synchronous
         self._give_the_log_up()
-        if self._log is not None and self._log.synchronous:
+        if synchronous:
             self._wait()  # as all of this, it is counted by boundary()
+        return True
 
     @property
     def layers(self) -> tuple[MoELayer, ...]:
@@ -618,7 +611,8 @@ class Engine:
                 self._attached.steps.remove()
                 self._attached.routing.close()
                 self._attached.thread.close()
-                self._settle_last()
+                assert self._windows is not None
+                self._windows.settle_last()
                 if self._log is not None:
                     self._log.settle()
         finally:
@@ -688,48 +682,39 @@ class Engine:
 
     def _abandon(self) -> None:
         """Give up the iteration in flight, the window being captured, and a replay under way."""
-        attached = self._attached
-        if attached is None:
+        if self._attached is None:
             return
-        window, self._window = self._window, None
+        assert self._windows is not None
         self._no_batch_to_come()
-        attached.thread.drain()
-        self._settle()
+        self._windows.abandon()
         if self._log is not None:
             self._log.abandon()
-        if window is not None and not (window.complete and attached.writer.newest_is(window)):
-            attached.writer.abandon(window)
         if self.recovery is not None:
             self.recovery.release()
             self.recovery = None
         self.precision.stop()
         self.norms.give(None)
         self.tiers.release_point()
-        if (
-            self._sparse is not None
-        ):  # whoever joins has not fallen back yet; the reason is told again at the next window
+        if self._sparse is not None:  # whoever joins has not fallen back; the reason is told again at the next window
             self.policy, self._sparse = self._sparse, None
         if isinstance(self.policy, (SparsePolicy, GradientLogPolicy)):
             self.policy.forget()
 
     def _step_is_entered(self, index: int) -> None:
-        if self._log is not None and self.recovery is None:
-            started = time.perf_counter()
-            self._log.enter_step(index)
-            self._stall += time.perf_counter() - started
+        self._tell_the_log(lambda log: log.enter_step(index))
 
     def _gradients_are_ready(self, index: int, result: tuple[Any, ...]) -> None:
-        if self._log is not None and self.recovery is None:
-            started = time.perf_counter()
-            self._log.before_step(index, result)
-            self._stall += time.perf_counter() - started
+        self._tell_the_log(lambda log: log.before_step(index, result))
 
     def _after_update(self, index: int) -> None:
+        self._tell_the_log(lambda log: log.after_step(index))
+        self.precision.resume()
+
+    def _tell_the_log(self, act: Callable[[GradientLog], None]) -> None:
         if self._log is not None and self.recovery is None:
             started = time.perf_counter()
-            self._log.after_step(index)
+            act(self._log)
             self._stall += time.perf_counter() - started
-        self.precision.resume()
 
     def _after_step(self, index: int) -> None:
         if self.recovery is not None:
@@ -747,95 +732,14 @@ class Engine:
         if self.on_recovered is not None:
             self.on_recovered()
 
-    def _fall_back_to_dense(self, reason: str) -> None:
+    def _fall_back_to_dense(self, reason: str) -> Policy:
         self._sparse = self.policy
         what = _NOT_LOGGED if isinstance(self.policy, GradientLogPolicy) else _NOT_REPLAYED
         self.policy = PacedDensePolicy(self.config.overlap_target, self.config.mtbf)
         self.say_once(
             f"{reason}: {what}: one iteration each, and as many iterations apart as a copy is worth", warning=True
         )
-
-    def _open_window(self, run_state: RunState, steps: Sequence[int]) -> OpenWindow | None:
-        """The window that the iteration that has just ended belongs to, beginning one if it is time."""
-        attached = self._need()
-        self._settle()
-        window, self._window = self._window, None
-        signature = attached.live.signature()
-        dense = why_dense(attached.live, attached.steps, steps) if self.policy.name == "sparse" else ""
-        if self.policy.name == "sparse" and self._unsteady >= _UNSTEADY_WINDOWS:
-            dense = dense or "what trains changes within every window"
-        if window is not None and not window.complete and not window.broken:
-            if dense:
-                window.broken = dense
-            elif window.signature != signature:
-                window.broken = "parameters were frozen, unfrozen or added"
-                self._unsteady += 1
-        # Where other ranks capture on, a broken window is counted to its end: all begin the next one together.
-        if window is not None and not window.complete and not (window.broken and self.ranks.alone):
-            self._window = window
-            return window
-        behind = False
-        if window is not None and window.broken:
-            self._give_up(window)
-        elif window is not None:
-            self._unsteady = 0
-            if self.ranks.alone:
-                self._finishing.append(window)
-                self._settle()
-            elif window.last_iteration not in self.tiers.committed(attached.writer.newest):
-                behind, self._window = True, window
-            else:
-                self.protection.committed(window.first_iteration)
-        if not self.policy.begins(self.iteration):
-            return None
-        # Other ranks try on: a window of theirs may still be needed, and all ask each other at the same iterations.
-        if self.ranks.alone and not self.protection.may_begin(self.iteration):
-            return None
-        agreed = attached.planner.agree(self.iteration, attached.writer.newest, signature, dense, behind=behind)
-        if agreed.dense:
-            self._fall_back_to_dense(agreed.dense)
-        if not self.ranks.alone:
-            if agreed.committed >= 0 and not agreed.behind and attached.writer.drop_later(agreed.committed):
-                attached.planner.forget_static()
-            attached.writer.drop_older(agreed.newest)
-            self._stages.free(agreed.newest, self.tiers.host)
-            self.tiers.agreed(agreed.newest, persist=agreed.persist, uncopied=agreed.uncopied)
-        if agreed.behind:  # a rank still commits its last window, or copies another one's
-            return None
-        plan = attached.planner.plan(self.policy, self.iteration, attached.writer.newest, agreed)
-        self._window = self._begin_window(plan, run_state, signature)
-        return self._window
-
-    def _begin_window(self, plan: WindowPlan, run_state: RunState, signature: tuple[int, ...]) -> OpenWindow | None:
-        attached = self._need()
-        window = OpenWindow(
-            plan=plan,
-            first_iteration=self.iteration,
-            header=self._header(),
-            rest=None,
-            static=None,
-            static_digest="",
-            signature=signature,
-        )
-        try:
-            if attached.live.problem:
-                raise UnsupportedStateError(attached.live.problem)
-            attached.planner.check_room(plan)
-            window.rest = self._flatten(run_state)
-            window.static_digest, window.static = attached.planner.static_part()
-        except (RankLostError, NonDeterminismError):
-            raise
-        except Exception as error:
-            # Everything was checked before the first step; what changed since, also in user code that is asked for its
-            # state, must not end training.
-            window.fail(error)
-            window.broken = str(error)
-            if not self.ranks.alone:
-                return window
-            self._give_up(window, f"no window begins at iteration {self.iteration}")
-            return None
-        self.precision.window_began()
-        return window
+        return self.policy
 
     def _header(self) -> WindowHeader:
         return self._with_lineage(self._need().planner.header(self.policy, self.living.serial))
@@ -843,36 +747,6 @@ class Engine:
     def _with_lineage(self, header: WindowHeader) -> WindowHeader:
         """As it is now: a window says what has happened until its end."""
         return dataclasses.replace(header, extra={**header.extra, "lineage": dict(self.lineage())})
-
-    def _settle(self) -> None:
-        """Learn what became of the windows that were whole when they went to the capture thread."""
-        while self._finishing and self._finishing[0].done:
-            window = self._finishing.popleft()
-            if window.broken:
-                self._give_up(window)
-            else:
-                self.protection.committed(window.first_iteration)
-
-    def _settle_last(self) -> None:
-        """No boundary follows that would ask for the window which ended with the last iteration."""
-        window, self._window = self._window, None
-        if window is not None and window.complete:
-            self._finishing.append(window)
-        self._settle()
-
-    def _give_up(self, window: OpenWindow, what: str = "") -> None:
-        attached = self._need()
-        attached.writer.abandon(window)
-        attached.planner.forget_static()
-        newest = attached.writer.newest
-        held = "none" if newest is None else f"iterations {newest.first_iteration}..{newest.last_iteration}"
-        if window.broken == BASELESS:  # of the one that it builds on it was said
-            return
-        what = what or f"the window that began with iteration {window.first_iteration}"
-        self.protection.failed(self.iteration, what, window.broken, window.error, held)
-        if window.broken == TORN and self.protection.given_up > 1 and not self._synchronous:
-            self._synchronous = True
-            self.say_once(f"{TORN}, again and again: captures are made at once now, before the next batch begins")
 
     def _tree(self, run_state: RunState, *, weights: bool) -> tuple[dict[str, Any], Callable[[object], Any]]:
         live = self._need().live

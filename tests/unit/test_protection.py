@@ -51,7 +51,7 @@ class Training:
             engine = run._run.engine
             engine._no_batch_to_come()
             engine._need().thread.drain()
-            engine._settle_last()
+            engine._windows.settle_last()
             pool = engine.tiers.host._pool._buffers.values()
             self.buffers = Counter(buffer.state.value for buffer in pool)
             self.windows = engine.tiers.host.windows()
