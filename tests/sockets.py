@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 
@@ -21,11 +22,16 @@ def connections_of(pid: int) -> list[socket.socket]:
     process = os.pidfd_open(pid)
     try:
         for number in numbers:
-            if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
+            try:
+                if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
+                    continue
+            except FileNotFoundError:  # it was closed meanwhile
                 continue
             own = _libc.syscall(_PIDFD_GETFD, process, number, 0)
             if own < 0:
                 error = ctypes.get_errno()
+                if error == errno.EBADF:  # the same
+                    continue
                 raise PermissionError(error, os.strerror(error))
             connection = socket.socket(fileno=own)
             try:
