@@ -168,7 +168,7 @@ class WindowPlanner:
                 "iteration": iteration,
                 "iteration_seconds": self._pace.iteration_seconds,
                 "bytes_per_second": self._pace.bytes_per_second(self._bandwidth),
-                "capacity_bytes": self._tiers.window_capacity(self._static_bytes) - self._run_state_bytes,
+                "capacity_bytes": self._tiers.capacity.window_bytes(self._static_bytes) - self._run_state_bytes,
                 "committed": self._tiers.committed(newest),
                 "held": self._tiers.held(newest),
                 "uncopied": self._tiers.uncopied(),
@@ -365,11 +365,11 @@ class WindowPlanner:
     def _check_log_memory(self, full: int, gradients: int, window: int) -> None:
         keeps = kept_points(self._ranks, self._keep_rounds, window)
         needed = log_bytes(full, gradients, window, keeps)
-        self._tiers.check_log_capacity(needed + (1 + keeps) * self._run_state_bytes + self._static_bytes)
+        self._tiers.capacity.check_log(needed + (1 + keeps) * self._run_state_bytes + self._static_bytes)
 
     def _check_memory(self, window_bytes: int) -> None:
-        self._tiers.check_capacity(window_bytes + self._run_state_bytes, self._static_bytes)
-        warning = self._tiers.check_restore_capacity(window_bytes + self._run_state_bytes, len(self._shares.ranks))
+        self._tiers.capacity.check_windows(window_bytes + self._run_state_bytes, self._static_bytes)
+        warning = self._tiers.capacity.check_restore(window_bytes + self._run_state_bytes, len(self._shares.ranks))
         if warning:
             self._say_once(warning, warning=True)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from moetion_lightning.config import EngineConfig, default_memory_dir, launched_run
-from moetion_lightning.core.window_memory import held_windows
 from moetion_lightning.distributed.node_windows import NodeWindows
 from moetion_lightning.distributed.restore_choice import Live, Rollback
 from moetion_lightning.distributed.stable_store import STORE_ERRORS
+from moetion_lightning.engine.capacity import Capacity
 from moetion_lightning.engine.group_restore import PROTECTED, GroupRestore, LiveReport
 from moetion_lightning.engine.journal import Journal, LivePoint
 from moetion_lightning.engine.peers import Peers
@@ -22,14 +22,13 @@ from moetion_lightning.engine.ranks import Ranks
 from moetion_lightning.engine.restore import RestorePoint
 from moetion_lightning.engine.termination import TerminationWatch
 from moetion_lightning.engine.window_reading import Part
-from moetion_lightning.errors import HostMemoryError, JobBusyError, MoEtionError, OwnerLostError
+from moetion_lightning.errors import JobBusyError, MoEtionError, OwnerLostError
 from moetion_lightning.events import CopiesChanged, EventBus, Notice, RestoreStarted, StartedAfresh
 from moetion_lightning.storage.choice import Accept, Refusal, choose_window
 from moetion_lightning.storage.disk import DirectoryTier
 from moetion_lightning.storage.format import Manifest
 from moetion_lightning.storage.host_memory import HostMemoryTier
 from moetion_lightning.storage.jobs import clean_stale, remove_if_ours
-from moetion_lightning.storage.room import reserve_bytes_at
 from moetion_lightning.storage.tier import Tier
 from moetion_lightning.units import age_text, bytes_text, span_text
 
@@ -77,6 +76,11 @@ class Tiers:
         #: Whether the course of training that was restored had come to its end.
         self.trained = False
         self.peers: Peers | None = None
+        #: Whether host memory can hold what training needs.
+        self.capacity = Capacity(
+            self.host, local_size=ranks.local_size, peers=lambda: self.peers,
+            persist_every=config.persist_every_n_windows if self.disk is not None else None,
+        )  # fmt: skip
         self._others: NodeWindows | None = None  # what dead processes left on this node, to end with the run
         self._uncopied: Sequence[tuple[int, int]] = ()
         self._persister: Persister | None = None
@@ -490,90 +494,6 @@ class Tiers:
             )
         _log.warning(message)
         self._bus.emit(Notice(message=message))
-
-    def window_capacity(self, shared_bytes: int = 0) -> int:
-        """Bytes that one window may take, with as many windows as exist at the same time.
-
-        Args:
-            shared_bytes: Of what they have in common (parameters that do not train), stored once.
-        """
-        return (self._room() - shared_bytes) // self._num_windows
-
-    def check_log_capacity(self, log_bytes: int) -> None:
-        """The same for a gradient log, and the copies of those of other ranks.
-
-        Raises:
-            HostMemoryError: With the numbers and the remedy.
-        """
-        copies = 1 + (len(self.peers.holds) if self.peers is not None else 0)
-        needed, room = copies * log_bytes, self._room()
-        if needed > room:
-            raise HostMemoryError(
-                f"host memory at {self.host.base_dir} has {bytes_text(room)} for this job; a gradient log needs "
-                f"{bytes_text(needed)} at most. Use a smaller window=, a larger /dev/shm (docker: --shm-size), another "
-                "memory_dir=, or SparseExpertCheckpoint, which needs less."
-                f"{self._reserve_text()}{self.host.who_holds_memory()}"
-            )
-
-    def check_capacity(self, window_bytes: int, shared_bytes: int = 0) -> None:
-        """Whether host memory can hold the windows that exist at the same time.
-
-        Args:
-            window_bytes: Of each of them.
-            shared_bytes: As for :meth:`window_capacity`.
-
-        Raises:
-            HostMemoryError: With the numbers and the remedy.
-        """
-        needed, room = self._num_windows * window_bytes + shared_bytes, self._room()
-        if needed > room:
-            frozen = f" and {bytes_text(shared_bytes)} of frozen parameters" if shared_bytes else ""
-            raise HostMemoryError(
-                f"host memory at {self.host.base_dir} has {bytes_text(room)} for this job; "
-                f"{self._num_windows} windows of {bytes_text(window_bytes)}{frozen} need {bytes_text(needed)}. "
-                "Use a smaller window, a larger /dev/shm (docker: --shm-size), or another memory_dir=."
-                f"{self._reserve_text()}{self.host.who_holds_memory()}"
-            )
-
-    def check_restore_capacity(self, window_bytes: int, num_shares: int) -> str:
-        """What would not fit when another node takes the place of this one.
-
-        It holds the windows of all ranks whose state its ranks restore, each once, until all have newer ones.
-
-        Args:
-            window_bytes: Of each window.
-            num_shares: Ranks whose windows this rank restores.
-
-        Returns:
-            A warning, "" if it fits.
-        """
-        if self.peers is None or self.peers.num_nodes == 1:
-            return ""
-        local = self._ranks.local_size
-        needed = window_bytes * (2 * local + max(0, num_shares - local))  # its own, those being captured, the others'
-        room = local * self._room()
-        if needed <= room:
-            return ""
-        return (
-            f"the ranks of this node restore the windows of {num_shares} ranks together: a node with empty memory that "
-            f"takes its place needs {bytes_text(needed)} at {self.host.base_dir} until all have captured again, and "
-            f"there are {bytes_text(room)}. Give it more (/dev/shm, memory_dir=), or let persist_dir= be storage that "
-            "all nodes read."
-        )
-
-    def _reserve_text(self) -> str:
-        reserve = reserve_bytes_at(self.host.base_dir)
-        return f" {bytes_text(reserve)} of /dev/shm are left to workers of data loaders." if reserve else ""
-
-    @property
-    def _num_windows(self) -> int:
-        owners = len(self.peers.holds) if self.peers is not None else 0
-        return held_windows(owners, persist_every=self._config.persist_every_n_windows if self.disk else None)
-
-    def _room(self) -> int:
-        # Free buffers of this process count as free there and as used here.
-        free = self.host.free_bytes() // self._ranks.local_size
-        return free + self.host.used_bytes() - self.host.pooled_bytes()
 
     def close(self, *, trained: bool) -> None:
         """Finish persisting, then let go of everything; the windows stay.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -29,8 +30,7 @@ Sharding = Literal["auto", "none"]
 class RoomyTiers:
     """Memory enough, and no window yet."""
 
-    def window_capacity(self, shared_bytes: int = 0) -> int:
-        return 1 << 30
+    capacity = SimpleNamespace(window_bytes=lambda shared_bytes: 1 << 30)
 
     def wants_to_persist(self) -> bool | None:
         return None
