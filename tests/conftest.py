@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Set by libraries themselves when they are first used; not a test's doing.
 _LIBRARY_VARIABLES = {
+    "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_USE_IPEX",
     "CRC32C_SW_MODE",
     "KMP_DUPLICATE_LIB_OK",
     "KMP_INIT_AT_FORK",

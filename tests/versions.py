@@ -18,10 +18,10 @@ ENVIRONMENTS = {
     "middle": ("3.12", ["torch==2.10.*", "lightning==2.5.5", "transformers==5.5.*", "accelerate==1.10.*"]),
     "newest": ("3.13", ["torch", "lightning", "transformers", "accelerate"]),
 }
-#: What these lack: FSDP2 that reduces gradients of experts without tokens (torch 2.13), and a Trainer in whose loop
-#: a callback can stand (transformers 5.3). Four of transformers' families have other layers in 5.5 than elsewhere.
+#: What these lack: FSDP2 that reduces gradients of experts without tokens (torch 2.13). Four of transformers' families
+#: have other layers in 5.5 than elsewhere.
 NOT_THERE = {
-    "lowest": ["-k", "not fsdp2", "--ignore", "tests/integrations/test_hf_trainer.py"],
+    "lowest": ["-k", "not fsdp2"],
     "middle": ["-k", "not fsdp2", "--ignore", "tests/integrations/test_transformers_families.py"],
 }
 #: Where other libraries are called: hooks, loops, schedules, private names. What is only ours is left out.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetion_lightning.core.containers import item, length
 from moetion_lightning.core.device_random import accelerator_kind
 from moetion_lightning.core.reachable import Reached, attributes_of, reach
 
@@ -137,7 +138,7 @@ class Generators:
             return False
         generator = _new_generator(state)
         if isinstance(owner, dict) and not isinstance(key, _Attribute):
-            if owner.get(key) is not None:
+            if dict.get(owner, key) is not None:
                 return False
             owner[key] = generator
             return True
@@ -161,21 +162,24 @@ class _Watch:
         self._in_vain: dict[int, int] = {}  # by table: changes that brought nothing
 
     def changed(self) -> bool:
-        return sum(map(len, self._tables)) != self._size or any(t.get(key) is not None for t, key in self._empty)
+        # By dict's own methods: those of a subclass may do anything.
+        return sum(map(dict.__len__, self._tables)) != self._size or any(
+            dict.get(table, key) is not None for table, key in self._empty
+        )
 
     def renew(self, tables: list[dict[Any, Any]], *, useful: bool) -> None:
         """After a look, which was useful if it found something new."""
-        vain = {id(table) for table, key in self._empty if table.get(key) is not None}
-        vain |= {id(table) for table, size in zip(self._tables, self._sizes) if len(table) != size}
+        vain = {id(table) for table, key in self._empty if dict.get(table, key) is not None}
+        vain |= {id(table) for table, size in zip(self._tables, self._sizes) if dict.__len__(table) != size}
         self._in_vain = {} if useful else {id(t): self._in_vain.get(id(t), 0) + (id(t) in vain) for t in tables}
         # A cache or a history grows all the time.
         self._tables = [table for table in tables if self._in_vain.get(id(table), 0) < _TRIES]
-        self._sizes = list(map(len, self._tables))
+        self._sizes = list(map(dict.__len__, self._tables))
         self._size = sum(self._sizes)
         self._empty = [
             (table, key)
             for table in self._tables
-            for key, value in table.items()
+            for key, value in dict.items(table)
             if value is None and key not in _NEVER
         ]
 
@@ -198,9 +202,9 @@ def _parent(name: str) -> tuple[str, Any]:
 
 def _current(holder: Any, key: Any) -> object:
     if isinstance(holder, dict):
-        return holder.get(key, _MISSING)
+        return dict.get(holder, key, _MISSING)
     if isinstance(key, int):
-        return holder[key] if key < len(holder) else _MISSING
+        return item(holder, key) if key < length(holder) else _MISSING
     try:
         return getattr(holder, key, _MISSING)  # a closure's cell
     except ValueError:

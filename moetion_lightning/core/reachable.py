@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from moetion_lightning.core.containers import CONTAINERS, is_proxy, length, pairs, values
+
 __all__ = ["Reached", "attributes_of", "has_attributes", "is_users_file", "reach"]
 
 _MAX_ITEMS = 1000  # a long container holds data
@@ -95,7 +97,7 @@ def reach(
         found.owners[name] = owner
         limit -= not isinstance(owner, nn.Module)  # of these there may be very many, each with little in it
         for suffix, holder, key, value in _edges(owner, found.tables, code=code):
-            if type(value) in _PLAIN_TYPES or isinstance(value, (Tensor, np.ndarray, np.generic)):
+            if _is_data(value) or is_proxy(type(value)):
                 continue
             if wanted(value):
                 found.slots.append((name + suffix, holder, key, value))
@@ -146,11 +148,16 @@ def has_attributes(owner: object) -> bool:
         return False
 
 
+def _is_data(value: object) -> bool:
+    kind = type(value)
+    return kind in _PLAIN_TYPES or issubclass(kind, (Tensor, np.ndarray, np.generic))
+
+
 def _may_enter(value: object, *, code: bool) -> bool:
     kind = type(value)
-    if issubclass(kind, (dict, list, tuple, deque)):
-        return (kind is dict or len(value) > 0) and len(value) <= _MAX_ITEMS  # type: ignore[arg-type]
-    if isinstance(value, (types.FunctionType, types.MethodType, types.ModuleType, type)):
+    if issubclass(kind, CONTAINERS):
+        return (kind is dict or length(value) > 0) and length(value) <= _MAX_ITEMS
+    if issubclass(kind, (types.FunctionType, types.MethodType, types.ModuleType, type)):
         return code and (isinstance(value, types.MethodType) or is_users_file(_module_name(value)))
     if issubclass(kind, functools.partial):
         return True
@@ -172,11 +179,11 @@ def _edges(owner: Any, tables: list[dict[Any, Any]], *, code: bool) -> Iterator[
     kind = type(owner)
     if issubclass(kind, dict):
         tables.append(owner)
-        for key, value in list(owner.items()):
+        for key, value in pairs(owner):
             yield f"[{key!r}]", owner, key, value
     elif issubclass(kind, (list, tuple, deque)):
-        items = list(owner)
-        if not all(type(item) in _PLAIN_TYPES or isinstance(item, Tensor) for item in items[:_LOOKED_AT]):
+        items = values(owner)
+        if not all(map(_is_data, items[:_LOOKED_AT])):
             for index, value in enumerate(items):
                 yield f"[{index}]", owner, index, value
     if issubclass(kind, functools.partial):

@@ -22,6 +22,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from moetion_lightning.core.containers import is_proxy
 from moetion_lightning.core.reachable import attributes_of, has_attributes, reach
 
 __all__ = ["Attributes", "Seen", "copied", "equal", "is_plain"]
@@ -41,6 +42,8 @@ def is_plain(value: object, depth: int = 4) -> bool:
     kind = type(value)
     if kind in _SCALARS:
         return True
+    if is_proxy(kind):
+        return False
     if kind is Tensor:
         return value.layout is torch.strided and value.numel() <= _MAX_ITEMS  # type: ignore[attr-defined]
     if isinstance(value, (np.ndarray, np.generic)):
@@ -268,6 +271,8 @@ def _is_module(value: object) -> bool:
 
 
 def _is_large(value: object) -> bool:
+    if is_proxy(type(value)):
+        return False
     if isinstance(value, list):
         return _MAX_ITEMS < len(value) <= _MAX_LARGE and type(value[0]) is int and type(value[-1]) is int
     if type(value) is Tensor:

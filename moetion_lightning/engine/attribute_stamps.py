@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections import deque
-from collections.abc import Mapping
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from moetion_lightning.core.containers import is_proxy, item, length, pairs, values
 from moetion_lightning.core.kept_values import class_name
 from moetion_lightning.engine.users_classes import NOT_FOLLOWED, UsersClasses
 
@@ -38,6 +38,8 @@ def stamp(value: Any, users: UsersClasses, depth: int = 0) -> Any:
     kind = type(value)
     if kind in FIXED_TYPES:
         return value
+    if is_proxy(kind):
+        return (kind, id(value))
     if isinstance(value, Tensor):
         return _stamp_tensor(value)
     if isinstance(value, np.ndarray):
@@ -46,22 +48,24 @@ def stamp(value: Any, users: UsersClasses, depth: int = 0) -> Any:
         return value
     if depth >= _MAX_DEPTH or isinstance(value, NOT_FOLLOWED):
         return (kind, id(value))
-    if isinstance(value, Mapping) and isinstance(value, dict):
-        items = list(dict.items(value)) if len(value) <= _LONG else _sampled_dict(value)
-        return (kind, len(value), tuple(map(_key, items)), tuple(stamp(item, users, depth + 1) for _, item in items))
+    if isinstance(value, dict):
+        size = length(value)
+        items = pairs(value) if size <= _LONG else _sampled_dict(value)
+        return (kind, size, tuple(map(_key, items)), tuple(stamp(entry, users, depth + 1) for _, entry in items))
     if isinstance(value, (list, tuple, deque)):
-        some: Any = value if len(value) <= _LONG else _sampled(value)
+        size = length(value)
+        some = values(value) if size <= _LONG else _sampled(value)
         if set(map(type, some)) <= FIXED_TYPES:
-            return (kind, len(value), tuple(some))
-        return (kind, len(value), tuple(stamp(item, users, depth + 1) for item in some))
+            return (kind, size, tuple(some))
+        return (kind, size, tuple(stamp(entry, users, depth + 1) for entry in some))
     if isinstance(value, (set, frozenset)):
         return (kind, len(value), frozenset(map(_stamp_item, value)) if len(value) <= _LONG else None)
     if users.is_object(value):
         own = vars(value)
-        return (kind, tuple(own), tuple(stamp(item, users, depth + 1) for item in own.values()))
+        return (kind, tuple(own), tuple(stamp(entry, users, depth + 1) for entry in own.values()))
     attributes = getattr(value, "__dict__", None)
     if attributes is not None and class_name(kind) in ("argparse:Namespace", "types:SimpleNamespace"):
-        return (kind, tuple(attributes), tuple(stamp(item, users, depth + 1) for item in attributes.values()))
+        return (kind, tuple(attributes), tuple(stamp(entry, users, depth + 1) for entry in attributes.values()))
     return (kind, id(value))
 
 
@@ -69,18 +73,20 @@ def _stamp_item(value: Any) -> Any:
     return value if type(value) in FIXED_TYPES else (type(value), repr(value))
 
 
-def _key(item: tuple[Any, Any]) -> Any:
-    return _stamp_item(item[0])
+def _key(pair: tuple[Any, Any]) -> Any:
+    return _stamp_item(pair[0])
 
 
-def _sampled(values: Any) -> list[Any]:
-    if isinstance(values, deque):
-        return [values[0], values[len(values) // 2], values[-1]]
-    return [*values[:: max(1, len(values) // _SAMPLE)], *values[-16:]]
+def _sampled(container: Any) -> list[Any]:
+    size = length(container)
+    if isinstance(container, deque):
+        return [item(container, index) for index in (0, size // 2, -1)]
+    return [*item(container, slice(None, None, max(1, size // _SAMPLE))), *item(container, slice(-16, None))]
 
 
 def _sampled_dict(value: dict[Any, Any]) -> list[tuple[Any, Any]]:
-    return [*itertools.islice(value.items(), _SAMPLE), next(reversed(value.items()))]
+    items = dict.items(value)
+    return [*itertools.islice(items, _SAMPLE), next(reversed(items))]
 
 
 def _stamp_tensor(value: Tensor) -> Any:

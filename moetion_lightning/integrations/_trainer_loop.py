@@ -1,6 +1,6 @@
 """The loop of a Hugging Face ``Trainer``: counters, data position, and where they are put back.
 
-Private names of transformers are used only here; they are those of 5.3 and later.
+Private names of transformers are used only here, those of 5.3 and later, and in :mod:`._older_trainer_loop`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers.trainer
 from torch import Tensor
@@ -25,7 +25,7 @@ from moetion_lightning.errors import ConfigurationError, UnsupportedStateError
 from moetion_lightning.integrations._loaders import Followed, follow
 from moetion_lightning.integrations._other_loaders import OtherLoader, OtherLoaders
 
-__all__ = ["TrainerLoop", "step_of"]
+__all__ = ["FollowedLoader", "TrainerLoop", "step_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,10 +39,7 @@ _COUNTERS = (
     *("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"),
     *("_initial_global_step", "_initial_num_input_tokens_seen", "current_flos"),
 )
-_NEEDED = (
-    *("_init_training_state", "_run_epoch", "get_batch_samples", "training_step", "_save_checkpoint", "_evaluate"),
-    "_get_dataloader",
-)
+_NEEDED = ("get_batch_samples", "training_step", "_save_checkpoint", "_evaluate", "_get_dataloader")
 _INCOMPLETE = "checkpoint-is-incomplete.txt"  # which the Trainer's checkpoint at SIGTERM leaves in the folder
 
 
@@ -59,12 +56,14 @@ class TrainerLoop:
         ConfigurationError: This version of transformers has another loop.
     """
 
+    needed: ClassVar[tuple[str, ...]] = (*_NEEDED, "_init_training_state", "_run_epoch")
+
     def __init__(self, trainer: Any) -> None:
-        absent = [name for name in _NEEDED if not hasattr(trainer, name)]
+        absent = [name for name in self.needed if not hasattr(trainer, name)]
         if absent:
             raise ConfigurationError(
                 f"MoEtionTrainerCallback in {type(trainer).__name__}: it has no {absent[0]}(); expected the Trainer of "
-                "transformers 5.3 or later. Upgrade transformers."
+                "transformers 4.57 or later. Upgrade transformers."
             )
         self._trainer = trainer
         self._patches = InstancePatches()
@@ -100,12 +99,7 @@ class TrainerLoop:
             replaying: Whether the state is not whole.
         """
         trainer = self._trainer
-        run_epoch, draw, train, save = (
-            trainer._run_epoch, trainer.get_batch_samples, trainer.training_step, trainer._save_checkpoint,
-        )  # fmt: skip
-
-        def following_run_epoch(**kwargs: Any) -> Any:
-            return self._run_epoch(run_epoch, kwargs)
+        draw, train, save = trainer.get_batch_samples, trainer.training_step, trainer._save_checkpoint
 
         def noting_get_batch_samples(*args: Any, **kwargs: Any) -> Any:
             assert self._followed is not None
@@ -118,6 +112,7 @@ class TrainerLoop:
         def recording_training_step(*args: Any, **kwargs: Any) -> Any:
             loss = train(*args, **kwargs)
             record_loss(loss)
+            self._trained(loss)
             return loss
 
         def whole_save_checkpoint(model: Any, trial: Any) -> None:
@@ -126,7 +121,7 @@ class TrainerLoop:
             else:
                 save(model, trial)
 
-        self._patch("_run_epoch", following_run_epoch)
+        self._follow_passes()
         self._patch("get_batch_samples", noting_get_batch_samples)
         self._patch("training_step", recording_training_step)
         self._patch("_save_checkpoint", whole_save_checkpoint)
@@ -134,15 +129,35 @@ class TrainerLoop:
     def _drew(self, batch: object) -> None:
         self.drawn.append(describe_batch(batch, [self._followed]))
 
-    def _run_epoch(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        loader = kwargs["train_dataloader"]
+    def _trained(self, loss: Tensor) -> None:
+        """A micro-batch is done."""
+
+    def _follow_passes(self) -> None:
+        original = self._trainer._run_epoch
+
+        def following_run_epoch(**kwargs: Any) -> Any:
+            return self._run_epoch(original, kwargs)
+
+        self._patch("_run_epoch", following_run_epoch)
+
+    def _begin_pass(self, loader: Any, epoch: int) -> Mapping[str, Any] | None:
+        """Returns the position that the pass continues from; None if it begins."""
         if self._source is not loader:
             if self._followed is not None:
                 self._followed.release()
             self._followed, self._source = follow(loader), loader
         assert self._followed is not None
-        self._epoch, self._drawn = kwargs["epoch"], 0
+        self._epoch, self._drawn = epoch, 0
         to_come, self._to_come = self._to_come, None
+        if to_come is not None:
+            self._followed.restore(to_come["data"])
+            self._drawn = to_come["batches"]
+        return to_come
+
+    def _run_epoch(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        loader = kwargs["train_dataloader"]
+        to_come = self._begin_pass(loader, kwargs["epoch"])
+        assert self._followed is not None
         undo: Callable[[], None] = lambda: None  # noqa: E731
         skipped = 0
         if (
@@ -156,13 +171,11 @@ class TrainerLoop:
                 self._drawn = skipped
                 undo = self._skip_nothing()
         if to_come is not None:
-            self._followed.restore(to_come["data"])
-            self._drawn = to_come["batches"]
             # Anything but None: the Trainer then counts from the batches that are done.
             kwargs = {**kwargs, "resume_from_checkpoint": "", "steps_trained_in_current_epoch": self._drawn}
             undo = self._skip_nothing()
         try:
-            following = _FollowedLoader(loader, self._followed, undo, skipped, self._drew)
+            following = FollowedLoader(loader, self._followed, undo, skipped, self._drew)
             return original(**{**kwargs, "train_dataloader": following})
         finally:
             undo()
@@ -224,15 +237,29 @@ class TrainerLoop:
         """Updates that are done at a position."""
         return int(json.loads(position["state"])["global_step"])
 
-    def continue_at(self, position: Mapping[str, Any], shown: str) -> None:
+    def continue_at(self, position: Mapping[str, Any], shown: str) -> str | None:
         """Begin the loop there: before the Trainer makes its state.
 
         Args:
             position: What :meth:`snapshot` gave.
             shown: Where it comes from, for messages.
+
+        Returns:
+            The checkpoint that the loop is to be told to resume from.
         """
-        trainer = self._trainer
-        original = trainer._init_training_state
+
+        def evaluate(*args: Any, **kwargs: Any) -> None:
+            _log.info("eval_on_start=True: not done again, training continues from %s", shown)
+
+        self._to_come = position
+        self._until_restored = [
+            self._patch("_load_rng_state", lambda checkpoint: None),
+            self._patch("_evaluate", evaluate),
+        ]
+        return self._begin_there(position)
+
+    def _begin_there(self, position: Mapping[str, Any]) -> str | None:
+        original = self._trainer._init_training_state
 
         def init_training_state(max_steps: int, per_epoch: int, num_epochs: int, *args: Any) -> tuple[int, int]:
             original(max_steps, per_epoch, num_epochs, None, *args[1:])
@@ -240,15 +267,8 @@ class TrainerLoop:
             undo()
             return position["epoch"], position["batches"]
 
-        def evaluate(*args: Any, **kwargs: Any) -> None:
-            _log.info("eval_on_start=True: not done again, training continues from %s", shown)
-
-        self._to_come = position
         undo = self._patch("_init_training_state", init_training_state)
-        self._until_restored = [
-            self._patch("_load_rng_state", lambda checkpoint: None),
-            self._patch("_evaluate", evaluate),
-        ]
+        return None
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """At the first ``on_step_begin``: the same batches are drawn, and the Trainer has begun all that begins."""
@@ -345,7 +365,7 @@ class _Evaluation(OtherLoaders):
         super().restore(saved)
 
 
-class _FollowedLoader:
+class FollowedLoader:
     """Stands for the training loader while the Trainer runs an epoch.
 
     Args:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from moetion_lightning.errors import ConfigurationError
+from moetion_lightning.integrations._older_trainer_loop import OlderTrainerLoop
 from moetion_lightning.integrations._parts import Parts
 from moetion_lightning.integrations._run import Run
 from moetion_lightning.integrations._trainer_loop import TrainerLoop, step_of
@@ -52,7 +53,7 @@ class MoEtionTrainerCallback(TrainerCallback):
     are those of ``load_best_model_at_end``.
 
     The Trainer hands itself to no callback: making the first one lets ``Trainer`` look for it when training begins.
-    Needs transformers 5.3 or later.
+    Needs transformers 4.57 or later.
 
     Ranks: under ``torchrun`` or ``accelerate launch`` every rank makes it. One process each; no ``DataParallel``,
     DeepSpeed or FSDP1.
@@ -121,7 +122,7 @@ class _Session:
 
     def __init__(self, trainer: Any, settings: SessionSettings, resume_from_checkpoint: str | None) -> None:
         self._trainer = trainer
-        self._loop = TrainerLoop(trainer)
+        self._loop = (TrainerLoop if hasattr(trainer, "_run_epoch") else OlderTrainerLoop)(trainer)
         module = Parts.of(trainer.model, _WHERE).module
         beginning = _beginning(trainer, resume_from_checkpoint)
         self.run = Run(settings, _WHERE, self._parts, trainer.args.output_dir, module, beginning)
@@ -132,7 +133,7 @@ class _Session:
                 self._compare(Path(resume_from_checkpoint))
             saved = self.run.saved
             if saved is not None:
-                self._loop.continue_at(saved["position"], "a window in memory")
+                self.checkpoint = self._loop.continue_at(saved["position"], "a window in memory")
             self._loop.follow(self.run.record_loss, lambda: self.run.replaying)
         except BaseException:
             self.close(completed=False)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from moetion_lightning.core.containers import is_proxy
 from moetion_lightning.core.local import local
 from moetion_lightning.data.parts import length_of
 from moetion_lightning.engine.restore import model_fingerprint, parameter_table
@@ -288,6 +289,8 @@ def _groups(optimizers: Sequence[Optimizer]) -> list[tuple[str, dict[str, Any]]]
 
 def plain(value: object, depth: int = 2) -> Any:
     """JSON of a setting; None for what is no plain value, or moves with every start."""
+    if is_proxy(type(value)):
+        return None
     if isinstance(value, Tensor):
         return plain(value.item()) if value.numel() == 1 else None
     if isinstance(value, (np.ndarray, np.generic)):
@@ -319,11 +322,13 @@ def _arrays(dataset: object, depth: int = 4) -> list[Any]:
         return []
     found: list[Any] = []
     for _, value in sorted(vars(dataset).items(), key=lambda item: item[0]):
+        if is_proxy(type(value)):
+            continue
         if isinstance(value, (Tensor, np.ndarray)):
             found.append(value)
-        elif isinstance(value, (list, tuple, range)) and value and isinstance(value[0], (int, float)):
+        elif type(value) in (list, tuple, range) and value and isinstance(value[0], (int, float)):
             found.append(np.asarray(_sampled(value)))
-        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], (Tensor, np.ndarray)):
+        elif type(value) in (list, tuple) and value and isinstance(value[0], (Tensor, np.ndarray)):
             found += list(value[:_MAX_ITEMS])
         elif isinstance(value, torch.utils.data.Dataset):
             found += _arrays(value, depth - 1)

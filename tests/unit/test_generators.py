@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader
 
 from moetion_lightning.core.generators import Generators, find_generators
 from moetion_lightning.core.reachable import reach
+from moetion_lightning.engine.attribute_stamps import stamp
+from moetion_lightning.engine.users_classes import UsersClasses
 
 OF_THE_FILE = np.random.default_rng(0)
 
@@ -186,3 +189,52 @@ def test_state_of_another_kind_changes_nothing_and_is_named() -> None:
     after = Holder(rng=random.Random(3))
     assert Generators(lambda: {"root": after}).take({"root.rng": states["root.rng"]}) == ["root.rng"]
     assert draw(after.rng) == draw(random.Random(3))
+
+
+class Lazy(OrderedDict[str, Any]):
+    """As those of libraries that import a module for each item that is asked for."""
+
+    def __len__(self) -> int:
+        raise ImportError("a library that is not installed")
+
+    __iter__ = items = values = __getitem__ = get = __len__  # type: ignore[assignment]
+
+
+class LazyList(list[Any]):
+    def __len__(self) -> int:
+        raise ImportError("a library that is not installed")
+
+    __iter__ = __getitem__ = __len__  # type: ignore[assignment]
+
+
+class Proxy:
+    """As those of libraries that make what they stand for when it is asked for anything."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        raise RuntimeError("outside of its context")
+
+
+def test_proxies_are_not_asked_what_they_stand_for() -> None:
+    assert names(Holder(request=Proxy(), rng=RNG)) == ["root.rng"]
+
+
+def test_methods_of_users_containers_are_not_called() -> None:
+    by_name, steps = Lazy(), LazyList([1, RNG])
+    OrderedDict.__setitem__(by_name, "rng", RNG)
+    root = Holder(by_name=by_name, steps=steps)
+    assert names(root)[0] in ("root.by_name['rng']", "root.steps[1]")
+    generators = Generators(lambda: {"root": root})
+    generators.states()
+    before = [stamp(value, UsersClasses(())) for value in (by_name, steps)]
+    OrderedDict.__setitem__(by_name, "other", RNG)
+    list.append(steps, 2)
+    assert list(generators.states())
+    assert all(stamp(value, UsersClasses(())) != old for value, old in zip((by_name, steps), before))
+
+
+def test_order_of_an_ordered_dict_is_part_of_its_stamp() -> None:
+    recent = OrderedDict(a=1, b=2)
+    before = stamp(recent, UsersClasses(()))
+    recent.move_to_end("a")
+    assert stamp(recent, UsersClasses(())) != before
