@@ -91,7 +91,8 @@ OTHERS = """
     _exit _getframe _fields _rand _bit_generator _experiment _metadata _optimizer _moetion _moetion_position
     _hparams_name _group_start _group_end _calls_early_callbacks _connection _torchdynamo_orig_callable _to_copy
     _coalesced_ _fsdp_param_groups _pg_registry _stage_meta _slurm_sigusr_handler_fn _val_check_time_interval
-    _init_training_state _maybe_log_save_evaluate _globalstep_last_logged _eval_dataloaders PrefixStore _get_root_mesh _tail_logs _stdout_tail _stderr_tail
+    _init_training_state _maybe_log_save_evaluate _globalstep_last_logged
+    _eval_dataloaders PrefixStore _get_root_mesh _tail_logs _stdout_tail _stderr_tail
 """.split()  # noqa: SIM905
 
 
