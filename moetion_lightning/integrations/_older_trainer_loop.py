@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -33,7 +34,7 @@ class OlderTrainerLoop(TrainerLoop):
     needed: ClassVar[tuple[str, ...]] = (
         *("get_batch_samples", "training_step", "_save_checkpoint", "_evaluate", "_get_dataloader"),
         *("get_train_dataloader", "_maybe_log_save_evaluate", "_load_scaler", "_load_callback_state"),
-        *("compare_trainer_and_checkpoint_args", "_load_rng_state", "_load_from_checkpoint"),
+        *("_load_rng_state", "_load_from_checkpoint"),
     )
 
     def __init__(self, trainer: Any) -> None:
@@ -94,15 +95,17 @@ class OlderTrainerLoop(TrainerLoop):
     def _begin_there(self, position: Mapping[str, Any]) -> str:
         trainer, args = self._trainer, self._trainer.args
         self._folder = tempfile.mkdtemp(prefix="moetion-")
+        compared = {name: getattr(args, name) for name in ("logging_steps", "eval_steps", "save_steps")}
+        compared["train_batch_size"] = args.per_device_train_batch_size
         with open(os.path.join(self._folder, "trainer_state.json"), "w", encoding="utf-8") as file:
-            file.write("{}")
+            json.dump(compared, file)
         ignores, args.ignore_data_skip = args.ignore_data_skip, False
         made: list[Any] = []
 
         def load_scaler(checkpoint: str) -> None:
             made.append(trainer.state)  # as it is for this run, before one that is loaded takes its place
 
-        def compare_trainer_and_checkpoint_args(*args: Any) -> None:
+        def load_callback_state() -> None:
             trainer.state = made[0]
             self._restore_state(position)
             epoch, updates = position["epoch"], position["batches"] // trainer.args.gradient_accumulation_steps
@@ -113,8 +116,7 @@ class OlderTrainerLoop(TrainerLoop):
 
         self._until_restored += [
             self._patch("_load_scaler", load_scaler),
-            self._patch("compare_trainer_and_checkpoint_args", compare_trainer_and_checkpoint_args),
-            self._patch("_load_callback_state", lambda: None),
+            self._patch("_load_callback_state", load_callback_state),
             self._patch("_load_from_checkpoint", lambda *args: None),
             undo,
         ]
