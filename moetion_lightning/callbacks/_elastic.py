@@ -8,7 +8,6 @@ from collections.abc import Callable
 from lightning.pytorch import Trainer
 
 from moetion_lightning.callbacks._ranks import leave_groups, wrap_again
-from moetion_lightning.distributed import progress
 from moetion_lightning.distributed.groups import Groups
 from moetion_lightning.engine import Ranks, StageReplayError
 from moetion_lightning.session import TrainingSession
@@ -65,7 +64,7 @@ class Elastic:
             try:
                 work()
                 self._ranks.control.all_gather("end", None)  # nobody leaves while another may still need it
-                progress.mark(progress.State.TRAINED)
+                self._groups.membership.finish()
                 return
             except _Elsewhere:
                 self._place()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,9 @@ class RunFiles:
         self._postponed: dict[str, Callable[[], None]] = {}
         self._requeue: Callable[[], None] | None = None
         self._since = 0.0
+        #: When the run began, whichever process that was, and what it has written up to here.
+        self._began = time.time()
+        self._written: set[str] = set()
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
         return [c for c in self._trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
@@ -56,6 +60,8 @@ class RunFiles:
             "root_dir": str(self._trainer.default_root_dir),
             "step": self._trainer.fit_loop.epoch_loop._batches_that_stepped,
             "loggers": self._loggers.snapshot(),
+            "began": self._began,
+            "written": sorted(self._written),
             "checkpoints": [
                 {
                     "key": callback.state_key,
@@ -120,11 +126,13 @@ class RunFiles:
         """
         self._loggers.restore(saved["loggers"])
         self._moved = []
+        self._began, self._written = saved["began"], set(saved["written"])
         for callback, before in self._matching(saved):
             here = _Moved(before["dirpath"], callback.dirpath)
             for name, value in before["state"].items():
                 setattr(callback, name, here.path(value) if name.endswith(("_path", "_saved")) else value)
             callback.best_k_models = {here.path(path): score for path, score in callback.best_k_models.items()}
+            self._written = {here.path(path) for path in self._written}
 
     def _matching(self, saved: Mapping[str, Any]) -> list[tuple[ModelCheckpoint, Mapping[str, Any]]]:
         left = list(saved["checkpoints"])
@@ -185,9 +193,11 @@ class RunFiles:
         save, remove = trainer.save_checkpoint, trainer.strategy.remove_checkpoint
 
         def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
+            is_there = converting() and self._is_there(filepath)
+            self._written.add(str(filepath))
             if not converting():
                 save(filepath, *args, **kwargs)
-            elif self._is_there(filepath):
+            elif is_there:
                 _log.info("%s is not written: this step is being replayed, and was saved before", filepath)
             else:
                 _log.info("%s is written when the replay that is under way has made the state whole", filepath)
@@ -195,10 +205,13 @@ class RunFiles:
 
         def remove_checkpoint(filepath: Any) -> None:
             self._postponed.pop(str(filepath), None)
+            self._written.discard(str(filepath))
             remove(filepath)
 
         self._patches.put(trainer, "save_checkpoint", save_checkpoint)
         self._patches.put(trainer.strategy, "remove_checkpoint", remove_checkpoint)
+        for callback in self._checkpoints():
+            self._patches.put(callback, "file_exists", self._exists_here(callback.file_exists))
         self._guard_requeue(converting)
 
     def _guard_requeue(self, converting: Callable[[], bool]) -> None:
@@ -249,15 +262,27 @@ class RunFiles:
             since: Time of the restored state, seconds since the epoch.
         """
         self._since = since
-        for callback in self._checkpoints():
-            self._patches.put(callback, "file_exists", _exists_before(callback.file_exists, since))
+
+    def _exists_here(self, original: Callable[..., bool]) -> Callable[..., bool]:
+        def file_exists(filepath: Any, trainer: Trainer) -> bool:
+            return original(filepath, trainer) and not (self._since and self._is_undone(filepath))
+
+        return file_exists
+
+    def _is_undone(self, filepath: Any) -> bool:
+        """Whether the run has written it in steps that are done again, though not up to here.
+
+        Times alone do not tell: a state may have been captured when steps before it were done for the second time.
+        """
+        return str(filepath) not in self._written and not _older(filepath, self._began, unknown=True)
 
     def _is_there(self, filepath: Any) -> bool:
         """Whether the original run has written it, at the step that is done again now or later. All ranks ask."""
         there = False
         if self._trainer.is_global_zero:
             filesystem = get_filesystem(filepath)
-            there = filesystem.exists(str(filepath)) and not _older(filepath, self._since, unknown=False)
+            is_new = self._is_undone(filepath) or not _older(filepath, self._since, unknown=False)
+            there = filesystem.exists(str(filepath)) and is_new
         return bool(self._trainer.strategy.reduce_boolean_decision(there, all=False))
 
 
@@ -283,10 +308,3 @@ def _older(filepath: Any, since: float, *, unknown: bool) -> bool:
         return bool(get_filesystem(filepath).modified(str(filepath)).timestamp() < since)
     except (NotImplementedError, OSError, AttributeError):
         return unknown
-
-
-def _exists_before(original: Callable[..., bool], since: float) -> Callable[..., bool]:
-    def file_exists(filepath: Any, trainer: Trainer) -> bool:
-        return original(filepath, trainer) and _older(filepath, since, unknown=True)
-
-    return file_exists

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.launcher.api import LaunchConfig
@@ -22,7 +22,7 @@ from moetion_lightning.config import (
 )
 from moetion_lightning.distributed.bounded_store import StoreSilentError
 from moetion_lightning.distributed.exits import NO_PROGRESS, STATE_LOST, STRANDED, JobEndedError, describe_exit
-from moetion_lightning.distributed.generations import FINISHED_KEY, OVER_KEY, announce_loss
+from moetion_lightning.distributed.generations import FINISHED_KEY, announce_loss
 from moetion_lightning.distributed.guard import Guard
 from moetion_lightning.distributed.lease import check_claim
 from moetion_lightning.distributed.progress import STACKS_SIGNAL, Report, Section, State
@@ -112,7 +112,7 @@ class Agent(SingleRankAgent):
         self._deaths: Counter[int] = Counter()
         self._failures = self._starts_alone = 0
         self._furthest = _BEGINNING
-        self._has_failed = self._is_over = False
+        self._has_failed = False
         self._looked_at = 0.0
         self._generation = 0
 
@@ -140,19 +140,21 @@ class Agent(SingleRankAgent):
             return 0
         first = place.slot * spec.local_world_size
         reason = f"node {place.slot} ({place.taken_over}) gave no sign of life for {handler.node_timeout:g} s"
-        if handler.store.add(FINISHED_KEY, 0) or handler.store.check([OVER_KEY]):
+        generation = None
+        if not handler.store.add(FINISHED_KEY, 0):
+            generation = announce_loss(handler.store, range(first, first + spec.local_world_size), reason)
+        if generation is None:
             reason += ", after training had ended"
             if handler.begin_again(reason):
                 _log.warning("%s: all ranks begin again from the newest state", reason)
                 raise BeginAgainError
             handler.fail(reason)
             raise JobEndedError(f"{reason}: start the job again, it goes on from its state")
-        generation = announce_loss(handler.store, range(first, first + spec.local_world_size), reason)
         _log.warning("%s: this launcher runs its ranks, in generation %d", reason, generation)
         return generation
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
-        self._is_over, self._starts_alone = False, 0
+        self._starts_alone = 0
         try:
             self._generation = self._first_generation()
         except BeginAgainError:
@@ -229,9 +231,6 @@ class Agent(SingleRankAgent):
             self._has_failed = False
             for other in self._ranks.values():
                 other.tries = other.same_errors = 0
-        if rank.report.state == State.TRAINED and not self._is_over and not self._is_alone():
-            self._is_over = True
-            self._nodes.store.set(OVER_KEY, "1")
 
     def _is_alone(self) -> bool:
         """Whether the job has one rank: nobody goes on without it, and it can begin again at any time."""
@@ -271,11 +270,17 @@ class Agent(SingleRankAgent):
     def _replace(self, loss: _Loss) -> None:
         reason = "; ".join(f"rank {self.rank(r)}: {text}" for r, text in loss.reasons.items())
         self._check_may_replace(loss, reason)
-        self._check_others_live(loss, reason)
+        done = self._nodes.store.add(FINISHED_KEY, 0)
+        if done:
+            self._all_again(loss, f"{reason}, after {done} ranks had already finished")
+        if loss.is_stranded:
+            self._all_again(loss, f"{reason}, and the others cannot take it back")
         self._standbys.rest()
         for rank in self._ranks.values():
             rank.watch.disturb()
         generation = self._announce(loss, reason)
+        if generation is None:
+            self._all_again(loss, f"{reason}, after training had ended")
         for local_rank, text in loss.reasons.items():
             self._ranks[local_rank].tries += 1
             process, how = self._start_again(local_rank, generation, text)
@@ -290,7 +295,7 @@ class Agent(SingleRankAgent):
                 self._max_restarts,
             )
 
-    def _announce(self, loss: _Loss, reason: str) -> int:
+    def _announce(self, loss: _Loss, reason: str) -> int | None:
         if self._is_alone():
             self._starts_alone += 1  # it begins as the first process did, with keys of its own
             return 0
@@ -331,23 +336,12 @@ class Agent(SingleRankAgent):
                 error_file=loss.error_file,
             )
 
-    def _check_others_live(self, loss: _Loss, reason: str) -> None:
-        """Whether single ranks can join the others; if not, all begin again if they can."""
-        handler = self._nodes
-        done = handler.store.add(FINISHED_KEY, 0)
-        if done:
-            when = f"after {done} ranks had already finished"
-        elif handler.store.check([OVER_KEY]):
-            when = "after training had ended"
-        elif loss.is_stranded:
-            when = "and the others cannot take it back"
-        else:
-            return
-        if handler.begin_again(f"{reason}, {when}"):
+    def _all_again(self, loss: _Loss, reason: str) -> NoReturn:
+        """Single ranks cannot join the others: all begin again if they can."""
+        if self._nodes.begin_again(reason):
             _log.warning(
-                "%s, %s: all ranks begin again from the newest state (failure %d of at most %d)",
+                "%s: all ranks begin again from the newest state (failure %d of at most %d)",
                 reason,
-                when,
                 self._failures,
                 self._max_restarts,
             )
@@ -355,7 +349,7 @@ class Agent(SingleRankAgent):
                 self._ranks[local_rank].tries += 1
             raise BeginAgainError
         raise JobEndedError(
-            f"{reason}, {when}: the job cannot be completed together any more. "
+            f"{reason}: the job cannot be completed together any more. "
             "Start the same command again; it continues from the newest state.\n" + self._last_lines(loss),
             error_file=loss.error_file,
         )

@@ -6,7 +6,9 @@ Keys (all below the run's prefix):
 - ``moetion/generation``: the newest generation, a decimal number; 0 at first. Every process watches it.
 
 Writing the record *is* taking the number (compare-and-set on an absent key), so there is never a number without a
-record, whenever a launcher dies. The newest number only grows.
+record, whenever a launcher dies. The newest number only grows. Where all ranks have left training, "over" stands in
+place of the next record: whether a loss was before that is decided once, too, and none of them can be replaced alone
+any more.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from typing import Any, Protocol
 __all__ = [
     "FINISHED_KEY",
     "GENERATION_KEY",
-    "OVER_KEY",
     "GenerationRecord",
     "announce_loss",
+    "announce_over",
     "merge_records",
     "newest_generation",
     "read_records",
@@ -31,8 +33,7 @@ __all__ = [
 GENERATION_KEY = "moetion/generation"
 #: Number of ranks that ended with exit code 0.
 FINISHED_KEY = "moetion/finished"
-#: Exists when a rank has left training: none can be replaced any more.
-OVER_KEY = "moetion/over"
+_OVER = "over"
 
 
 class Store(Protocol):
@@ -59,7 +60,7 @@ class GenerationRecord:
     at: float
 
 
-def announce_loss(store: Store, lost: Sequence[int], reason: str) -> int:
+def announce_loss(store: Store, lost: Sequence[int], reason: str) -> int | None:
     """Begin the next generation.
 
     Args:
@@ -68,17 +69,29 @@ def announce_loss(store: Store, lost: Sequence[int], reason: str) -> int:
         reason: What happened.
 
     Returns:
-        The number of the generation: the replacements are started with it.
+        The number of the generation: the replacements are started with it. None: all had left training before.
     """
     generation = newest_generation(store)
     while True:
         generation += 1
         record = GenerationRecord(generation=generation, lost=tuple(sorted(lost)), reason=reason, at=time.time())
         text = json.dumps(asdict(record))
-        if store.compare_set(f"{GENERATION_KEY}/{generation}", "", text).decode() == text:
+        there = store.compare_set(f"{GENERATION_KEY}/{generation}", "", text).decode()
+        if there == _OVER:
+            return None
+        if there == text:
             break
     _raise_newest(store, generation)
     return generation
+
+
+def announce_over(store: Store, generation: int) -> bool:
+    """All ranks of a generation have trained to the end. Each of them announces it, and gets the same answer.
+
+    Returns:
+        Whether it stands; not, if a loss was announced before.
+    """
+    return store.compare_set(f"{GENERATION_KEY}/{generation + 1}", "", _OVER).decode() == _OVER
 
 
 def _raise_newest(store: Store, generation: int) -> None:
@@ -93,9 +106,10 @@ def newest_generation(store: Store) -> int:
 
 
 def read_records(store: Store, after: int, newest: int) -> list[GenerationRecord]:
-    """The records of the generations ``after + 1 .. newest``, in order."""
+    """The losses of the generations ``after + 1 .. newest``, in order."""
     keys = [f"{GENERATION_KEY}/{g}" for g in range(after + 1, newest + 1)]
-    found = [json.loads(bytes(value)) for value in store.multi_get(keys)] if keys else []
+    values = [bytes(value) for value in store.multi_get(keys)] if keys else []
+    found = [json.loads(value) for value in values if value != _OVER.encode()]
     return [GenerationRecord(**{**record, "lost": tuple(record["lost"])}) for record in found]
 
 

@@ -104,7 +104,10 @@ def derive_job_id(words: Sequence[str], *, is_module: bool) -> str:
 
 
 class StopSignal:
-    """Raises torch's ``SignalException`` at the first signal that asks this process to end; later ones are ignored.
+    """Notes the first signal that asks this process to end; :meth:`check` raises torch's ``SignalException`` then.
+
+    A handler that raises would do so anywhere: with a lock held, in the middle of starting processes, or where Python
+    only prints what was raised.
 
     Args:
         names: The signals, as of ``--signals-to-handle``; what this process was started to ignore (nohup) stays so.
@@ -116,17 +119,15 @@ class StopSignal:
         self._number: signal.Signals | None = None
 
     def install(self) -> None:
-        """Take the signals; torch's agent does so, too, with a handler that raises whatever is going on."""
+        """Take the signals; also from torch's agent, whose handler raises."""
         for number in self._taken:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
-        if self._number is None:
-            self._number = signal.Signals(number)
-            self.check()
+        self._number = self._number or signal.Signals(number)
 
     def check(self) -> None:
-        """Raise if there was a signal: Python ignores what a handler raises inside some functions."""
+        """Raise if there was a signal. Called at least each second, but for what has a limit of its own."""
         if self._number is not None:
             raise SignalException(f"stopped by {self._number.name}", self._number)
 
@@ -135,7 +136,7 @@ class StopSignal:
         with contextlib.suppress(SignalException):
             self.install()
             while True:
-                self.pause(1.0)
+                self.pause(0.2)
 
     def pause(self, seconds: float) -> None:
         """Sleep, unless there was a signal."""

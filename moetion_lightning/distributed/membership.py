@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from moetion_lightning.distributed.bounded_store import BoundedStore
 from moetion_lightning.distributed.generations import (
     GENERATION_KEY,
     GenerationRecord,
+    announce_over,
     merge_records,
     newest_generation,
     read_records,
@@ -72,6 +74,13 @@ class Membership(Protocol):
             RankLostError: This process itself was declared lost, so another one has its rank.
         """
 
+    def finish(self) -> None:
+        """Leave training with all others, which have come to its end as well; none can be replaced alone any more.
+
+        Raises:
+            RankLostError: A rank was lost before that, and all others get this error, too.
+        """
+
     def store(self) -> BoundedStore:
         """A new client of the run's store, for the caller's own thread.
 
@@ -105,7 +114,7 @@ class StoreMembership:
         self.rank = process.rank
         self.world_size = process.world_size
         self._generation = process.generation
-        self._newest = process.generation
+        self._newest = self._seen = process.generation
         self._records: list[GenerationRecord] = []  # newer than the generation, in order
         self._gone: str | None = None
         self._changed = threading.Condition()
@@ -137,6 +146,14 @@ class StoreMembership:
             return self._connect()
         except STORE_ERRORS as error:
             raise RankLostError(self._store_gone(error)) from error
+
+    def finish(self) -> None:
+        """See :class:`Membership`."""
+        with contextlib.closing(self.store()) as store:
+            is_over = announce_over(store, self._generation)
+        if not is_over:
+            self.lost(_CALL_SECONDS)
+            self.check()
 
     def watch(self, act: Callable[[int], None]) -> None:
         """See :class:`Membership`."""
@@ -197,7 +214,7 @@ class StoreMembership:
         failures = 0
         while not self._closing.is_set():
             try:
-                self._watch_store.wait([f"{GENERATION_KEY}/{self._newest + 1}"], _FOREVER_SECONDS)
+                self._watch_store.wait([f"{GENERATION_KEY}/{self._seen + 1}"], _FOREVER_SECONDS)
                 self._look()
                 failures = 0
             except STORE_ERRORS as error:
@@ -214,8 +231,10 @@ class StoreMembership:
         newest = newest_generation(self._watch_store)
         while self._watch_store.check([f"{GENERATION_KEY}/{newest + 1}"]):  # who wrote it has not told yet
             newest += 1
-        if newest > self._newest:
-            self._tell(read_records(self._watch_store, self._newest, newest), newest)
+        records = read_records(self._watch_store, self._seen, newest)
+        self._seen = newest
+        if records:
+            self._tell(records, records[-1].generation)
 
     def _tell(self, records: list[GenerationRecord], newest: int, *, gone: str | None = None) -> None:
         ended = newest if gone is None else newest + 1  # without the store no membership can go on

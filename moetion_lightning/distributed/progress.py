@@ -49,8 +49,7 @@ class State(enum.IntEnum):
     BEGUN = 0
     READY = 1  # has imported everything and stands by
     RUNNING = 2
-    TRAINED = 3  # all ranks have left training: none of them can be replaced any more
-    DONE = 4  # the program has returned; the interpreter ends
+    DONE = 3  # the program has returned; the interpreter ends
 
 
 class Section(enum.IntEnum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -161,10 +161,17 @@ class PlainAttributes:
         value = self._owners[owner].value
         refused = vars(value)[name]
         self._refused[owner, name] = type(refused)
-        # Generators are captured as such. Lightning puts a function in place of `forward` for a moment.
+        kind = type(value)
+        # Generators are captured as such. Lightning puts a function in place of `forward` for a moment, and then what
+        # the class has anyway.
         if is_generator(refused) or (isinstance(refused, FunctionType) and is_framework(refused)):
             return
-        kind = type(value)
+        if (
+            isinstance(refused, MethodType)
+            and refused.__self__ is value
+            and refused.__func__ is getattr(kind, name, None)
+        ):
+            return
         self._say_once(
             f"the attribute {name!r} of {kind.__qualname__} changes while training and cannot be stored "
             f"({reason.partition(': ')[2].partition(' cannot be stored')[0]}): after a restart it is as the script "

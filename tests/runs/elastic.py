@@ -163,6 +163,7 @@ class _Job:
     def replace(self, lost: list[int]) -> None:
         if lost:
             generation = announce_loss(self._announced, lost, "killed by the test")
+            assert generation is not None, "training was over"
             for rank in lost:
                 self.start(rank, generation)
 

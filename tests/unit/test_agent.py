@@ -15,7 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from moetion_lightning.distributed import agent as module
 from moetion_lightning.distributed.agent import Agent
 from moetion_lightning.distributed.exits import JobEndedError
-from moetion_lightning.distributed.generations import OVER_KEY
+from moetion_lightning.distributed.generations import announce_over
 from moetion_lightning.distributed.progress import Report, State
 from moetion_lightning.distributed.torch_elastic import BeginAgainError, RankStart
 from moetion_lightning.distributed.watchdog import Limits, parse_limits
@@ -218,9 +218,7 @@ def test_what_breaks_while_a_failed_process_ends_does_not_hide_the_error(ranks: 
 
 
 def test_all_begin_again_when_a_rank_is_lost_after_training(ranks: Ranks) -> None:
-    ranks.report(1).cells[0] = State.TRAINED
-    ranks.look_after()
-    assert OVER_KEY in ranks.store.values
+    assert announce_over(ranks.store, 0)
     with pytest.raises(BeginAgainError):
         ranks.die(0)
     assert ranks.asked_again == ["rank 0: killed by SIGKILL, after training had ended"]

@@ -231,6 +231,17 @@ def test_object_that_is_not_there_is_named() -> None:
     assert "'counter' of module is not restored" in message
 
 
+@pytest.mark.parametrize(("owner", "count"), [("itself", 0), ("another", 1)])
+def test_method_that_is_put_back_where_it_was_found_is_no_state(owner: str, count: int) -> None:
+    said: list[str] = []
+    net = Net()
+    attributes = PlainAttributes(lambda: {"module": net}, said.append)
+    attributes.begin()
+    net.forward = (net if owner == "itself" else Net()).forward  # type: ignore[method-assign]  # as Lightning does
+    dump_tree(attributes.capture())
+    assert len(said) == count
+
+
 def test_flags_and_caches_of_a_library_are_left_alone() -> None:
     linear = nn.Linear(1, 1)
     library = type("Cached", (nn.Module,), {"__module__": "transformers.models"})()

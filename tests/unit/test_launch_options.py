@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from moetion_lightning.cli import main
 from moetion_lightning.distributed import launch
 from moetion_lightning.distributed.exits import describe_exit
-from moetion_lightning.distributed.launch import add_options, derive_job_id
+from moetion_lightning.distributed.launch import StopSignal, add_options, derive_job_id
 from moetion_lightning.errors import ConfigurationError
 
 
@@ -121,3 +123,20 @@ def test_exits_in_words() -> None:
 def test_configuration_errors_name_the_directory(script: str) -> None:
     with pytest.raises(ConfigurationError, match=f"no file 'x.py' in {os.getcwd()}"):
         params("x.py")
+
+
+def test_signal_raises_nothing_where_it_arrives() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    stop = StopSignal("SIGUSR1,SIGTERM")
+    try:
+        stop.install()
+        stop.pause(0.0)
+        for number in before:
+            signal.raise_signal(number)
+        with pytest.raises(SignalException, match=f"stopped by {signal.SIGTERM.name}"):
+            stop.pause(60.0)
+        with pytest.raises(SignalException):
+            stop.check()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -86,6 +86,25 @@ def test_waiting_ends_without_a_loss(server: TCPStore) -> None:
         assert membership.lost() == membership.lost(0.05) == ()
 
 
+def test_whether_a_loss_or_the_end_of_training_comes_first_is_decided_once(
+    server: TCPStore, store: PrefixStore
+) -> None:
+    with closing(StoreMembership(process(server, rank=0))) as first, closing(StoreMembership(process(server))) as other:
+        announce_loss(store, [3], "killed")
+        for membership in (first, other):  # none of them leaves, though all had come to the end
+            with pytest.raises(RankLostError, match=r"lost ranks 3 \(killed\)"):
+                membership.finish()
+            membership.advance()
+        first.finish()
+        assert announce_loss(store, [3], "killed again") is None
+        other.finish()
+        with closing(StoreMembership(process(server, rank=2, generation=1))) as later:
+            later.finish()
+            later.check()
+        first.check()
+        other.check()
+
+
 def test_store_that_is_gone_ends_this_process() -> None:
     """It cannot learn of losses any more: going on, or trying for ever, would help nobody."""
     server = host_store("127.0.0.1")

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from moetion_lightning.config import launched_process
-from moetion_lightning.distributed import progress
 from moetion_lightning.distributed.membership import StoreMembership
 from moetion_lightning.errors import StateLostError, StrandedRankError
 
@@ -72,7 +71,9 @@ def main() -> None:
     elif kind == "hang-at-exit":
         atexit.register(time.sleep, 120)
     elif kind == "die-after-training":
-        progress.mark(progress.State.TRAINED)
+        process = launched_process()
+        assert process is not None
+        StoreMembership(process).finish()
         time.sleep(1.0 if os.environ["RANK"] == "1" else 120)
         sys.exit(3)
     elif kind == "lost":
