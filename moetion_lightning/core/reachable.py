@@ -172,8 +172,9 @@ def _edges(owner: Any, tables: list[dict[Any, Any]], *, code: bool) -> Iterator[
     kind = type(owner)
     if issubclass(kind, dict):
         tables.append(owner)
-        for key, value in list(owner.items()):
-            yield f"[{key!r}]", owner, key, value
+        for number, (key, value) in enumerate(list(owner.items())):
+            # An optimizer's state is by parameter, whose text takes long, and is another one after each step.
+            yield f"[#{number}]" if isinstance(key, Tensor) else f"[{key!r}]", owner, key, value
     elif issubclass(kind, (list, tuple, deque)):
         items = list(owner)
         if not all(type(item) in _PLAIN_TYPES or isinstance(item, Tensor) for item in items[:_LOOKED_AT]):
