@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import BaseFinetuning, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loops.progress import _BaseProgress
 from lightning.pytorch.trainer import call
 
@@ -53,6 +53,9 @@ class EpochStart:
         muted = InstancePatches()
         for logger in trainer.loggers:  # what is logged there was logged when the epoch began
             muted.put(logger, "log_metrics", lambda *args, **kwargs: None)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BaseFinetuning):  # it has put its groups back when the fit began
+                muted.put(callback, "finetune_function", lambda *args, **kwargs: None)
         try:
             with self._at_begin_of_epoch():
                 call._call_callback_hooks(trainer, "on_train_epoch_start")

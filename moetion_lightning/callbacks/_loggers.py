@@ -190,7 +190,11 @@ class _CsvRows:
             original()
             self._written += pending - len(experiment.metrics)
 
+        def rewrite(keys: list[str]) -> None:
+            self._write(keys, self._read()[1])
+
         patches.put(experiment, "save", save)
+        patches.put(experiment, "_rewrite_with_new_header", rewrite)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         experiment = self._experiment
@@ -199,6 +203,16 @@ class _CsvRows:
         with experiment._fs.open(experiment.metrics_file_path, "r", newline="") as file:
             reader = csv.DictReader(file)
             return list(reader.fieldnames or []), list(reader)
+
+    def _write(self, keys: list[str], rows: list[dict[str, str]]) -> None:
+        """A kill meanwhile must not cost the rows."""
+        experiment = self._experiment
+        part = f"{experiment.metrics_file_path}.part"
+        with experiment._fs.open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=keys, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        experiment._fs.mv(part, experiment.metrics_file_path)
 
     def snapshot(self) -> dict[str, Any]:
         """Rows in the file, and rows that are still to be written."""
@@ -215,13 +229,8 @@ class _CsvRows:
         _, rows = self._read()
         kept = rows[: saved["written"]]
         if kept:
-            part = f"{experiment.metrics_file_path}.part"  # a kill meanwhile must not cost the rows
-            with experiment._fs.open(part, "w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=keys, extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(kept)
-            experiment._fs.mv(part, experiment.metrics_file_path)
-        elif rows:
+            self._write(keys, kept)
+        elif experiment._fs.isfile(experiment.metrics_file_path):  # also one whose header was not written any more
             experiment._fs.rm_file(experiment.metrics_file_path)
         experiment.metrics = [dict(row) for row in saved["pending"]]
         experiment.metrics_keys = keys

@@ -179,8 +179,9 @@ def _edges(owner: Any, tables: list[dict[Any, Any]], *, code: bool) -> Iterator[
     kind = type(owner)
     if issubclass(kind, dict):
         tables.append(owner)
-        for key, value in pairs(owner):
-            yield f"[{key!r}]", owner, key, value
+        for number, (key, value) in enumerate(pairs(owner)):
+            # An optimizer's state is by parameter, whose text takes long, and is another one after each step.
+            yield f"[#{number}]" if isinstance(key, Tensor) else f"[{key!r}]", owner, key, value
     elif issubclass(kind, (list, tuple, deque)):
         items = values(owner)
         if not all(map(_is_data, items[:_LOOKED_AT])):

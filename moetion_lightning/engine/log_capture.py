@@ -25,7 +25,7 @@ from moetion_lightning.errors import AuditError, NonDeterminismError, RankLostEr
 from moetion_lightning.events import EventBus, OperatorAudited
 from moetion_lightning.gradient_log.audit import Finding
 from moetion_lightning.gradient_log.steps import Call, Settings, read_settings, take_call
-from moetion_lightning.gradient_log.watch import GradientWatch, WaitFor, WeightWatch
+from moetion_lightning.gradient_log.watch import DrawWatch, GradientWatch, WaitFor, WeightWatch
 from moetion_lightning.storage.tree import FlatTree
 
 __all__ = ["GradientLog", "why_no_log"]
@@ -82,6 +82,7 @@ class GradientLog:
         self._say_once = say_once
         self._live: LiveState = attached.live
         self._gradients = GradientWatch()
+        self._draws = DrawWatch(attached.live)
         self._weights = WeightWatch(attached.live)
         self._frozen = _FrozenWatch(attached.live)
         self._volatile: set[str] = set()  # parameters that also change outside of the steps
@@ -134,6 +135,7 @@ class GradientLog:
         self.writer.log(self._open, logged)
         if wait is WaitFor.BEFORE_STEP:
             self._attached.thread.wait_for(logged.copied)
+        self._draws.begin(index)
 
     def after_step(self, index: int) -> None:
         """It has stepped, or a gradient scaler made nothing of it."""
@@ -142,6 +144,7 @@ class GradientLog:
             return
         logged, wait, call = found
         self._gradients.end(call)
+        self._draws.end(index)
         if wait is WaitFor.AFTER_STEP:
             self._attached.thread.wait_for(logged.copied)
         self._weights.note(self._open.iteration)
@@ -190,7 +193,7 @@ class GradientLog:
         self._attached.planner.forget_static()
         self._signature = self._live.signature()
         self._needs_base = "training begins"
-        self.impossible = self.impossible or why_no_log(self._live, self._attached.steps)
+        self.impossible = self.impossible or why_no_log(self._live, self._attached.steps, self._draws)
         self._plan(iteration)
         if not self.impossible:
             to_come = self._capture(iteration, state, dict)
@@ -216,7 +219,7 @@ class GradientLog:
         if signature != self._signature or self._live.outdated():
             self._signature = signature
             self._needs_base, self._needs_plan = self._needs_base or "what trains has changed", True
-        self.impossible = self.impossible or why_no_log(self._live, self._attached.steps)
+        self.impossible = self.impossible or why_no_log(self._live, self._attached.steps, self._draws)
         must_plan = self._needs_plan or bool(self.impossible) or not self._slots
         is_due = not self._slots or (iteration - self._planned_at) % len(self._planned_slots) == 0
         if is_due or (self._ranks.alone and must_plan):
@@ -485,12 +488,13 @@ class _FrozenWatch:
         return self._digest, static
 
 
-def why_no_log(live: LiveState, watcher: StepWatcher) -> str:
+def why_no_log(live: LiveState, watcher: StepWatcher, draws: DrawWatch) -> str:
     """Why what the optimizers do cannot be done again from what they are given, or "".
 
     Args:
         live: The live state.
         watcher: What was seen of the optimizers so far.
+        draws: What was seen of the random generators in their steps.
     """
     coupled = why_coupled(live)
     if coupled:
@@ -499,7 +503,6 @@ def why_no_log(live: LiveState, watcher: StepWatcher) -> str:
         return "an optimizer works inside another one"
     if watcher.most_closure_calls > 1:
         return "an optimizer evaluates its closure several times per step"
-    if watcher.drawing:
-        names = sorted(type(live.optimizers[i]).__name__ for i in watcher.drawing)
-        return f"{', '.join(names)} draws random numbers in its step"
+    if draws.names:
+        return f"{', '.join(draws.names)} draws random numbers in its step"
     return ""

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moetion_lightning.core.digests import rng_digests
 from moetion_lightning.core.optimizer_parts import own_attributes
 from moetion_lightning.core.step_hooks import hook_steps
 
@@ -65,12 +64,9 @@ class StepWatcher:
         self.steps = [0] * len(optimizers)
         #: Optimizers that changed settings of their own in a step, counters apart.
         self.self_tuning: set[int] = set()
-        #: Optimizers that drew random numbers in a step.
-        self.drawing: set[int] = set()
         #: Most calls of one step's closure so far: of optimizers that begin with it, and of all.
         self.closure_calls = self.most_closure_calls = 0
         self._settings: dict[int, dict[str, Any]] = {}
-        self._rng: dict[int, dict[str, str]] = {}
         self._counts = [0] * len(optimizers)
         self._optimizers = tuple(optimizers)
         self._handles: list[Any] = []
@@ -113,18 +109,13 @@ class StepWatcher:
             closure = _closure_of(args, kwargs)
             if closure is None:
                 self._before(index)
-                self._gradients_are_ready(index, ())
+                self._ready(index, ())
                 return None
             if not self._closure_first[index]:
                 self._before(None)
             return self._with_holding_closure(index, closure, args, kwargs)
 
         return hook
-
-    def _gradients_are_ready(self, index: int, result: tuple[Any, ...]) -> None:
-        if index in self._settings:  # one of the steps that are looked at closely
-            self._rng[index] = rng_digests()
-        self._ready(index, result)
 
     def _with_holding_closure(
         self, index: int, closure: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -141,7 +132,7 @@ class StepWatcher:
             result = closure()
             if self._closure_first[index]:
                 self._before(index)
-            self._gradients_are_ready(index, (result,))
+            self._ready(index, (result,))
             return result
 
         if "closure" in kwargs:
@@ -153,9 +144,6 @@ class StepWatcher:
             if self._inert:
                 return
             self._done(index)
-            rng = self._rng.pop(index, None)
-            if rng is not None and rng != rng_digests():
-                self.drawing.add(index)
             found_inf = getattr(optimizer, "found_inf", None)
             if isinstance(found_inf, Tensor) and bool(found_inf.item()):
                 return

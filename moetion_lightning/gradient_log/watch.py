@@ -1,4 +1,4 @@
-"""When gradients must be copied, and which weights change outside of the optimizers' steps."""
+"""When gradients must be copied, which optimizers draw, and which weights change outside of the optimizers' steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from moetion_lightning.core.digests import digest_of, rng_digests
+from moetion_lightning.core.generators import Generators
 from moetion_lightning.core.local import local
 from moetion_lightning.core.state import LiveState, state_of
 from moetion_lightning.gradient_log.steps import Call
 
-__all__ = ["GradientWatch", "WaitFor", "WeightWatch"]
+__all__ = ["DrawWatch", "GradientWatch", "WaitFor", "WeightWatch"]
 
 _LEARNED_AFTER = 3  # steps of an optimizer
 _LOOKED_AT_ALL = 8  # looks in which all values are compared: of the first three iterations or so
@@ -82,6 +84,45 @@ class GradientWatch:
     def torn(self, index: int) -> None:
         """Gradients were changed before their copies had run: from now on the step's end waits."""
         self._changed_after.add(index)
+
+
+class DrawWatch:
+    """Which optimizers draw random numbers in their step: gradients do not repeat it.
+
+    Every step is looked at, before a restore point is made of it. torch's own optimizers have no generators; of others
+    all that they lead to are compared, in whatever object or global variable of the user's files.
+
+    Args:
+        live: The live state.
+    """
+
+    def __init__(self, live: LiveState) -> None:
+        self._live = live
+        self._generators: dict[int, Generators] = {}
+        self._before: dict[int, Any] = {}
+        self._drawing: set[int] = set()
+
+    def begin(self, index: int) -> None:
+        """An optimizer is about to update weights."""
+        self._before[index] = self._states(index)
+
+    def end(self, index: int) -> None:
+        """It has."""
+        if self._before.pop(index) != self._states(index):
+            self._drawing.add(index)
+
+    @property
+    def names(self) -> list[str]:
+        """Classes of those that have drawn."""
+        return sorted(type(self._live.optimizers[index]).__name__ for index in self._drawing)
+
+    def _states(self, index: int) -> tuple[dict[str, str], str]:
+        optimizer = self._live.optimizers[index]
+        if type(optimizer).__module__.partition(".")[0] == "torch":
+            return rng_digests(), ""
+        if index not in self._generators:
+            self._generators[index] = Generators(lambda: {"optimizer": optimizer})
+        return rng_digests(), digest_of(self._generators[index].states()).read()
 
 
 def _digests(tensors: Iterable[Tensor | None]) -> list[int]:

@@ -49,6 +49,8 @@ class Followed:
         self._inner = inner
         self._make = functools.partial(unfollowed, inner)
         self._iterating = False
+        #: What was restored, as long as nothing has been drawn since: until then it alone says where the loader stands.
+        self._restored: Mapping[str, Any] | None = None
 
     def iterate(self) -> Iterator[Any]:
         """Begin a pass, or the rest of the one that was restored."""
@@ -57,13 +59,21 @@ class Followed:
     def finish(self) -> None:
         """The pass is over."""
         self._iterating = False
+        self._restored = None
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> Mapping[str, Any]:
         """The position before the batch that comes next."""
+        return self._snapshot() if self._restored is None else self._restored
+
+    def _snapshot(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue there at the next :meth:`iterate`."""
+        self._restored = state
+        self._restore(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         raise NotImplementedError
 
     def begin_epoch(self, epoch: int) -> None:
@@ -124,6 +134,7 @@ class _Direct(Followed):
         self._position.expected = False  # the script may iterate it elsewhere, too
 
     def iterate(self) -> Iterator[Any]:
+        self._restored = None
         self._iterating = True
         self._position.expected = True
         try:
@@ -131,14 +142,14 @@ class _Direct(Followed):
         finally:
             self._position.expected = False
 
-    def snapshot(self) -> dict[str, Any]:
+    def _snapshot(self) -> dict[str, Any]:
         position = self._position
         return {
             "iterating": self._iterating,
             "position": position.snapshot() if self._iterating else position.snapshot_between(),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def _restore(self, state: Mapping[str, Any]) -> None:
         if state["iterating"]:
             self._position.restore(state["position"])
         else:
@@ -255,10 +266,11 @@ class _Wrapped(Followed):
 
     def _take(self, iterator: Iterator[Any]) -> Iterator[Any]:
         for batch in iterator:
+            self._restored = None
             self._taken += 1
             yield batch
 
-    def snapshot(self) -> dict[str, Any]:
+    def _snapshot(self) -> dict[str, Any]:
         at_end = self._iterating and self._ahead and bool(self._taken and self._loader.end_of_dataloader)
         between = at_end or not self._iterating or self._position.expected
         position = self._position.snapshot()
@@ -278,7 +290,7 @@ class _Wrapped(Followed):
             "draws": [*(r.rng.packed(r.generators) for r in records), position["now"]] if records else [],
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def _restore(self, state: Mapping[str, Any]) -> None:
         setattr(self._loader, self._epoch, state["epoch"])
         self._position.restore(state["position"])
         if state["iterating"]:

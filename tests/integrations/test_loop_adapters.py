@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from moetion_lightning.core.policy import DensePolicy
 from moetion_lightning.errors import ConfigurationError, ForeignWindowError
 from moetion_lightning.integrations import FabricCheckpointing, SparseCheckpointing, attach
 from moetion_lightning.integrations._gradients import LastingGradients
+from moetion_lightning.integrations._loaders import Followed, follow
 from moetion_lightning.integrations._other_loaders import OtherLoaders
 from moetion_lightning.integrations.accelerate import _prepared_loaders
 from moetion_lightning.testing.compare import compare_states
@@ -279,6 +281,32 @@ class _Prepared:
     def passes(self) -> None:
         for loader in self.loaders:
             list(loader)
+
+
+def _shuffled(wrapped: bool) -> Followed:
+    loader = DataLoader(torch.arange(8), batch_size=2, shuffle=True)  # type: ignore[arg-type]
+    return follow(prepare_data_loader(loader, put_on_device=False) if wrapped else loader)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("drawn", [0, 2, 4])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "accelerate"])
+def test_where_a_loader_stands_is_known_before_it_draws_after_a_restart(wrapped: bool, drawn: int, begun: bool) -> None:
+    torch.manual_seed(1)
+    followed = _shuffled(wrapped)
+    batches = followed.iterate()
+    for _ in range(drawn):
+        next(batches)
+    saved = followed.snapshot()
+    left = [batch.tolist() for batch in batches]
+    for seed in (2, 3):  # killed twice, before anything was drawn
+        torch.manual_seed(seed)
+        followed = _shuffled(wrapped)
+        followed.restore(saved)
+        if begun and seed == 2:
+            followed.iterate()
+        saved = followed.snapshot()
+    assert [batch.tolist() for batch in followed.iterate()] == left
 
 
 def test_passes_over_other_loaders_are_restored_without_drawing() -> None:

@@ -122,7 +122,10 @@ class UnfreezeBlocks(BaseFinetuning):
 
     def finetune_function(self, pl_module: pl.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
         if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.body.blocks, optimizer, lr=0.01)
+            self.make_trainable(pl_module.body.blocks)
+            optimizer.add_param_group(
+                {"params": list(pl_module.body.blocks.parameters()), "lr": 0.01}
+            )  # raises if again
 
 
 class FixedStatistics(Automatic):

@@ -58,6 +58,7 @@ PLACES: dict[str, tuple[object, str]] = {
     "deep": (Holder(a=Holder(b=Holder(c=Holder(rng=RNG)))), "root.a.b.c.rng"),
     "list": (Holder(steps=[1, Holder(rng=RNG)]), "root.steps[1].rng"),
     "dict": (Holder(by={"a": {"b": RNG}}), "root.by['a']['b']"),
+    "by parameter": (Holder(state={torch.ones(1): {"a": RNG}}), "root.state[#0]['a']"),
     "tuple": (Holder(pair=(RNG, 1)), "root.pair[0]"),
     "partial": (functools.partial(print, RNG), "root.args[0]"),
     "bound method": (Holder(call=Holder(rng=RNG).draw), "root.call.__self__.rng"),

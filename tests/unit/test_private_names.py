@@ -51,7 +51,7 @@ WORDS = {
     "torch.distributed.elastic.multiprocessing.tail_log": "_log_line_prefixes",
     f"{AGENT}.api": "_rendezvous _worker_group _restart_workers",
     f"{AGENT}.local_elastic_agent": "_pcontext _shutdown",
-    "lightning.fabric.loggers.csv_logs": "_ExperimentWriter _get_next_version",
+    "lightning.fabric.loggers.csv_logs": "_ExperimentWriter _get_next_version _rewrite_with_new_header",
     "lightning.fabric.loggers.tensorboard": "_kwargs",
     "lightning.fabric.strategies.registry": "_StrategyRegistry",
     "lightning.fabric.utilities.distributed": "_sampler",
