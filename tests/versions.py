@@ -19,10 +19,10 @@ ENVIRONMENTS = {
     "newest": ("3.13", ["torch", "lightning", "transformers", "accelerate"]),
 }
 #: What these lack: FSDP2 that reduces gradients of experts without tokens (torch 2.13), and a Trainer in whose loop
-#: a callback can stand (transformers 5.3). Four of transformers' families have other layers in 5.5 than elsewhere.
+#: a callback can stand (transformers 5.3).
 NOT_THERE = {
     "lowest": ["-k", "not fsdp2", "--ignore", "tests/integrations/test_hf_trainer.py"],
-    "middle": ["-k", "not fsdp2", "--ignore", "tests/integrations/test_transformers_families.py"],
+    "middle": ["-k", "not fsdp2"],
 }
 #: Where other libraries are called: hooks, loops, schedules, private names. What is only ours is left out.
 TESTS = [
