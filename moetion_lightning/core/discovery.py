@@ -258,6 +258,8 @@ def _from_structure(found: _Found) -> None:
             experts, router = _bank(index, name)
         if experts is not None:
             router = router or _router_beside(index, name, len(experts.pieces))
+            if router is None and experts.modules:  # experts without parameters (identity) are routed to as well
+                router = _router_beside(index, name, len(module._modules))
         if experts is None or router is None:
             continue
         block, router_module, loose = router

@@ -165,14 +165,14 @@ _TUTEL = Tap(site="block", io="attr", key="dispatch_count", form="load")
 # The first row that matches a class, and whose paths exist in the instance, wins.
 # fmt: off
 BUILT_IN_SPECS: tuple[MoESpec, ...] = (
-    # transformers 5.23: families without an expert-parallel plan. Its 65 others publish one.
-    MoESpec(block=r"transformers.*\.DbrxFFN", router="router", pack="rows", tap=_input(1)),
+    # transformers: families without an expert-parallel plan, also in its newest version. Where the decision passes
+    # differs from version to version in two of them: they are calibrated.
+    MoESpec(block=r"transformers.*\.DbrxFFN", router="router", pack="rows"),
     MoESpec(block=r"transformers.*\.JetMoeMo[EA]", experts=("input_linear", "output_linear"), router="router",
             pack="dim0", tap=_router(3, "load")),
     # Every expert gets all tokens, scaled by sigmoid(-inf) = 0 where it was not chosen.
     MoESpec(block=r"transformers.*\.Llama4TextMoe", router="router", pack="dim0", tap=_router(0, "mask")),
-    MoESpec(block=r"transformers.*\.SwitchTransformersSparseMLP", router="router", pack="list",
-            tap=_router(0, "mask")),
+    MoESpec(block=r"transformers.*\.SwitchTransformersSparseMLP", router="router", pack="list"),
     MoESpec(block=r"transformers.*\.NllbMoeSparseMLP", router="router", pack="list", tap=_router(0, "mask")),
     # Has a plan, but sends the tokens of its "skip" expert to expert 0 with weight 0.
     MoESpec(block=r"transformers.*\.ZayaSparseMoeBlock", pack="dim0", tap=_input(1, weights=2)),

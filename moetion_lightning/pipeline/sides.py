@@ -125,8 +125,9 @@ def _refuse_unknown(rehearsal: Rehearsal, plan: CutPlan, stage: int) -> NoReturn
     raise ConfigurationError(
         f"on pipeline stage {stage} (from layer {plan.layer_names[plan.bounds[stage]]!r} on), {_where(plan, stage)} is "
         f"not what the whole module computes, although everything that earlier layers return is given.{failed} Some "
-        "state of earlier layers reaches later code in another way: a list or another object that layers fill, a "
-        "cache, weight-shared loops, layers that are called by code that this stage does not run, or a generator of "
+        "state of earlier layers reaches later code in another way: a list or another object that layers fill (so do "
+        "transformers' models before 5.2 with the logits of their routers: upgrade transformers), a cache, "
+        "weight-shared loops, layers that are called by code that this stage does not run, or a generator of "
         f"random numbers of the module's own. Expected that layers pass on what they compute by returning it. "
         f"{ALTERNATIVES}"
     ) from error

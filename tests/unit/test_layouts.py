@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -486,7 +489,7 @@ ScatterMLP.__module__, ScatterMLP.__qualname__ = "scattermoe.mlp", "MLP"
 
 
 class Net(nn.Module):
-    def __init__(self, block: type[nn.Module]) -> None:
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.inp = nn.Linear(HIDDEN, HIDDEN)
         self.layers = nn.ModuleList(block() for _ in range(2))
@@ -530,6 +533,63 @@ def test_replica_is_found_and_counted(library: str) -> None:
     kinds = [operator.kind.value for operator in operators.operators]
     assert kinds.count("expert") == 2 * EXPERTS
     assert kinds.count("gate") == (0 if library == "scattermoe" else 2)
+
+
+class IdentityExperts(LinearGate):
+    """Some of its experts have no parameters: they give back what they get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS + 2, bias=False)
+        self.experts.extend(nn.Identity() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = route(self.gate(x))
+        return run_each(x, weights, ids, lambda e, rows: self.experts[e](rows))
+
+
+class Switch(nn.Module):
+    """The Switch Transformer's: top-1, its router emits a mask, at a place that depends on the library's version."""
+
+    def __init__(self, place: int = 0) -> None:
+        super().__init__()
+        self.place = place
+        self.router = IdsRouter("i")
+        self.experts = nn.ModuleDict({f"expert_{i}": Expert() for i in range(EXPERTS)})
+        self.router.forward = self.route  # type: ignore[method-assign]
+
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        probability, expert = self.router.gate(x).softmax(-1).max(-1, keepdim=True)
+        parts = [probability, probability.log()]
+        parts.insert(self.place, F.one_hot(expert, EXPERTS))
+        return tuple(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [*self.router(x)]
+        ids = parts.pop(self.place).argmax(-1)
+        return run_each(x, parts[0], ids, lambda e, rows: self.experts[f"expert_{e}"](rows))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_mask_is_counted_wherever_the_router_of_this_version_emits_it(place: int) -> None:
+    block = named(Switch, "transformers.models.switch_transformers", "SwitchTransformersSparseMLP")
+    model = Net(functools.partial(block, place))
+    counter = TokenCounter(model, discover_layers(model))
+    model(torch.randn(TOKENS, HIDDEN)).sum().backward()
+    counts = counter.drain()
+    assert counts.sum(dim=1).tolist() == [TOKENS] * 2
+    assert_counts_match_gradients(model, counter.layers, counts)
+
+
+def test_experts_without_parameters_are_neither_cut_nor_counted() -> None:
+    torch.manual_seed(1)
+    model = Net(IdentityExperts)
+    counter = TokenCounter(model, discover_layers(model))
+    model(torch.randn(TOKENS, HIDDEN)).sum().backward()
+    counts = counter.drain()
+    assert [layer.num_experts for layer in counter.layers] == [EXPERTS] * 2
+    assert all(0 < total < TOKENS * TOP_K for total in counts.sum(dim=1).tolist())
+    assert_counts_match_gradients(model, counter.layers, counts)
 
 
 @pytest.mark.parametrize(
