@@ -62,7 +62,9 @@ class LoopSeam:
         """
         trainer = self._trainer
         trainer.training = True
-        trainer.fit_loop.epoch_loop._results.clear()
+        epoch_loop = trainer.fit_loop.epoch_loop
+        epoch_loop._results.clear()
+        epoch_loop.val_loop._results.clear()  # of a validation that was not finished: its batches would count twice
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler._per_optimizer_states.clear()  # of the step that was not finished

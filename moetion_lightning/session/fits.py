@@ -10,7 +10,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ class Fit:
         if decision.course is None and not isinstance(resume, str):  # an iteration was asked for, whatever began it
             decision = decide(beginning, self._ordinal, courses, resume="newest")
         if not self._ranks.alone:
-            decision = self._agreed(decision, knows=bool(courses))
+            decision = self._agreed(decision, {course.job for course in courses})
         self._decision = decision
 
     def accept(self, manifest: Manifest) -> str:
@@ -237,12 +237,19 @@ class Fit:
         theirs = [course for tier in here.tiers() for course in _courses_in(tier, others, busy=False)]
         return mine or [dataclasses.replace(c, beginning=_of_all_ranks(c.beginning)) for c in theirs]
 
-    def _agreed(self, decision: Decision, *, knows: bool) -> Decision:
-        """All ranks continue the same course, or none does. A rank whose memory is lost goes with the others."""
+    def _agreed(self, decision: Decision, jobs: Collection[str]) -> Decision:
+        """All ranks continue the same course, or none does. A rank whose memory of it is lost goes with the others.
+
+        Args:
+            decision: This rank's.
+            jobs: Names under which it has found courses: where it has only those of other fits, it lost this one's.
+        """
         mine = None if decision.course is None else [decision.course.name, decision.course.job]
-        votes = [vote for vote, knew in self._ranks.agree("course", [mine, knows]) if knew]
-        if not votes or any(vote != votes[0] for vote in votes) or votes[0] is None:
-            if any(vote is not None for vote in votes):
+        answers = self._ranks.agree("course", [mine, sorted(jobs)])
+        votes = [vote for vote, _ in answers if vote is not None]
+        against = any(vote is None and any(job in known for _, job in votes) for vote, known in answers)
+        if not votes or against or any(vote != votes[0] for vote in votes):
+            if votes:
                 _log.warning("the ranks have windows of different courses of training: all begin anew")
             return Decision(refused=decision.refused)
         if decision.course is not None:

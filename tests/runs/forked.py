@@ -106,7 +106,12 @@ def _become(program: list[str], env: Mapping[str, str]) -> None:
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         if descriptor > 2:
             try:
-                os.close(descriptor)
+                # libuv keeps the numbers of a pipe, which it closes and makes anew in each fork: a DataLoader's worker
+                # would lose what has these numbers then.
+                if os.readlink(f"/proc/self/fd/{descriptor}").startswith("pipe:"):
+                    os.dup2(0, descriptor)
+                else:
+                    os.close(descriptor)
             except OSError:  # the listing's own
                 pass
     os.environ.clear()

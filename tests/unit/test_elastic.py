@@ -5,9 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
 
 from moetion_lightning.callbacks._elastic import Elastic
+from moetion_lightning.callbacks._loop_seam import LoopSeam
 from moetion_lightning.errors import RankLostError
 
 
@@ -63,3 +66,15 @@ def test_a_store_that_is_gone_ends_the_process_instead_of_a_livelock() -> None:
     with pytest.raises(RankLostError, match="the store does not answer"):
         attempt(member, *[RankLostError("the store does not answer")] * 100)
     assert member.generation == 0
+
+
+def test_validation_that_a_loss_broke_off_leaves_nothing_in_the_means_of_the_next_one() -> None:
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    results = trainer.fit_loop.epoch_loop.val_loop._results
+    loops = LoopSeam(trainer)
+    loops.checkpoints = SimpleNamespace(restore_in_place=lambda checkpoint: None)  # type: ignore[assignment]
+    for value in (8.0, 2.0):
+        results.log("validation_step", "loss", torch.tensor(value), on_step=False, on_epoch=True, batch_size=1)
+        if value == 8.0:
+            loops.restore_in_place({})
+    assert results.metrics(on_step=False)["callback"]["loss"] == 2.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from moetion_lightning.config import EngineConfig
 from moetion_lightning.errors import ForeignWindowError
 from moetion_lightning.session.beginning import (
     adopt,
@@ -21,7 +24,8 @@ from moetion_lightning.session.beginning import (
     of_optimizers,
     of_schedulers,
 )
-from moetion_lightning.session.lineage import Course, decide
+from moetion_lightning.session.fits import Fit
+from moetion_lightning.session.lineage import Course, Decision, decide
 
 HERE: dict[str, Any] = {
     "model": "m1",
@@ -269,3 +273,28 @@ def test_a_script_can_let_its_own_learning_rate_count() -> None:
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.25)
+
+
+@pytest.mark.parametrize(
+    ("other", "known", "continued"),
+    [
+        (["b", "job-b"], ["job-b"], True),
+        (None, [], True),
+        (None, ["job-a"], True),  # of another fit it has a window: of this one its memory is lost
+        (None, ["job-a", "job-b"], False),  # it knows better
+        (["c", "job-b"], ["job-b"], False),
+    ],
+)
+def test_rank_that_lost_its_memory_of_a_fit_continues_what_the_others_do(
+    tmp_path: Path, other: list[str] | None, known: list[str], continued: bool
+) -> None:
+    asked = []
+
+    def agree(topic: str, value: Any) -> list[Any]:
+        asked.append(value)
+        return [value, [other, known]]
+
+    fits = Fit(EngineConfig(job_id="job"), tmp_path, SimpleNamespace(agree=agree))  # type: ignore[arg-type]
+    mine = _course("b")
+    assert (fits._agreed(Decision(course=mine), ["job-b"]).course == mine) is continued
+    assert asked == [[["b", "job-b"], ["job-b"]]]
