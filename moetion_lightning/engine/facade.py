@@ -319,14 +319,14 @@ class Engine:
         self._stages.failed = False
         self.protection.begin(restored=True)
         if noted is not None:
-            self._begin_log(noted)
+            self._begin_log(noted, point.captured_at)
         self._started_at = time.perf_counter()
 
-    def _begin_log(self, state: Callable[[], FlatTree]) -> None:
-        """The state is whole, and training goes on from it."""
+    def _begin_log(self, state: Callable[[], FlatTree], captured_at: float | None = None) -> None:
+        """The state is whole, and training goes on from it. Its time is given if it was restored."""
         if self._log is None:
             return
-        self._log.begin(self.iteration, state)
+        self._log.begin(self.iteration, state, captured_at)
         self._give_the_log_up()
         if self._log is not None and self._log.synchronous:
             self._wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -182,12 +183,14 @@ class GradientLog:
 
     # --- iterations ----------------------------------------------------------------------------------------------
 
-    def begin(self, iteration: int, state: Callable[[], FlatTree]) -> None:
+    def begin(self, iteration: int, state: Callable[[], FlatTree], captured_at: float | None = None) -> None:
         """Training begins, or continues, with the state after this iteration: all of it is captured.
 
         Args:
             iteration: Completed iterations.
             state: Gives the run state.
+            captured_at: When the state was captured that was restored, seconds since the epoch: what was written since
+                is written again, however often training begins there. None: now.
         """
         self.abandon()
         self._attached.planner.forget_static()
@@ -196,7 +199,7 @@ class GradientLog:
         self.impossible = self.impossible or why_no_log(self._live, self._attached.steps, self._draws)
         self._plan(iteration)
         if not self.impossible:
-            to_come = self._capture(iteration, state, dict)
+            to_come = self._capture(iteration, state, dict, captured_at)
             if to_come is not None:
                 to_come.never_comes()
 
@@ -375,7 +378,11 @@ class GradientLog:
                 self._say_once(message, warning=True)
 
     def _capture(
-        self, iteration: int, state: Callable[[], FlatTree], record: Callable[[], dict[str, Any]]
+        self,
+        iteration: int,
+        state: Callable[[], FlatTree],
+        record: Callable[[], dict[str, Any]],
+        captured_at: float | None = None,
     ) -> BatchToCome | None:
         attached, behind = self._attached, self._open
         try:
@@ -394,6 +401,7 @@ class GradientLog:
                 looked_at=choose_whole(self._live, self._slots, len(self._slots), turn=iteration),
                 stops_at_findings=self._audit == "raise",
                 round_begins=(iteration - self._base) % len(self._planned_slots) == 0,
+                captured_at=time.time() if captured_at is None else captured_at,
             )
         except (RankLostError, NonDeterminismError):
             raise

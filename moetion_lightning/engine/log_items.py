@@ -128,4 +128,4 @@ class IterationState:
     looked_at: Sequence[Operator]
     round_begins: bool
     stops_at_findings: bool
-    captured_at: float = field(default_factory=time.time)
+    captured_at: float

@@ -126,6 +126,11 @@ def find_optimizer(name: str, allowed: Collection[str]) -> Any:
     """
     module, _, path = name.partition(":")
     dotted = name.replace(":", ".")
+    if module == "__main__":  # another file in this process, and importing that one would train
+        raise UnsupportedStateError(
+            f"the optimizer {path} is defined in the training script itself, which an export does not run. Define it "
+            "in a module that the script imports, or save an ordinary checkpoint from the script."
+        )
     is_torchs = module == "torch.optim" or module.startswith("torch.optim.")
     if not is_torchs and dotted not in allowed:
         raise ConfigurationError(

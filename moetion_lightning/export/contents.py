@@ -56,7 +56,7 @@ def contents_of(source: Source, state: WholeState) -> Contents:
     adapter = _adapter(source, state)
     model = _state_dict(state, adapter)
     optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
-    buffers = sum(1 for _ in state.module.buffers())
+    buffers = sum(name in model for name, _ in state.module.named_buffers())
     names = ", ".join(type(optimizer).__name__ for optimizer in state.optimizers)
     parameters = sum(1 for _ in state.module.parameters())
     kept = [_count(parameters, "parameter"), _count(buffers, "buffer"), f"optimizer state ({names})"]

@@ -48,6 +48,20 @@ def test_killed_at_each_iteration(drill: Drill, hook: str, spec: dict[str, Any])
     assert set(behind) <= {0, 1}, behind
 
 
+def test_a_state_that_is_restored_keeps_its_time(drill: Drill) -> None:
+    """Files that are newer belong to what is done again, however often that fails."""
+    times = []
+
+    def look(memory: Path) -> None:
+        newest = max(memory.rglob("windows/*.json"))
+        manifest = json.loads(newest.read_text())
+        times.append((manifest["last_iteration"], manifest["extra"]["first_captured_at"]))
+
+    _check(drill, LIST, [{"hook": "batch_end", "step": 4}] * 2, between=look)
+    assert times[0][0] == times[1][0] == 3
+    assert times[0] == times[1]
+
+
 #: Those in which the loops, callbacks or evaluations differ, and nothing that an optimizer consumes.
 LIKE_OTHERS = {
     "module-list", "adam-no-schedule", "clip-hard-schedule-epoch", "early-stopping", "model-checkpoint-dense",

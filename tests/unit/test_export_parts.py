@@ -80,6 +80,11 @@ def test_what_is_allowed_but_not_there_is_told() -> None:
         find_optimizer("nowhere:Lion", ("nowhere.Lion",))
 
 
+def test_a_class_of_the_script_itself_is_told_so() -> None:
+    with pytest.raises(UnsupportedStateError, match="Lion is defined in the training script itself"):
+        find_optimizer("__main__:Lion", ("__main__.Lion",))
+
+
 class NeedsMore(torch.optim.SGD):
     def __init__(self, params: Any, strength: float, module: nn.Module) -> None:
         super().__init__(params, lr=strength)
