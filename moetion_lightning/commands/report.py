@@ -43,7 +43,7 @@ def report(args: Sequence[str]) -> int:
 
 def _print_numbers(paths: Sequence[Path]) -> None:
     """One object of a run, or a list of two."""
-    from moetion_lightning.report import as_json, read_events, tell
+    from moetion_lightning.report import UNUSED, as_json, read_events, tell
 
-    found = [as_json(path.resolve().name, tell(read_events(path), os.cpu_count() or 1)) for path in paths]
+    found = [as_json(path.resolve().name, tell(read_events(path, UNUSED), os.cpu_count() or 1)) for path in paths]
     print(json.dumps(found[0] if len(found) == 1 else found, indent=2))

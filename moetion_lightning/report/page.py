@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moetion_lightning.badput import CAUSES, Use
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.report.failures import Failure
-from moetion_lightning.report.history import History, tell
+from moetion_lightning.report.history import UNUSED, History, tell
 from moetion_lightning.report.reading import Reading, read_events
 from moetion_lightning.report.style import SCRIPT, STYLE
 from moetion_lightning.report.words import COLOURS, TEXTS, ranks_text, seconds_text
@@ -21,10 +21,8 @@ from moetion_lightning.units import size_text
 if TYPE_CHECKING:
     from moetion_lightning.report.figures import Run
 
-__all__ = ["UNUSED", "make_page", "write_report"]
+__all__ = ["make_page", "write_report"]
 
-#: Events that are in no figure.
-UNUSED = ("CaptureStarted", "SlotSealed", "ManifestWritten", "OperatorAudited")
 _MOST_FAILURES = 200
 _COLUMNS = (
     ("#", "n"), ("When", "w"), ("Lost", "w"), ("How", ""), ("After iteration", "n"), ("State came from", ""),
