@@ -35,9 +35,10 @@ def report(args: Sequence[str]) -> int:
 
     folder = options.run_dir if options.run_dir.is_dir() else options.run_dir.parent
     out = options.out or folder / "report.html"
-    reading = write_report(options.run_dir, out, options.compare, os.cpu_count() or 1)
-    skipped = f"; {reading.num_skipped} lines skipped" if reading.num_skipped else ""
-    print(f"{out}: {reading.num_events} events from {len(reading.files)} files{skipped}")
+    readings = write_report(options.run_dir, out, options.compare, os.cpu_count() or 1)
+    skipped = sum(reading.num_skipped for reading in readings)
+    events, files = sum(reading.num_events for reading in readings), sum(len(reading.files) for reading in readings)
+    print(f"{out}: {events} events from {files} files" + (f"; {skipped} lines skipped" if skipped else ""))
     return 0
 
 

@@ -166,6 +166,24 @@ def test_runs_that_do_not_begin_alike_are_told_to_seed(
     assert "another seed or none" in said
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"losses": ["0x1p-3"]}, "computes something else from what was equal"),
+        ({"losses": ["0x1p-3"], "rng": {"python": "not seeded"}}, "computes something else from what was equal"),
+        ({"settings": {"lr": "0x1p-3"}}, "learning rates or other settings follow from something"),
+        ({"inputs": ["x"]}, "the data follow from something"),
+        ({"inputs": ["x"], "rng": {"python": "not seeded"}}, "another seed or none"),
+    ],
+)
+def test_without_a_failure_no_restore_is_blamed_and_no_seed_that_is_equal(
+    tmp_path: Path, twin: Path, changed: dict[str, Any], words: str
+) -> None:
+    found = compare(write(tmp_path / "a", [step(n, **changed) for n in range(1, 7)]), twin).divergence
+    assert words in causes(found)[0]
+    assert ("seed" in remedy(found).split()[:6]) is ("seed" in words)
+
+
 def test_a_loop_that_counts_for_itself_is_named_where_data_and_generators_differ_behind_a_restart(
     tmp_path: Path, twin: Path
 ) -> None:
@@ -230,7 +248,14 @@ def test_diff_says_step_tensor_values_and_cause(tmp_path: Path, twin: Path, caps
     other = write(tmp_path / "a", [*(step(n) for n in range(1, 6)), step(6, tensors={"parameter:w": ["x", "1.25"]})])
     assert main(["diff", str(other), str(twin)]) == 1
     said = capsys.readouterr().out
-    for text in ("step 6", "parameters, w", "norm 1.25 (x)", "norm 1.5 (w-6)", "still equal", "optimizer keeps state"):
+    for text in (
+        "step 6",
+        "parameters, w",
+        "norm 1.25 (x)",
+        "norm 1.5 (w-6)",
+        "still equal",
+        "computes something else",
+    ):
         assert text in said
     assert main(["diff", str(twin), str(twin)]) == 0
     assert "the same, bit for bit" in capsys.readouterr().out

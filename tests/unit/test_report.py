@@ -473,11 +473,15 @@ def test_a_run_without_any_iteration_is_drawn(tmp_path: Path) -> None:
 
 def test_two_runs_side_by_side(tmp_path: Path) -> None:
     first, second = killed(tmp_path / "first"), killed(tmp_path / "second")
-    write_report(first.path, tmp_path / "x.html", second.path)
+    with (second.path / "events-0.jsonl").open("a") as file:
+        file.write("torn\n")
+    assert [reading.num_skipped for reading in write_report(first.path, tmp_path / "x.html", second.path)] == [0, 1]
     text = (tmp_path / "x.html").read_text()
     assert "<h1>Run report: first and second</h1>" in text
     assert {"timeline-0", "timeline-1", "badput", "load-0", "load-1"} <= drawn(text).keys()
     assert text.count('<tr data-failure="2">') == 2
+    assert "no line was skipped. second: " in text
+    assert "1 lines were skipped" in text
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
