@@ -37,6 +37,10 @@ _COMPUTES_ANEW = (
     f"the step computes something else from what was equal before it: from {_VARIES}a generator of its own; or by "
     "kernels that are not deterministic (torch.use_deterministic_algorithms(True) names them)"
 )
+_REPRODUCE = (
+    "Let what a step computes follow from the seed, the data and the step alone. "
+    "torch.use_deterministic_algorithms(True) names kernels that are not deterministic."
+)
 _COUNTS_ITSELF = (
     "a loop that counts its steps or epochs for itself begins to count anew in a restart, and draws its data elsewhere"
 )
@@ -127,5 +131,7 @@ def remedy(divergence: Divergence) -> str:
     """What to change."""
     if divergence.begins_apart:
         return _SEED
+    if divergence.is_undisturbed and divergence.quantity not in ("steps", *_IN_EVERY_RUN):
+        return _REPRODUCE
     change = _REMEDIES[divergence.quantity]
     return f"{change} {_LET_COUNT}" if _may_count_itself(divergence) else change

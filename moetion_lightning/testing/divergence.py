@@ -172,7 +172,7 @@ def _missing(rank: int, step: int, a: RankRecords, b: RankRecords, first_has_it:
         rank=rank,
         start=0,
         is_replay=False,
-        is_undisturbed=False,
+        is_undisturbed=len(a.starts) < 2,
         quantity="steps",
         name="executed" if first_has_it else "not executed",
         first=f"last step {last[0]}",

@@ -14,12 +14,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from moetion_lightning.cli import main
+from moetion_lightning.commands import drill
 from moetion_lightning.commands.divergence_text import causes, remedy, where
 from moetion_lightning.commands.drill_page import Page, restarts
 from moetion_lightning.integrations import SparseCheckpointing
 from moetion_lightning.testing.divergence import QUANTITIES, compare_recordings
 from moetion_lightning.testing.drill_plan import Kill
 from moetion_lightning.testing.records import read_recording, step_of_iteration
+from moetion_lightning.testing.scratch import Scratch
 
 
 def line(kind: str, **fields: Any) -> dict[str, Any]:
@@ -281,6 +283,60 @@ def page(disturbed: Path, twin: Path) -> Page:
         seconds=(2.0, 1.0),
         refused=("seed 3 there, 4 here",),
     )
+
+
+class WrittenRun:
+    """A run of a drill whose records are given."""
+
+    def __init__(self, folder: Path, starts: list[list[dict[str, Any]]]) -> None:
+        self.folder, self.log = folder, folder / "output.log"
+        folder.mkdir()
+        self.log.touch()
+        write(folder / "records", *starts)
+
+    def execute(self, plan: Path | None = None) -> int:
+        return 1
+
+    def recording(self) -> Any:
+        return read_recording(self.folder / "records")
+
+
+@pytest.mark.parametrize(
+    ("parted", "second", "said"),
+    [
+        (
+            5,
+            5,
+            "DIFFERS even without a failure",
+        ),  # no execution of step 5 came before the kill: it alone proves nothing
+        (5, 3, "DIFFERS even without a failure"),
+        (5, 6, "DIFFERS: after"),
+        (5, None, "DIFFERS: after"),
+        (4, 0, "DIFFERS: after"),  # step 4 was that of the twin before the kill: no second twin is needed
+    ],
+)
+def test_a_script_that_is_not_reproducible_is_told_from_one_that_does_not_recover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parted: int, second: int | None, said: str
+) -> None:
+    def course(first: int, other: int | None) -> list[dict[str, Any]]:
+        return [
+            step(n, **({"losses": ["0x1p-3"]} if other is not None and n >= other else {})) for n in range(first, 7)
+        ]
+
+    runs = {"twin": [course(1, None)], "disturbed": [BEFORE, [*CONTINUED, step(3, replay=True), *course(4, parted)]]}
+    if second != 0:
+        runs["second-twin"] = [course(1, second)]
+
+    def made(options: Any, folder: Path, *args: Any, captured: bool) -> tuple[WrittenRun, Scratch]:
+        return WrittenRun(folder, runs.pop(folder.name)), Scratch(folder=folder)
+
+    monkeypatch.setattr(drill, "_run", made)
+    options = drill._options(drill._parser().parse_args(["--kills", "1", "--", __file__]))
+    found = drill._carry_out(options, tmp_path, tmp_path, drill._Progress(6, quiet=True))
+    assert found.verdict.startswith(said)
+    assert not runs
+    assert any("not reproducible" in line for line in found.divergence) is bool(second)
+    assert found.divergence[0].startswith(f"step {second if second in (3, 5) else parted}, as start ")
 
 
 def test_page_says_what_a_restart_did_again(tmp_path: Path, twin: Path) -> None:
