@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 from moetion_lightning.events import (
@@ -28,7 +27,7 @@ from moetion_lightning.events import (
     ValidationFinished,
 )
 
-__all__ = ["CAUSES", "NANOSECONDS", "Ledger", "Span", "Use"]
+__all__ = ["CAUSES", "NANOSECONDS", "Ledger", "Use"]
 
 NANOSECONDS = 1_000_000_000
 _HOUR = 3600 * NANOSECONDS
@@ -57,32 +56,16 @@ CAUSES = tuple(use for use in Use if use is not Use.PRODUCTIVE)
 _USES = tuple(Use)
 
 
-@dataclass(frozen=True)
-class Span:
-    """A piece of a rank's time.
-
-    Args:
-        use: What it went into.
-        start: Nanoseconds since 1970.
-        end: The same.
-        iteration: The iteration that it is part of; 0 for none.
-    """
-
-    use: Use
-    start: int
-    end: int
-    iteration: int = 0
-
-
 class Ledger:
     """The account of one rank.
 
     Args:
         start: Where it begins, nanoseconds since 1970.
-        on_span: Is told each piece, one after the other; None for nobody.
+        on_span: Is told each piece of time, one after the other: its use, start and end (nanoseconds since 1970), and
+            the iteration that it is part of, 0 for none. None for nobody.
     """
 
-    def __init__(self, start: int, on_span: Callable[[Span], None] | None = None) -> None:
+    def __init__(self, start: int, on_span: Callable[[Use, int, int, int], None] | None = None) -> None:
         self.start = self.cursor = self.seen = start
         self.totals = dict.fromkeys(Use, 0)
         #: The last iteration that was ever finished.
@@ -188,7 +171,7 @@ class Ledger:
             while len(self._marks) > 1 and self._marks[1][0] <= until - _HOUR:
                 self._marks.popleft()
         if self._on_span is not None:
-            self._on_span(Span(use, start, until, iteration))
+            self._on_span(use, start, until, iteration)
 
     def _both(self, until: int, part: int, before: Use, use: Use) -> None:
         """The last ``part`` nanoseconds are one use, what lies before them another one."""

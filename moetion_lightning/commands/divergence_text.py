@@ -26,6 +26,21 @@ _SEED = (
     "Seed with a fixed seed first, before the model and the data are made: lightning.seed_everything(1, workers=True), "
     "accelerate.utils.set_seed(1) or torch.manual_seed(1). A seed from the time is another one each time."
 )
+_VARIES = "something that is not the same in every run: the time, a process id, the system's random source, "
+#: Causes where nothing has failed.
+_IN_EVERY_RUN = {
+    "inputs": f"the data follow from {_VARIES}generators without a seed, files, or which worker is the first",
+    "settings": f"learning rates or other settings follow from {_VARIES}or files",
+    "rng": f"how often the generators are drawn from follows from {_VARIES}or files",
+}
+_COMPUTES_ANEW = (
+    f"the step computes something else from what was equal before it: from {_VARIES}a generator of its own; or by "
+    "kernels that are not deterministic (torch.use_deterministic_algorithms(True) names them)"
+)
+_REPRODUCE = (
+    "Let what a step computes follow from the seed, the data and the step alone. "
+    "torch.use_deterministic_algorithms(True) names kernels that are not deterministic."
+)
 _COUNTS_ITSELF = (
     "a loop that counts its steps or epochs for itself begins to count anew in a restart, and draws its data elsewhere"
 )
@@ -97,6 +112,8 @@ def causes(divergence: Divergence) -> list[str]:
         return [_BEGINS_APART]
     if d.quantity == "steps":
         return ["one of the runs ended earlier, or counted its steps differently"]
+    if d.is_undisturbed:
+        return [_IN_EVERY_RUN.get(d.quantity, _COMPUTES_ANEW)]
     key = _RECORD_KEYS.get(d.quantity, "weights")
     difference = Difference(quantity=key, recorded=d.second, replayed=d.first, where=d.name)
     compared = [_RECORD_KEYS.get(quantity, "weights") for quantity in d.equal]
@@ -114,5 +131,7 @@ def remedy(divergence: Divergence) -> str:
     """What to change."""
     if divergence.begins_apart:
         return _SEED
+    if divergence.is_undisturbed and divergence.quantity not in ("steps", *_IN_EVERY_RUN):
+        return _REPRODUCE
     change = _REMEDIES[divergence.quantity]
     return f"{change} {_LET_COUNT}" if _may_count_itself(divergence) else change

@@ -12,20 +12,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moetion_lightning.commands.arguments import add_program
 from moetion_lightning.commands.drill_page import Page
 from moetion_lightning.config import default_memory_dir
 from moetion_lightning.errors import ConfigurationError
-from moetion_lightning.testing.divergence import Outcome, compare_recordings
+from moetion_lightning.testing.divergence import Divergence, Outcome, compare_recordings
 from moetion_lightning.testing.drill_plan import PHASES, DrillPlan, Kills
 from moetion_lightning.testing.drilled_run import DrilledRun, NotRestartedError
 from moetion_lightning.testing.folders import run_folders, shared_memory
 from moetion_lightning.testing.order import Order
 from moetion_lightning.testing.processes import RunError, last_output
-from moetion_lightning.testing.records import Recording
+from moetion_lightning.testing.records import RankRecords, Recording
 from moetion_lightning.testing.scratch import Scratch, copy_folder
 
 __all__ = ["drill"]
@@ -144,7 +144,7 @@ def _options(given: argparse.Namespace) -> _Options:
     if given.every < 1 or given.timeout <= 0 or given.nproc_per_node < 0:
         raise ConfigurationError("--every, --timeout and --nproc-per-node: expected positive numbers")
     return _Options(
-        program=tuple(program),
+        program=tuple(_reachable(argument) for argument in program),
         steps=given.steps,
         every=given.every,
         kills=given.kills,
@@ -154,6 +154,14 @@ def _options(given: argparse.Namespace) -> _Options:
         setting=given.config,
         timeout_seconds=given.timeout,
     )
+
+
+def _reachable(argument: str) -> str:
+    """What lies outside of the current folder, of which the script gets a copy, by its absolute path."""
+    option, equals, value = argument.rpartition("=")
+    if os.path.isabs(value) or not os.path.relpath(value or ".").startswith("..") or not os.path.exists(value):
+        return argument
+    return f"{option}{equals}{os.path.abspath(value)}"
 
 
 def _folders(wanted: Path | None) -> contextlib.AbstractContextManager[tuple[Path, Path]]:
@@ -198,16 +206,17 @@ def _carry_out(options: _Options, folder: Path, memory: Path, show: _Progress) -
     if outcome.divergence is not None:
         from moetion_lightning.commands.divergence_text import causes, remedy, where
 
-        lines, likely = where(outcome.divergence, "the disturbed run", "its twin"), causes(outcome.divergence)
-        change = remedy(outcome.divergence)
-        if outcome.divergence.is_undisturbed:
-            second = _twin(options, folder / "second-twin", memory, show, "no kill came before it: a second twin")
-            same = compare_recordings(second.recording(), twin.recording()).exact
-            lines.append(
-                "two undisturbed runs are the same: capturing changes this training, please report it"
-                if same
-                else "two undisturbed runs differ as well: the script itself is not reproducible"
-            )
+        found, name, alone = outcome.divergence, "the disturbed run", None
+        if not _was_equal(recording, found):
+            second = _twin(options, folder / "second-twin", memory, show, "is the script reproducible? a second twin")
+            alone = compare_recordings(second.recording(), twin.recording()).divergence
+            if alone is not None and alone.step <= found.step:  # whatever a kill may do besides
+                found, name, outcome = alone, "a second twin", replace(outcome, divergence=alone)
+        lines, likely, change = where(found, name, "its twin"), causes(found), remedy(found)
+        if alone is not None:
+            lines.append("two undisturbed runs differ: the script itself is not reproducible")
+        elif found.is_undisturbed:
+            lines.append("two undisturbed runs are the same: capturing changes this training, please report it")
     show.done()
     return Page(
         command=shlex.join(options.program),
@@ -223,6 +232,12 @@ def _carry_out(options: _Options, folder: Path, memory: Path, show: _Progress) -
         refused=_refused(disturbed.log),
         seconds=(disturbed_seconds, twin_seconds),
     )
+
+
+def _was_equal(recording: Recording, divergence: Divergence) -> bool:
+    """Whether the step was executed before any kill, too, and was then that of the twin."""
+    times = recording.ranks.get(divergence.rank, RankRecords()).by_step().get(divergence.step, [])
+    return not divergence.is_undisturbed and any(execution.is_undisturbed for execution in times)
 
 
 def _run(

@@ -151,7 +151,8 @@ def _check_experts(options: argparse.Namespace) -> None:
         raise ConfigurationError(f"--experts {options.experts}: expected at least 2, or 0 for a dense model")
     if options.experts_per_token >= options.experts:
         raise ConfigurationError(
-            f"--experts-per-token {options.experts_per_token}: expected fewer than --experts {options.experts}"
+            f"--experts-per-token {options.experts_per_token}: expected fewer than --experts {options.experts} (it "
+            "is 8 where it is not given)"
         )
     if options.active_parameters >= options.parameters:
         raise ConfigurationError(

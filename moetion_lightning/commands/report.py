@@ -35,15 +35,16 @@ def report(args: Sequence[str]) -> int:
 
     folder = options.run_dir if options.run_dir.is_dir() else options.run_dir.parent
     out = options.out or folder / "report.html"
-    reading = write_report(options.run_dir, out, options.compare, os.cpu_count() or 1)
-    skipped = f"; {reading.num_skipped} lines skipped" if reading.num_skipped else ""
-    print(f"{out}: {reading.num_events} events from {len(reading.files)} files{skipped}")
+    readings = write_report(options.run_dir, out, options.compare, os.cpu_count() or 1)
+    skipped = sum(reading.num_skipped for reading in readings)
+    events, files = sum(reading.num_events for reading in readings), sum(len(reading.files) for reading in readings)
+    print(f"{out}: {events} events from {files} files" + (f"; {skipped} lines skipped" if skipped else ""))
     return 0
 
 
 def _print_numbers(paths: Sequence[Path]) -> None:
     """One object of a run, or a list of two."""
-    from moetion_lightning.report import as_json, read_events, tell
+    from moetion_lightning.report import UNUSED, as_json, read_events, tell
 
-    found = [as_json(path.resolve().name, tell(read_events(path), os.cpu_count() or 1)) for path in paths]
+    found = [as_json(path.resolve().name, tell(read_events(path, UNUSED), os.cpu_count() or 1)) for path in paths]
     print(json.dumps(found[0] if len(found) == 1 else found, indent=2))

@@ -28,12 +28,14 @@ from moetion_lightning.report.failures import RARE, Failure, find_failures
 from moetion_lightning.report.lanes import Lane, Process, nanoseconds
 from moetion_lightning.report.reading import Reading, Record
 
-__all__ = ["Curve", "History", "tell"]
+__all__ = ["UNUSED", "Curve", "History", "tell"]
 
+#: Events that no history needs.
+UNUSED = ("CaptureStarted", "SlotSealed", "ManifestWritten", "OperatorAudited")
 Floats = NDArray[np.float64]
 _RATIO_POINTS = 600
 _MOST_PIECES = 24_000  # on one page
-_HOUR = 3600.0
+_HOUR, _NEVER = 3600.0, float("inf")
 _KEPT_COUNTS = 64  # windows that a restore can take back
 
 
@@ -180,7 +182,7 @@ class _Read:
             rank.add(record)
             event = record.event
             if isinstance(event, (IterationFinished, LastIterationFinished)):
-                if record.time < self.first.get(event.iteration, float("inf")):
+                if record.time < self.first.get(event.iteration, _NEVER):
                     self.first[event.iteration] = record.time
             elif isinstance(event, (TokensCounted, RestoreApplied)):
                 counting = record.rank if counting is None else counting  # all ranks are told the same

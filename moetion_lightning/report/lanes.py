@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moetion_lightning.badput import NANOSECONDS, Span, Use
+from moetion_lightning.badput import NANOSECONDS, Use
 from moetion_lightning.events import (
     Event,
     IterationFinished,
@@ -55,7 +55,9 @@ class Piece:
             self.use = use
         self.end = end
         if last:
-            self.first, self.last = self.first or first, max(self.last, last)
+            self.first = self.first or first
+            if last > self.last:
+                self.last = last
 
     def extend(self, other: Piece) -> None:
         """Take in what follows."""
@@ -75,14 +77,13 @@ class Lane:
         self.pieces: list[Piece] = []
         self._shortest, self._shortest_minor = 0, 0
 
-    def add(self, span: Span) -> None:
-        """What the rank did next."""
-        use, length, number = span.use, span.end - span.start, span.iteration
+    def add(self, use: Use, start: int, end: int, number: int) -> None:
+        """What the rank did next, as a :class:`~moetion_lightning.badput.Ledger` tells it."""
         last = self.pieces[-1] if self.pieces else None
-        if last is not None and (use is last.use or (length < self._shortest_minor and use in MINOR)):
-            last.take(use, span.end, length, number, number)
+        if last is not None and (use is last.use or (end - start < self._shortest_minor and use in MINOR)):
+            last.take(use, end, end - start, number, number)
             return
-        self._add(Piece(span.start, span.end, {use: length}, number, number))
+        self._add(Piece(start, end, {use: end - start}, number, number))
         if len(self.pieces) > 2 * _MOST_PIECES:
             self.shorten(_MOST_PIECES)
 
@@ -150,7 +151,8 @@ class Process:
 
     def add(self, event: Event, time: float) -> None:
         """Its next event."""
-        self.end = max(self.end, time)
+        if time > self.end:
+            self.end = time
         if isinstance(event, (IterationFinished, LastIterationFinished)):
             self.last = event.iteration
         elif isinstance(event, ProcessStarted):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moetion_lightning.badput import CAUSES, Use
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.report.failures import Failure
-from moetion_lightning.report.history import History, tell
+from moetion_lightning.report.history import UNUSED, History, tell
 from moetion_lightning.report.reading import Reading, read_events
 from moetion_lightning.report.style import SCRIPT, STYLE
 from moetion_lightning.report.words import COLOURS, TEXTS, ranks_text, seconds_text
@@ -21,10 +21,8 @@ from moetion_lightning.units import size_text
 if TYPE_CHECKING:
     from moetion_lightning.report.figures import Run
 
-__all__ = ["UNUSED", "make_page", "write_report"]
+__all__ = ["make_page", "write_report"]
 
-#: Events that are in no figure.
-UNUSED = ("CaptureStarted", "SlotSealed", "ManifestWritten", "OperatorAudited")
 _MOST_FAILURES = 200
 _COLUMNS = (
     ("#", "n"), ("When", "w"), ("Lost", "w"), ("How", ""), ("After iteration", "n"), ("State came from", ""),
@@ -32,7 +30,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def write_report(run_dir: Path, out: Path, compare: Path | None = None, processes: int = 1) -> Reading:
+def write_report(run_dir: Path, out: Path, compare: Path | None = None, processes: int = 1) -> list[Reading]:
     """Write the page about the run whose events are in a folder.
 
     Args:
@@ -42,7 +40,7 @@ def write_report(run_dir: Path, out: Path, compare: Path | None = None, processe
         processes: How many may read very large files; see :func:`~.history.tell`.
 
     Returns:
-        What was read.
+        What was read, of each run.
 
     Raises:
         ConfigurationError: There are no events, the page cannot be written, or the library that draws is missing.
@@ -54,13 +52,14 @@ def write_report(run_dir: Path, out: Path, compare: Path | None = None, processe
             "the page is drawn with Bokeh, which is not installed: pip install 'moetion-lightning[report]'. "
             "(--json needs nothing.)"
         ) from error
-    reading = read_events(run_dir, UNUSED)
-    runs = [Run(name=run_dir.resolve().name, history=tell(reading, processes))]
-    if compare is not None:
-        runs.append(Run(name=compare.resolve().name, history=tell(read_events(compare, UNUSED), processes)))
-    if len(runs) == 2 and runs[0].name == runs[1].name:
-        runs = [Run(name=str(path), history=run.history) for path, run in zip((run_dir, compare), runs)]
-    page = make_page(runs, _read_text(reading))
+    paths = [run_dir] if compare is None else [run_dir, compare]
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    readings = [read_events(path, UNUSED) for path in paths]
+    runs = [Run(name=name, history=tell(reading, processes)) for name, reading in zip(names, readings)]
+    texts = [_read_text(reading) for reading in readings]
+    page = make_page(runs, texts[0] if compare is None else " ".join(f"{n}: {text}" for n, text in zip(names, texts)))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding="utf-8")
@@ -69,7 +68,7 @@ def write_report(run_dir: Path, out: Path, compare: Path | None = None, processe
             f"{out}: cannot write the report there: {error.strerror or error}. Give the path of a file in a folder "
             "where this user may write (--out FILE)."
         ) from error
-    return reading
+    return readings
 
 
 def make_page(runs: Sequence[Run], read: str = "") -> str:
@@ -91,7 +90,7 @@ def make_page(runs: Sequence[Run], read: str = "") -> str:
     _figures(body, runs)
     for run in runs:
         _about(body, run, several=len(runs) > 1)
-    body.add(f'<footer><p id="read">{read}</p><dl>')
+    body.add(f'<footer><p id="read">{html.escape(read)}</p><dl>')
     body.add(
         *(f"<dt>{html.escape(term)}</dt><dd>{html.escape(meaning)}</dd>" for term, meaning in _TERMS), "</dl></footer>"
     )

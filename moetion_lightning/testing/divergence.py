@@ -57,7 +57,12 @@ class Divergence:
         """Whether the runs differ before anything that a step does could have made them differ."""
         if not (self.is_first and self.is_undisturbed):
             return False
-        return "torch" in self.skipped or (self.step == 1 and self.quantity in ("inputs", "losses"))
+        if "torch" in self.skipped:
+            return True
+        if self.step != 1 or self.quantity not in ("inputs", "losses"):
+            return False
+        seeded_alike = "rng" in self.equal  # then initial weights are the same; data may be drawn from other generators
+        return not seeded_alike or (self.quantity == "inputs" and bool(self.skipped))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +172,7 @@ def _missing(rank: int, step: int, a: RankRecords, b: RankRecords, first_has_it:
         rank=rank,
         start=0,
         is_replay=False,
-        is_undisturbed=False,
+        is_undisturbed=len(a.starts) < 2,
         quantity="steps",
         name="executed" if first_has_it else "not executed",
         first=f"last step {last[0]}",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from moetion_lightning.badput import NANOSECONDS, Ledger, Span, Use
+from moetion_lightning.badput import NANOSECONDS, Ledger, Use
 from moetion_lightning.callbacks import _account as accounts
 from moetion_lightning.callbacks._account import NOTE_BYTES, Account
 from moetion_lightning.errors import ConfigurationError
@@ -75,8 +75,8 @@ SPENT = {
 }
 
 
-def lived(events: Sequence[tuple[float, Event]], spans: list[Span] | None = None) -> Ledger:
-    ledger = Ledger(0, None if spans is None else spans.append)
+def lived(events: Sequence[tuple[float, Event]]) -> Ledger:
+    ledger = Ledger(0)
     for at, event in events:
         ledger.add(event, round(at * S))
     return ledger
@@ -108,8 +108,8 @@ def test_ranks_that_live_on_wait_for_the_one_that_is_replaced() -> None:
 def test_every_second_is_counted_once_whatever_comes(seed: int) -> None:
     """Events in any order, with durations that overlap, and clocks that go back."""
     draw = random.Random(seed)
-    spans: list[Span] = []
-    ledger = Ledger(0, spans.append)
+    spans: list[tuple[int, int]] = []
+    ledger = Ledger(0, lambda use, start, end, iteration: spans.append((start, end)))
     kinds = [event for _, event in LIFE] + [
         LossNoticed(iteration=1),
         GroupsFormed(seconds=0.7),
@@ -119,10 +119,10 @@ def test_every_second_is_counted_once_whatever_comes(seed: int) -> None:
     for _ in range(300):
         at += draw.uniform(-0.3, 1.0)
         ledger.add(draw.choice(kinds), round(at * S))
-    assert ledger.wall == sum(ledger.totals.values()) == spans[-1].end
+    assert ledger.wall == sum(ledger.totals.values()) == spans[-1][1]
     assert min(ledger.totals.values()) >= 0
-    assert all(span.end > span.start for span in spans)
-    assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
+    assert all(end > start for start, end in spans)
+    assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]
     recent = ledger.last_hour()
     assert all(0 <= recent[use] <= ledger.totals[use] for use in Use)
 

@@ -14,12 +14,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from moetion_lightning.cli import main
+from moetion_lightning.commands import drill
 from moetion_lightning.commands.divergence_text import causes, remedy, where
 from moetion_lightning.commands.drill_page import Page, restarts
 from moetion_lightning.integrations import SparseCheckpointing
 from moetion_lightning.testing.divergence import QUANTITIES, compare_recordings
 from moetion_lightning.testing.drill_plan import Kill
 from moetion_lightning.testing.records import read_recording, step_of_iteration
+from moetion_lightning.testing.scratch import Scratch
 
 
 def line(kind: str, **fields: Any) -> dict[str, Any]:
@@ -166,6 +168,24 @@ def test_runs_that_do_not_begin_alike_are_told_to_seed(
     assert "another seed or none" in said
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"losses": ["0x1p-3"]}, "computes something else from what was equal"),
+        ({"losses": ["0x1p-3"], "rng": {"python": "not seeded"}}, "computes something else from what was equal"),
+        ({"settings": {"lr": "0x1p-3"}}, "learning rates or other settings follow from something"),
+        ({"inputs": ["x"]}, "the data follow from something"),
+        ({"inputs": ["x"], "rng": {"python": "not seeded"}}, "another seed or none"),
+    ],
+)
+def test_without_a_failure_no_restore_is_blamed_and_no_seed_that_is_equal(
+    tmp_path: Path, twin: Path, changed: dict[str, Any], words: str
+) -> None:
+    found = compare(write(tmp_path / "a", [step(n, **changed) for n in range(1, 7)]), twin).divergence
+    assert words in causes(found)[0]
+    assert ("seed" in remedy(found).split()[:6]) is ("seed" in words)
+
+
 def test_a_loop_that_counts_for_itself_is_named_where_data_and_generators_differ_behind_a_restart(
     tmp_path: Path, twin: Path
 ) -> None:
@@ -230,7 +250,14 @@ def test_diff_says_step_tensor_values_and_cause(tmp_path: Path, twin: Path, caps
     other = write(tmp_path / "a", [*(step(n) for n in range(1, 6)), step(6, tensors={"parameter:w": ["x", "1.25"]})])
     assert main(["diff", str(other), str(twin)]) == 1
     said = capsys.readouterr().out
-    for text in ("step 6", "parameters, w", "norm 1.25 (x)", "norm 1.5 (w-6)", "still equal", "optimizer keeps state"):
+    for text in (
+        "step 6",
+        "parameters, w",
+        "norm 1.25 (x)",
+        "norm 1.5 (w-6)",
+        "still equal",
+        "computes something else",
+    ):
         assert text in said
     assert main(["diff", str(twin), str(twin)]) == 0
     assert "the same, bit for bit" in capsys.readouterr().out
@@ -256,6 +283,54 @@ def page(disturbed: Path, twin: Path) -> Page:
         seconds=(2.0, 1.0),
         refused=("seed 3 there, 4 here",),
     )
+
+
+class WrittenRun:
+    """A run of a drill whose records are given."""
+
+    def __init__(self, folder: Path, starts: list[list[dict[str, Any]]]) -> None:
+        self.folder, self.log = folder, folder / "output.log"
+        folder.mkdir()
+        self.log.touch()
+        write(folder / "records", *starts)
+
+    def execute(self, plan: Path | None = None) -> int:
+        return 1
+
+    def recording(self) -> Any:
+        return read_recording(self.folder / "records")
+
+
+@pytest.mark.parametrize(
+    ("parted", "second", "said"),
+    [
+        (5, 5, "DIFFERS even without a failure"),  # nothing executed step 5 before the kill
+        (5, 3, "DIFFERS even without a failure"),
+        (5, 6, "DIFFERS: after"),
+        (5, None, "DIFFERS: after"),
+        (4, 0, "DIFFERS: after"),  # step 4 was that of the twin before the kill: no second twin is needed
+    ],
+)
+def test_a_script_that_is_not_reproducible_is_told_from_one_that_does_not_recover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parted: int, second: int | None, said: str
+) -> None:
+    def course(first: int, other: int | None) -> list[dict[str, Any]]:
+        return [step(n, **({"losses": ["0x1p-3"]} if n >= (other or 7) else {})) for n in range(first, 7)]
+
+    runs = {"twin": [course(1, None)], "disturbed": [BEFORE, [*CONTINUED, step(3, replay=True), *course(4, parted)]]}
+    if second != 0:
+        runs["second-twin"] = [course(1, second)]
+
+    def made(options: Any, folder: Path, *args: Any, captured: bool) -> tuple[WrittenRun, Scratch]:
+        return WrittenRun(folder, runs.pop(folder.name)), Scratch(folder=folder)
+
+    monkeypatch.setattr(drill, "_run", made)
+    options = drill._options(drill._parser().parse_args(["--kills", "1", "--", __file__]))
+    found = drill._carry_out(options, tmp_path, tmp_path, drill._Progress(6, quiet=True))
+    assert found.verdict.startswith(said)
+    assert not runs
+    assert any("not reproducible" in line for line in found.divergence) is bool(second)
+    assert found.divergence[0].startswith(f"step {second if second in (3, 5) else parted}, as start ")
 
 
 def test_page_says_what_a_restart_did_again(tmp_path: Path, twin: Path) -> None:

@@ -122,6 +122,17 @@ def test_wrong_use_is_told_at_once(args: list[str], said: str, capsys: pytest.Ca
     assert said in capsys.readouterr().err
 
 
+def test_what_lies_beside_the_folder_is_reached_from_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    for name in ("train.py", "here/conf.yaml"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path / "here")
+    given = ["../train.py", "--data=../train.py", "--config", "conf.yaml", "../none", "--name=", "x", "/tmp"]
+    outside = str(tmp_path / "train.py")
+    program = drill._options(drill._parser().parse_args(["--", *given])).program
+    assert list(program) == [outside, f"--data={outside}", *given[2:]]
+
+
 def test_memory_of_a_drill_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOETION_MEMORY_DIR", str(tmp_path))
     with drill._folders(tmp_path / "kept") as (_, memory):

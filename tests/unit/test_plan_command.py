@@ -101,6 +101,7 @@ def test_simulation_of_a_trace(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         ([*MODEL[:4], *MODEL[6:]], "--active-parameters is needed"),
         ([*MODEL[:2], *MODEL[4:]], "--experts is needed"),
         ([*MODEL, "--experts-per-token", "256"], "--experts-per-token 256: expected fewer than --experts 256"),
+        ([*MODEL, "--experts", "8"], "--experts 8 (it is 8 where it is not given)"),
         ([*MODEL, "--experts", "-1"], "--experts -1: expected"),
         ([*MODEL, "--experts", "1"], "--experts 1: expected at least 2"),
         ([*MODEL, "--active-parameters", "700B"], "--active-parameters 7e+11: expected fewer than --parameters"),

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moetion_lightning.badput import NANOSECONDS, Span, Use
+from moetion_lightning.badput import NANOSECONDS, Use
 from moetion_lightning.cli import main
 from moetion_lightning.errors import ConfigurationError
 from moetion_lightning.events import (
     CaptureFinished,
+    CaptureStarted,
     Event,
     IterationFinished,
     JsonlSink,
@@ -163,6 +164,20 @@ def test_damaged_and_foreign_lines_are_skipped_and_counted(tmp_path: Path, line:
     assert list(reading) == whole
     assert reading.num_skipped == 1
     assert reading.files == (file,)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_fast_way_of_reading_says_what_json_does(tmp_path: Path, rank: int | None) -> None:
+    sink = JsonlSink(tmp_path / "events.jsonl", rank=rank)
+    for seconds, stall in ((0.1 + 0.2, 1e-05), (1e16, 0.0), (-0.25, 5e-324), (2, 1)):
+        sink(IterationFinished(iteration=7, seconds=seconds, stall_seconds=stall))
+    sink.close()
+    lines = sink.path.read_bytes().splitlines(keepends=True)
+    assert [reading._ITERATION(line) is not None for line in lines] == [True, False, True, False]
+    assert [reading._parse(line) for line in lines] == [
+        reading._parse(line[:-1]) for line in lines
+    ]  # not as the sink writes it
+    assert reading._parse(lines[0].replace(b"7,", b"07,")) is None
 
 
 def test_nothing_to_read_is_an_error_with_a_remedy(tmp_path: Path) -> None:
@@ -391,7 +406,7 @@ def test_page_of_many_ranks_and_iterations_stays_small(tmp_path: Path) -> None:
     count = 100_000
     lane = Lane(0)
     for number in range(count // 10):  # each span another use than the one before
-        lane.add(Span(tuple(Use)[number % 7], number * NANOSECONDS, (number + 1) * NANOSECONDS, number))
+        lane.add(tuple(Use)[number % 7], number * NANOSECONDS, (number + 1) * NANOSECONDS, number)
     lane.shorten(625)
     assert 200 < len(lane.pieces) <= 625
     assert (lane.pieces[0].start, lane.pieces[-1].end) == (0, count // 10 * NANOSECONDS)
@@ -458,11 +473,15 @@ def test_a_run_without_any_iteration_is_drawn(tmp_path: Path) -> None:
 
 def test_two_runs_side_by_side(tmp_path: Path) -> None:
     first, second = killed(tmp_path / "first"), killed(tmp_path / "second")
-    write_report(first.path, tmp_path / "x.html", second.path)
+    with (second.path / "events-0.jsonl").open("a") as file:
+        file.write("torn\n")
+    assert [reading.num_skipped for reading in write_report(first.path, tmp_path / "x.html", second.path)] == [0, 1]
     text = (tmp_path / "x.html").read_text()
     assert "<h1>Run report: first and second</h1>" in text
     assert {"timeline-0", "timeline-1", "badput", "load-0", "load-1"} <= drawn(text).keys()
     assert text.count('<tr data-failure="2">') == 2
+    assert "no line was skipped. second: " in text
+    assert "1 lines were skipped" in text
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -478,7 +497,8 @@ def test_command_writes_beside_the_events(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_command_prints_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    killed(tmp_path)
+    run = killed(tmp_path)
+    run.emit(CaptureStarted(iteration=10, slot=0, num_slots=3), pid=3, after=1.0)  # the page does not read it, either
     assert main(["report", str(tmp_path), "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["productive_seconds"] == 7.5
