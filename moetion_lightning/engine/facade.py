@@ -307,6 +307,7 @@ class Engine:
         attached.routing.load_state(state.routing)
         attached.planner.restored()
         self.living.serial = int(point.extra["serial"])
+        self._records_batches = self._records_batches or bool(point.extra.get("next"))
         if isinstance(self.policy, PartialExpertsPolicy):
             self.policy.num_experts, self.policy.checkpoints = state.policy["num_experts"], state.policy["checkpoints"]
         noted: Callable[[], FlatTree] | None
@@ -326,10 +327,17 @@ class Engine:
         """The state is whole, and training goes on from it. Its time is given if it was restored."""
         if self._log is None:
             return
-        self._log.begin(self.iteration, state, captured_at)
+        self._expect(self._log.begin(self.iteration, state, captured_at))
         self._give_the_log_up()
         if self._log is not None and self._log.synchronous:
             self._wait()
+
+    def _expect(self, to_come: BatchToCome | None) -> None:
+        """The batch behind what was captured comes next, if the adapter tells of batches."""
+        if to_come is not None and self._records_batches:
+            self._to_come = to_come
+        elif to_come is not None:
+            to_come.never_comes()
 
     def _give_the_log_up(self) -> None:
         """If what the optimizers do cannot be logged: windows take its place."""
@@ -552,10 +560,7 @@ class Engine:
             if misread:
                 self._windows.break_off(f"{misread[0]} was read in full precision, not only cast to 16 bits")
             to_come = self._windows.iteration(self.policy, self.iteration, run_state, steps, record.read)
-        if to_come is not None and self._records_batches:
-            self._to_come = to_come
-        elif to_come is not None:
-            to_come.never_comes()
+        self._expect(to_come)
         synchronous = self._windows.synchronous if self._log is None else self._log.synchronous
         self._give_the_log_up()
         if synchronous:
@@ -704,6 +709,8 @@ class Engine:
         self._tell_the_log(lambda log: log.enter_step(index))
 
     def _gradients_are_ready(self, index: int, result: tuple[Any, ...]) -> None:
+        if self._to_come is not None:  # nobody has told of it
+            self._no_batch_to_come()
         self._tell_the_log(lambda log: log.before_step(index, result))
 
     def _after_update(self, index: int) -> None:

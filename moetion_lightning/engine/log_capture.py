@@ -183,7 +183,9 @@ class GradientLog:
 
     # --- iterations ----------------------------------------------------------------------------------------------
 
-    def begin(self, iteration: int, state: Callable[[], FlatTree], captured_at: float | None = None) -> None:
+    def begin(
+        self, iteration: int, state: Callable[[], FlatTree], captured_at: float | None = None
+    ) -> BatchToCome | None:
         """Training begins, or continues, with the state after this iteration: all of it is captured.
 
         Args:
@@ -191,6 +193,9 @@ class GradientLog:
             state: Gives the run state.
             captured_at: When the state was captured that was restored, seconds since the epoch: what was written since
                 is written again, however often training begins there. None: now.
+
+        Returns:
+            As :meth:`iteration`.
         """
         self.abandon()
         self._attached.planner.forget_static()
@@ -198,10 +203,7 @@ class GradientLog:
         self._needs_base = "training begins"
         self.impossible = self.impossible or why_no_log(self._live, self._attached.steps, self._draws)
         self._plan(iteration)
-        if not self.impossible:
-            to_come = self._capture(iteration, state, dict, captured_at)
-            if to_come is not None:
-                to_come.never_comes()
+        return None if self.impossible else self._capture(iteration, state, dict, captured_at)
 
     def iteration(
         self, iteration: int, state: Callable[[], FlatTree], record: Callable[[], dict[str, Any]]

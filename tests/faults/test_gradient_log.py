@@ -48,18 +48,19 @@ def test_killed_at_each_iteration(drill: Drill, hook: str, spec: dict[str, Any])
     assert set(behind) <= {0, 1}, behind
 
 
-def test_a_state_that_is_restored_keeps_its_time(drill: Drill) -> None:
-    """Files that are newer belong to what is done again, however often that fails."""
-    times = []
+def test_a_state_that_is_restored_keeps_its_time_and_its_next_batch(drill: Drill) -> None:
+    """Files that are newer belong to what is done again, however often that fails; the batch is compared each time."""
+    found = []
 
     def look(memory: Path) -> None:
         newest = max(memory.rglob("windows/*.json"))
         manifest = json.loads(newest.read_text())
-        times.append((manifest["last_iteration"], manifest["extra"]["first_captured_at"]))
+        found.append((manifest["last_iteration"], *(manifest["extra"][name] for name in ("first_captured_at", "next"))))
 
     _check(drill, LIST, [{"hook": "batch_end", "step": 4}] * 2, between=look)
-    assert times[0][0] == times[1][0] == 3
-    assert times[0] == times[1]
+    assert found[0][0] == 3
+    assert found[0][2]["batches"]
+    assert found[0] == found[1]
 
 
 #: Those in which the loops, callbacks or evaluations differ, and nothing that an optimizer consumes.
