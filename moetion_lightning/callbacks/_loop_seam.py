@@ -101,15 +101,14 @@ class LoopSeam:
 
         self.patches.put(epoch_loop, "on_advance_end", on_advance_end)
 
-    def end_batch_again(self, data_fetcher: Any, *, validates: bool) -> None:
-        """What follows a batch, for one whose end was restored.
+    def end_batch_again(self, data_fetcher: Any) -> None:
+        """What follows a batch, for one whose end was restored; with a validation if there was one.
 
         Args:
             data_fetcher: Of the epoch loop.
-            validates: Whether a validation is part of it, as was decided then (it may depend on the clock).
         """
         epoch_loop = self._trainer.fit_loop.epoch_loop
-        undo = self.patches.put(epoch_loop, "_should_check_val_fx", lambda *args: validates)
+        undo = self.patches.put(epoch_loop, "_should_check_val_fx", lambda *args: self.validates)
         try:
             type(epoch_loop).on_advance_end(epoch_loop, data_fetcher)
         finally:

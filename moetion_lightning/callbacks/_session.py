@@ -185,10 +185,11 @@ class LightningSession:
 
     def _end_batch(self, fetcher: Any, *, validates: bool) -> None:
         """The state after a batch was found: put it in place now, and do what follows the batch."""
+        self._loops.validates = validates  # the state is noted again, for a loss in what follows
         with self._state_after_batch():
             self._begin()
         self._session.engine.restored_after_batch = True
-        self._loops.end_batch_again(fetcher, validates=validates)
+        self._loops.end_batch_again(fetcher)
 
     @contextlib.contextmanager
     def _state_after_batch(self) -> Iterator[None]:

@@ -70,7 +70,7 @@ class Groups:
         self._original: Callable[..., Any] = dist.init_process_group
         self._replacement = self.init
         #: What the ranks agree on when they start.
-        self.start_values = StartValues(membership.store, membership.rank, membership.world_size)
+        self.start_values = StartValues(membership.store, membership.rank, membership.world_size, membership.check)
         self._given: dict[str, Any] = {}
         self._control: StoreControl | None = None
         self._communicators = Communicators([store_port])

@@ -43,6 +43,7 @@ _MAX_BYTES = 1 << 18
 _MAX_CALLS = 64  # of one place in the program: more is a loop, and no start
 _FRAMES = 4
 _WAIT_SECONDS = 600.0
+_LOST_SECONDS = 60.0
 _POLL_SECONDS = 0.02
 _VALUE, _REFUSED = b"v", b"r"
 _LIBRARIES = tuple(
@@ -59,10 +60,14 @@ class StartValues:
         store: Gives a store of this object's own.
         rank: This rank.
         world_size: Number of ranks.
+        check: Raises when ranks were lost since this process began: the others may wait for it elsewhere, then.
     """
 
-    def __init__(self, store: Callable[[], BoundedStore], rank: int, world_size: int) -> None:
+    def __init__(
+        self, store: Callable[[], BoundedStore], rank: int, world_size: int, check: Callable[[], None] = lambda: None
+    ) -> None:
         self._open = store
+        self._check = check
         self._opened: BoundedStore | None = None
         self._rank = rank
         self._world = range(world_size)
@@ -167,6 +172,8 @@ class StartValues:
         while not self._store.check(keys):
             if self._store.check([_OVER]):
                 return bool(self._store.check(keys))
+            if time.monotonic() > deadline - _WAIT_SECONDS + _LOST_SECONDS:
+                self._check()  # not at once: those that are started in the place of others have notes to come
             if time.monotonic() > deadline:
                 raise LaunchError(
                     f"rank {self._rank} was started again and waited {_WAIT_SECONDS:.0f} s for what the others give to "

@@ -7,6 +7,7 @@ for that.
 
 from __future__ import annotations
 
+import collections
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FunctionType, MethodType
@@ -25,6 +26,8 @@ from moetion_lightning.storage.tree import FlatTree, flatten_tree
 
 __all__ = ["PlainAttributes"]
 
+_EMPTY = object()
+_CONTAINERS = (list, dict, set, collections.deque)
 _ABSENT = ""  # no attribute has that name; under it: those that were deleted
 
 
@@ -45,6 +48,9 @@ class PlainAttributes:
         #: Names by owner: once changed, an attribute is state for the rest of the run, also in later processes.
         self._changed: dict[str, set[str]] = {}
         self._refused: dict[tuple[str, str], type] = {}
+        #: By owner: values that attributes had when training began, where keeping them costs nothing.
+        self._initial: dict[str, dict[str, Any]] = {}
+        self._is_under_way = False
         self._packed = PackedLists()
         self._users = UsersClasses(())
 
@@ -65,6 +71,7 @@ class PlainAttributes:
         )
         for owner, name in refused:
             self._changed[owner].discard(name)
+        self._get_under_way()
         self.begin()
 
     def capture(self) -> LiveValues:
@@ -110,6 +117,13 @@ class PlainAttributes:
             if owner is None or owner.value is not value:
                 owner = _Owner(value, self._changed.get(name, set()), self._users)
             self._owners[name] = owner
+            if self._is_under_way:
+                self._initial[name] = {**owner.initial(), **self._initial.get(name, {})}
+
+    def _get_under_way(self) -> None:
+        """Attributes have the values that the script has given them, and those that were restored."""
+        if not self._is_under_way:
+            self._is_under_way, self._initial = True, {}
 
     def _hold_tables(self) -> None:
         self._tables = [module_table(root) for root in self._roots().values() if isinstance(root, nn.Module)]
@@ -132,6 +146,7 @@ class PlainAttributes:
         device = next((parameter.device for parameter in parameters.values()), None)
         reviver = Reviver(ClassFinder(roots.values()), parameters, device)
         owners = dict(self._all_owners())
+        self._undo(saved, owners)
         for name, values in saved.items():
             if name not in owners:
                 self._say_once(f"attributes {_list(values)} were captured of {name}, which this run does not have")
@@ -147,6 +162,21 @@ class PlainAttributes:
                     own[key] = reviver.revive(value, own[key]) if key in own else reviver.revive(value)
                 except MissingClassError as error:
                     self._say_once(f"the attribute {key!r} of {name} is not restored: {error}")
+        self._get_under_way()
+
+    def _undo(self, saved: Mapping[str, Mapping[str, Any]], owners: Mapping[str, Any]) -> None:
+        """In a process that goes back: what had not changed there, and has since, is as it was when training began."""
+        for name, initial in self._initial.items():
+            known = saved.get(name, {})
+            for key, value in initial.items():
+                own = vars(owners[name]) if name in owners else {}
+                if key not in own or key in known or key in known.get(_ABSENT, ()):
+                    continue
+                if value is _EMPTY:
+                    if type(own[key]) in _CONTAINERS:
+                        own[key].clear()
+                elif _differs(own[key], value):
+                    own[key] = value
 
     def _all_owners(self) -> Iterator[tuple[str, Any]]:
         for root, value in self._roots().items():
@@ -223,6 +253,12 @@ class _Owner:
                 self._fixed.append(value)
             else:
                 self._stamps[name] = stamp(value, self._users)
+
+    def initial(self) -> dict[str, Any]:
+        """Values that cannot change in place, and :data:`_EMPTY` for empty containers."""
+        own = vars(self.value)
+        empty = [name for name in self._stamps if type(own[name]) in _CONTAINERS and not own[name]]
+        return {**dict(zip(self._names, self._fixed)), **dict.fromkeys(empty, _EMPTY)}
 
     def new_changes(self) -> set[str]:
         """Names whose values have changed since the last call."""

@@ -85,6 +85,16 @@ def test_what_follows_a_batch_is_done_again_from_living_state(drill: Drill, kill
     assert all(len(records) == 1 for records in steps), "no batch is trained on again"
 
 
+def test_newcomer_that_loses_another_rank_in_what_follows_a_batch_does_it_again_too(drill: Drill) -> None:
+    """All ranks of one validation are there again: one that left it out would go on with the next batch."""
+    once = [{"hook": "validation", "step": 4, "rank": rank} for rank in (0, 1, 1)]
+    spec = {**DDP, "ranks": 3, "samples": 36, "callbacks": ["checkpoint"], "scheduler": "plateau", "once": once}
+    out, ended, _ = drill.elastic(spec, [], restarts=3)
+    assert ended.good, f"{ended}\n{read_logs(out)}"
+    assert len(list(out.glob("killed-*"))) == len(once)
+    assert differences(drill.reference(spec), out) == []
+
+
 def test_four_ranks(drill: Drill) -> None:
     check(drill, {**DDP, "ranks": 4, "samples": 48}, [{"hook": "before_step", "step": 5, "rank": 2}], "live")
 

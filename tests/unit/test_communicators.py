@@ -66,6 +66,9 @@ class Member:
     def store(self) -> Any:
         return self._store
 
+    def check(self) -> None:
+        pass
+
     def watch(self, act: Any) -> None:
         self.acts.append(act)
 

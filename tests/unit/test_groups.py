@@ -20,7 +20,13 @@ def groups() -> Any:
     store = dist.HashStore()
     store.set("moetion/start/over", "1")
     member: Any = SimpleNamespace(
-        rank=1, world_size=3, is_replacement=True, generation=1, watch=lambda act: None, store=lambda: store
+        rank=1,
+        world_size=3,
+        is_replacement=True,
+        generation=1,
+        watch=lambda act: None,
+        store=lambda: store,
+        check=lambda: None,
     )
     made = Groups(member)
     yield made

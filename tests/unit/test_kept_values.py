@@ -231,6 +231,26 @@ def test_object_that_is_not_there_is_named() -> None:
     assert "'counter' of module is not restored" in message
 
 
+def test_process_that_goes_back_has_what_was_there_not_what_came_later() -> None:
+    """A validation that is broken off leaves what it has collected."""
+    net = Net()
+    net.outputs, net.count, net.calls = [], 0, 0  # type: ignore[assignment]
+    attributes = PlainAttributes(lambda: {"module": net}, lambda message: None)
+    attributes.begin()
+    net.outputs.append("by a hook")  # type: ignore[operator, union-attr]
+    attributes.start()
+    net.calls = 1  # type: ignore[assignment]
+    saved = load_tree(dump_tree(attributes.capture()))
+    for _ in range(2):
+        net.losses.append(torch.ones(1))
+        net.count, net.calls = 3, 2  # type: ignore[assignment]
+        attributes.capture()
+        attributes.restore(saved, dict(net.named_parameters()))
+        attributes.begin()
+        assert (net.losses, net.count, net.calls, net.outputs) == ([], 0, 1, ["by a hook"])
+        assert net.alias is net.losses
+
+
 @pytest.mark.parametrize(("owner", "count"), [("itself", 0), ("another", 1)])
 def test_method_that_is_put_back_where_it_was_found_is_no_state(owner: str, count: int) -> None:
     said: list[str] = []

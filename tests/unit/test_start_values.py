@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 
 from moetion_lightning.distributed import start_values
 from moetion_lightning.distributed.start_values import StartValues
-from moetion_lightning.errors import LaunchError
+from moetion_lightning.errors import LaunchError, RankLostError
 
 Functions = dict[str, Callable[..., Any]]
 
@@ -147,3 +147,16 @@ def test_nobody_who_waits_in_vain_waits_for_ever(monkeypatch: pytest.MonkeyPatch
     _, functions = rank_of(dist.HashStore(), 1, alone=True)
     with pytest.raises(LaunchError, match="rank 1 was started again and waited.*broadcast_object_list at .*test_start"):
         agree(functions, "mine")
+
+
+def test_newcomer_does_not_wait_for_those_that_went_back_to_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends, and the process that takes its place meets them."""
+    monkeypatch.setattr(start_values, "_LOST_SECONDS", 0.05)
+
+    def check() -> None:
+        raise RankLostError("generation 2 begins")
+
+    values, functions = rank_of(dist.HashStore(), 1, alone=True)
+    values._check = check
+    with pytest.raises(RankLostError, match="generation 2"):
+        agree(functions, "own")
