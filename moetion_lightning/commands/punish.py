@@ -143,7 +143,8 @@ class Punishment:
                 self.sleep(min(_POLL_SECONDS, began + due - self.clock()))
             victim = self._victim(choice)
             if victim is None:
-                self.say(f"job {self.job} has no live rank any more; {_kills(len(self.killed))}")
+                what = "committed no window" if self.ranks() else "had no live rank"
+                self.say(f"job {self.job} {what} for {self.grace_seconds:g} s (--grace); {_kills(len(self.killed))}")
                 return False
             if victim.kill():
                 self.killed.append(victim)

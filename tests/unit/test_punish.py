@@ -83,12 +83,14 @@ def test_without_yes_it_only_says_whom_and_when(base: Path, rank: Rank, capsys: 
 
 
 def test_rank_is_killed_and_then_the_job_is_gone(base: Path, rank: Rank) -> None:
-    found = punishment(base, duration_seconds=60.0)
+    said: list[str] = []
+    found = punishment(base, duration_seconds=60.0, say=said.append)
     assert len(found.times()) > 1
     assert found.times() == punishment(base, duration_seconds=60.0).times()
     assert not found.carry_out(), "nothing started it again"
     assert rank.end() == -signal.SIGKILL
     assert [holder.rank_name for holder in found.killed] == ["rank-00000"]
+    assert said[-1] == "job mine had no live rank for 1 s (--grace); 1 kill"
 
 
 def test_a_process_without_the_lock_is_never_killed(base: Path, rank: Rank) -> None:
@@ -112,7 +114,9 @@ def test_a_holder_that_has_ended_meanwhile_is_left_alone(base: Path, rank: Rank)
 
 
 def test_in_the_commit_phase_it_waits_for_the_next_window(base: Path, rank: Rank) -> None:
-    assert not punishment(base, phase="commit").carry_out()
+    said: list[str] = []
+    assert not punishment(base, phase="commit", say=said.append).carry_out()
+    assert said == ["job mine committed no window for 1 s (--grace); 0 kills"]
     assert rank.process.poll() is None, "no window was committed"
 
 
