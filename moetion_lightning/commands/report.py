@@ -38,7 +38,10 @@ def report(args: Sequence[str]) -> int:
     readings = write_report(options.run_dir, out, options.compare, os.cpu_count() or 1)
     skipped = sum(reading.num_skipped for reading in readings)
     events, files = sum(reading.num_events for reading in readings), sum(len(reading.files) for reading in readings)
-    print(f"{out}: {events} events from {files} files" + (f"; {skipped} lines skipped" if skipped else ""))
+    print(
+        f"{out}: {events} events from {files} file{'s'[: files != 1]}"
+        + (f"; {skipped} line{'s'[: skipped != 1]} skipped" if skipped else "")
+    )
     return 0
 
 

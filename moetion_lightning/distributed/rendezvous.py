@@ -268,7 +268,12 @@ class NodeRendezvous(RendezvousHandler):
                 return Place(slot=slot, claim=mine)
         expired = [slot for slot in holders if self._is_expired(slot)]
         if len(expired) == self.nodes:
-            self._begin_next_run()  # nobody is left of this one: nothing to take over
+            _log.warning(
+                "all nodes of run %s gave no sign of life for %g s: another run begins, from windows that are found in "
+                "memory or on storage; without any, training begins anew",
+                self.run_id, self.node_timeout,
+            )  # fmt: skip
+            self._begin_next_run()  # nothing to take over
         for slot in expired if len(expired) < self.nodes else ():
             is_for_us = self._wanted in (None, slot)
             if is_for_us and self.store.compare_set(f"moetion/node/{slot}", holders[slot], mine).decode() == mine:

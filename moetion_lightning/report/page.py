@@ -323,7 +323,7 @@ def _verdict(failure: Failure) -> tuple[str, str]:
 
 def _read_text(reading: Reading) -> str:
     files = len(reading.files)
-    skipped = "no line was skipped" if not reading.num_skipped else f"{reading.num_skipped} lines were skipped"
+    skipped = "no line was skipped" if not reading.num_skipped else f"lines that were skipped: {reading.num_skipped}"
     part = f" Of every {reading.every} iterations the loss and the bytes of one are shown." if reading.every > 1 else ""
     return (
         f"{reading.num_events} events from {files} {'file' if files == 1 else 'files'}; {skipped}"

@@ -160,11 +160,14 @@ def test_lease_that_is_not_renewed_ends_before_others_may_take_the_place() -> No
     assert took < 4.0, "another one may have the place"
 
 
-def test_run_without_any_live_node_is_not_continued(server: TCPStore, pool: ThreadPoolExecutor) -> None:
+def test_run_without_any_live_node_is_not_continued_and_that_is_said(
+    server: TCPStore, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
     claim_all([node(server), node(server)], pool)
     later = [node(server), node(server)]
     assert sorted(place.slot for place in claim_all(later, pool)) == [0, 1]
     assert {own.run_id for own in later} == {"job.2"}
+    assert "all nodes of run job.1 gave no sign of life" in caplog.text
 
 
 def test_ended_run_makes_room_for_the_next(server: TCPStore) -> None:

@@ -481,7 +481,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert {"timeline-0", "timeline-1", "badput", "load-0", "load-1"} <= drawn(text).keys()
     assert text.count('<tr data-failure="2">') == 2
     assert "no line was skipped. second: " in text
-    assert "1 lines were skipped" in text
+    assert "lines that were skipped: 1" in text
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -491,7 +491,7 @@ def test_command_writes_beside_the_events(tmp_path: Path, capsys: pytest.Capture
     killed(tmp_path / "run")
     assert main(["report", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "report.html").read_text().startswith("<!DOCTYPE html>")
-    assert "events from 1 files" in capsys.readouterr().out
+    assert "events from 1 file" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "run" / "events-0.jsonl"), "--out", str(tmp_path / "new" / "x.html")]) == 0
     assert (tmp_path / "new" / "x.html").exists()
 
