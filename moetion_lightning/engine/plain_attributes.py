@@ -28,6 +28,7 @@ __all__ = ["PlainAttributes"]
 
 _EMPTY = object()
 _CONTAINERS = (list, dict, set, collections.deque)
+_STORABLE = FIXED_TYPES.union(_CONTAINERS)
 _ABSENT = ""  # no attribute has that name; under it: those that were deleted
 
 
@@ -165,7 +166,10 @@ class PlainAttributes:
         self._get_under_way()
 
     def _undo(self, saved: Mapping[str, Mapping[str, Any]], owners: Mapping[str, Any]) -> None:
-        """In a process that goes back: what had not changed there, and has since, is as it was when training began."""
+        """In a process that goes back: what had not changed there, and has since, is as it was when training began.
+
+        Not where something is now that cannot be stored, like a metric made on demand: nobody knows since when.
+        """
         for name, initial in self._initial.items():
             known = saved.get(name, {})
             for key, value in initial.items():
@@ -175,7 +179,7 @@ class PlainAttributes:
                 if value is _EMPTY:
                     if type(own[key]) in _CONTAINERS:
                         own[key].clear()
-                elif _differs(own[key], value):
+                elif type(own[key]) in _STORABLE and _differs(own[key], value):
                     own[key] = value
 
     def _all_owners(self) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import dis
 import enum
+import threading
 from typing import Any
 
 import pytest
@@ -234,11 +235,12 @@ def test_object_that_is_not_there_is_named() -> None:
 def test_process_that_goes_back_has_what_was_there_not_what_came_later() -> None:
     """A validation that is broken off leaves what it has collected."""
     net = Net()
-    net.outputs, net.count, net.calls = [], 0, 0  # type: ignore[assignment]
+    net.outputs, net.count, net.calls, net.metric = [], 0, 0, None  # type: ignore[assignment]
     attributes = PlainAttributes(lambda: {"module": net}, lambda message: None)
     attributes.begin()
     net.outputs.append("by a hook")  # type: ignore[operator, union-attr]
     attributes.start()
+    net.metric = threading.Lock()  # made on demand, and not stored
     net.calls = 1  # type: ignore[assignment]
     saved = load_tree(dump_tree(attributes.capture()))
     for _ in range(2):
@@ -249,6 +251,7 @@ def test_process_that_goes_back_has_what_was_there_not_what_came_later() -> None
         attributes.begin()
         assert (net.losses, net.count, net.calls, net.outputs) == ([], 0, 1, ["by a hook"])
         assert net.alias is net.losses
+        assert net.metric is not None
 
 
 @pytest.mark.parametrize(("owner", "count"), [("itself", 0), ("another", 1)])
