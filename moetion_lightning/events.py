@@ -467,7 +467,8 @@ class EventBus:
 class JsonlSink:
     """Appends every event as one JSON line to a file.
 
-    Each line is written with a single ``write`` call, so lines of a process that was killed are whole.
+    Each line is written with a single ``write`` call, so lines of a process that was killed are whole, but for one that
+    crosses a page of memory in that very moment: the next process begins a new line.
 
     Args:
         path: File to append to; created with mode 0600. Several processes may append to the same.
@@ -482,7 +483,10 @@ class JsonlSink:
         self._who: dict[str, Any] = {"pid": os.getpid()} if rank is None else {"pid": os.getpid(), "rank": rank}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            size = os.fstat(self._fd).st_size
+            if size and os.pread(self._fd, 1, size - 1) != b"\n":
+                os.write(self._fd, b"\n")
         except OSError as error:
             raise ConfigurationError(
                 f"events_path={str(path)!r}: cannot append to this file: {error.strerror or error}. Give the path of a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -224,6 +225,15 @@ def read_logs(out: Path) -> str:
     return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(out.glob("log*")))
 
 
+def _parsed(path: Path) -> list[dict[str, Any]]:
+    """Lines of JSON; SIGKILL may cut one off, where the kernel goes from page to page."""
+    found = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
 def read_steps(out: Path, rank: int | None = None) -> dict[tuple[int, int], list[dict[str, Any]]]:
     """What was recorded for each micro-batch ``(epoch, batch)``, every time that it ran.
 
@@ -233,8 +243,7 @@ def read_steps(out: Path, rank: int | None = None) -> dict[tuple[int, int], list
     """
     name = "steps.jsonl" if rank is None else f"steps-{rank}.jsonl"
     steps: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for line in (out / name).read_text().splitlines():
-        record = json.loads(line)
+    for record in _parsed(out / name):
         steps.setdefault((record.pop("epoch"), record.pop("batch")), []).append(record)
     return steps
 
@@ -242,7 +251,7 @@ def read_steps(out: Path, rank: int | None = None) -> dict[tuple[int, int], list
 def read_events(out: Path, kind: str | None = None, rank: int | None = None) -> list[dict[str, Any]]:
     """The events of all processes of a run, or of one rank's: by rank, then by time."""
     paths = sorted(out.glob("events*.jsonl" if rank is None else f"events-{rank}.jsonl"))
-    events = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    events = [event for path in paths for event in _parsed(path)]
     return [event for event in events if kind is None or event["event"] == kind]
 
 

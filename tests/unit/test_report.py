@@ -166,6 +166,18 @@ def test_damaged_and_foreign_lines_are_skipped_and_counted(tmp_path: Path, line:
     assert reading.files == (file,)
 
 
+def test_a_line_that_a_kill_cut_off_costs_no_other_one(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    for end in (10, None):
+        sink = JsonlSink(path)
+        sink(TokensCounted(iteration=5, tokens={"a": [1, 2]}))
+        sink.close()
+        path.write_bytes(path.read_bytes()[:end])
+    found = read_events(tmp_path)
+    assert [record.event.iteration for record in found if isinstance(record.event, TokensCounted)] == [5]
+    assert found.num_skipped == 1
+
+
 @pytest.mark.parametrize("rank", [None, 3])
 def test_the_fast_way_of_reading_says_what_json_does(tmp_path: Path, rank: int | None) -> None:
     sink = JsonlSink(tmp_path / "events.jsonl", rank=rank)
