@@ -218,7 +218,8 @@ def test_rank_lost_in_a_later_fit_in_test_or_at_the_end_makes_all_begin_again(st
 
 def test_every_connection_of_a_rank_may_be_reset(start: Start, reference: Path, zygote: Zygote) -> None:
     """One after the other, from outside: those to the store are opened again, ranks whose groups break meet again."""
-    training = start(launch(), zygote=zygote)
+    # gloo does not notice each time that its own end was reset: then both are shot as hung
+    training = start(launch("--hang-timeout", "step=5"), zygote=zygote)
     training.until(lambda: len(training.events("WindowCommitted")) >= 4, "windows")
     pid = training.pids()[1][0]
     try:
