@@ -66,7 +66,9 @@ def _run(spec: dict[str, Any], out: Path) -> None:
     from moetion_lightning.cli import main
 
     config = out / "moetion.yaml"
-    config.write_text(CONFIG.format(window=4, **spec))
+    own = out / f"{config.name}.{os.getpid()}"
+    own.write_text(CONFIG.format(window=4, **spec))
+    own.replace(config)  # other ranks read it
     if spec.get("by_environment"):
         os.environ["MOETION"] = str(config)
         sys.argv = [script, *arguments]
