@@ -25,6 +25,7 @@ from moetion_lightning.distributed import torch_elastic
 
 _CLONE_NEWNET = 0x40000000
 _TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_kept: list[dict[str, Any]] = []  # for the reason that `program` gives
 
 
 def leave(work: Callable[[], Any]) -> NoReturn:
@@ -120,12 +121,12 @@ def _become(program: list[str], env: Mapping[str, str]) -> None:
     if program[0] != "-m":
         sys.argv = program
         sys.path.insert(0, os.path.dirname(program[0]))
-        runpy.run_path(program[0], run_name="__main__")
+        _kept.append(runpy.run_path(program[0], run_name="__main__"))
         return
     sys.argv = program[1:]
     sys.path.insert(0, os.getcwd())
     sys.modules.pop(program[1], None)
-    runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+    _kept.append(runpy.run_module(program[1], run_name="__main__", alter_sys=True))
 
 
 def spec(
