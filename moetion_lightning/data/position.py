@@ -49,6 +49,8 @@ class LoaderPosition(Passes):
         self._pending: Mapping[str, Any] | None = None
         self._stateful = holder_of_position(loader)  # whose own state is the position
         self._loaded: Loaded | None = None
+        #: Makes the iterator of a pass that was restored before its first batch, and in which nothing was drawn yet.
+        self._make_again: Callable[[], Iterator[Any]] | None = None
         self._look_from = 1  # batches of a pass, from which on to look whether that state is whole
         #: Whether a pass that begins now is one of those that are followed; others may iterate the loader, too.
         self.expected = True
@@ -168,7 +170,7 @@ class LoaderPosition(Passes):
         if self._loaded is not None:
             self._loaded.undo()
             self._loaded = None
-        pending, self._pending = self._pending, None
+        pending, self._pending, self._make_again = self._pending, None, None
         if pending is not None and pending["passes"]:
             self._resume(pending, make)
         else:
@@ -185,6 +187,7 @@ class LoaderPosition(Passes):
             self._loaded = Loaded(self._stateful, own)
             self._iterator = self._make(make)
             self._passes = [Pass(**passes[0])]
+            self._make_again = None if passes[0]["drawn"] else make
         else:
             if self._origin is not None:
                 self._start_workers(make)
@@ -198,6 +201,29 @@ class LoaderPosition(Passes):
             set_rng(state["now"], self._generators)
         if own is None:
             self.attributes.put_now(state["attributes"], others=self._in_process)
+
+    def drew(self) -> None:
+        """A batch was drawn."""
+        self._make_again = None
+        super().drew()
+
+    def begin_again(self) -> Iterator[Any] | None:
+        """The pass is over before its first batch, though there was one: what was loaded is where the last pass ended.
+
+        Many datasets go back to their beginning only when the first sample is drawn.
+
+        Returns:
+            The pass as it is without a loaded state; None if nothing was loaded.
+        """
+        make, self._make_again = self._make_again, None
+        if make is None or self._loaded is None:
+            return None
+        self._loaded.undo()
+        self._loaded = None
+        rng, generators = Rng(), self._generators.states()
+        self._iterator = self._make(make)
+        set_rng(rng.packed(generators), self._generators)
+        return self._iterator  # type: ignore[no-any-return]
 
     def _warm_up(self, make: Callable[[], Iterator[Any]]) -> None:
         """Read a batch, so that what is made when it is first needed is there."""
@@ -214,7 +240,14 @@ class _Followed(Iterator[Any]):
 
     def __next__(self) -> Any:
         self._position.drawing()
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            again = self._position.begin_again()
+            if again is None:
+                raise
+            self._iterator = again
+            batch = next(again)
         self._position.drew()
         return batch
 

@@ -119,6 +119,40 @@ def test_state_of_a_stream_is_trusted_only_if_it_is_whole(kind: Any, trusted: bo
     assert len(ids(iter(loader))) == 12, "a state was loaded for one pass"
 
 
+class Endless(StatefulStream):
+    """Goes on where the last pass was left."""
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self.position += 1
+            yield self.samples[(self.position - 1) % len(self.samples)]
+
+
+@pytest.mark.parametrize("kind", [StatefulStream, Endless])
+@pytest.mark.parametrize("drawn", [0, 1])
+def test_pass_of_a_stream_that_has_begun_and_drawn_nothing_comes_back(kind: type[StatefulStream], drawn: int) -> None:
+    """What it says of itself then is where the pass before has ended."""
+
+    def make() -> tuple[Any, LoaderPosition]:
+        return make_resumable(DataLoader(kind(Samples(8, augment=False)), 2))
+
+    def take(batches: Iterator[Any], count: int) -> list[Any]:
+        return ids(batch for batch, _ in zip(batches, range(count)))
+
+    torch.manual_seed(1)
+    loader, position = make()
+    assert len(take(iter(loader), 4)) == 4
+    iterator = iter(loader)
+    take(iterator, drawn)
+    state = position.snapshot()
+    expected, drawn_number = take(iterator, 3), torch.rand(1)
+    torch.manual_seed(2)
+    loader, position = make()
+    position.restore(state)
+    assert take(iter(loader), 3) == expected
+    assert torch.equal(torch.rand(1), drawn_number)
+
+
 def test_stream_whose_parts_are_called_buffers_is_not_trusted() -> None:
     class Buffered(Resuming):
         buffer_size = 8
