@@ -137,7 +137,7 @@ def test_pass_of_a_stream_that_has_begun_and_drawn_nothing_comes_back(kind: type
         return make_resumable(DataLoader(kind(Samples(8, augment=False)), 2))
 
     def take(batches: Iterator[Any], count: int) -> list[Any]:
-        return ids(batch for batch, _ in zip(batches, range(count)))
+        return ids(batch for _, batch in zip(range(count), batches))
 
     torch.manual_seed(1)
     loader, position = make()
