@@ -22,10 +22,7 @@ def is_proxy(kind: type) -> bool:
 
 def length(container: Any) -> int:
     """Number of items of a dict, list, tuple or deque."""
-    for kind in CONTAINERS:
-        if isinstance(container, kind):
-            return int(kind.__len__(container))
-    raise TypeError(f"expected a container, not {type(container).__name__}")
+    return int(_built_in(container).__len__(container))
 
 
 def pairs(container: dict[Any, Any]) -> list[tuple[Any, Any]]:
@@ -37,15 +34,17 @@ def pairs(container: dict[Any, Any]) -> list[tuple[Any, Any]]:
 
 def item(container: Any, index: int | slice) -> Any:
     """An item, or items, of a list, tuple or deque."""
-    for kind in CONTAINERS[1:]:
-        if isinstance(container, kind):
-            return kind.__getitem__(container, index)
-    raise TypeError(f"expected a list, a tuple or a deque, not {type(container).__name__}")
+    return _built_in(container).__getitem__(container, index)
 
 
 def values(container: Any) -> list[Any]:
     """Items of a list, tuple or deque."""
-    for kind in CONTAINERS[1:]:
+    return list(_built_in(container).__iter__(container))
+
+
+def _built_in(container: Any) -> Any:
+    """The type that a container is, whatever subclass it is of."""
+    for kind in CONTAINERS:
         if isinstance(container, kind):
-            return list(kind.__iter__(container))
-    raise TypeError(f"expected a list, a tuple or a deque, not {type(container).__name__}")
+            return kind
+    raise TypeError(f"expected a dict, a list, a tuple or a deque, not {type(container).__name__}")

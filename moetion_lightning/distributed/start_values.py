@@ -168,13 +168,14 @@ class StartValues:
         if self._store.check([_OVER]):
             return bool(self._store.check(keys))  # written before the start was over
         self._note(key, call)
-        deadline = time.monotonic() + _WAIT_SECONDS
+        began = time.monotonic()
         while not self._store.check(keys):
             if self._store.check([_OVER]):
                 return bool(self._store.check(keys))
-            if time.monotonic() > deadline - _WAIT_SECONDS + _LOST_SECONDS:
+            waited = time.monotonic() - began
+            if waited > _LOST_SECONDS:
                 self._check()  # not at once: those that are started in the place of others have notes to come
-            if time.monotonic() > deadline:
+            if waited > _WAIT_SECONDS:
                 raise LaunchError(
                     f"rank {self._rank} was started again and waited {_WAIT_SECONDS:.0f} s for what the others give to "
                     f"{call.name} at {_users_line()}. Either a rank hangs while it starts, or not all ranks come along "

@@ -51,7 +51,7 @@ class PlainAttributes:
         self._refused: dict[tuple[str, str], type] = {}
         #: By owner: values that attributes had when training began, where keeping them costs nothing.
         self._initial: dict[str, dict[str, Any]] = {}
-        self._is_under_way = False
+        self._is_under_way = False  # then attributes have what the script has given them, and what was restored
         self._packed = PackedLists()
         self._users = UsersClasses(())
 
@@ -72,7 +72,7 @@ class PlainAttributes:
         )
         for owner, name in refused:
             self._changed[owner].discard(name)
-        self._get_under_way()
+        self._is_under_way = True
         self.begin()
 
     def capture(self) -> LiveValues:
@@ -121,11 +121,6 @@ class PlainAttributes:
             if self._is_under_way:
                 self._initial[name] = {**owner.initial(), **self._initial.get(name, {})}
 
-    def _get_under_way(self) -> None:
-        """Attributes have the values that the script has given them, and those that were restored."""
-        if not self._is_under_way:
-            self._is_under_way, self._initial = True, {}
-
     def _hold_tables(self) -> None:
         self._tables = [module_table(root) for root in self._roots().values() if isinstance(root, nn.Module)]
 
@@ -163,7 +158,7 @@ class PlainAttributes:
                     own[key] = reviver.revive(value, own[key]) if key in own else reviver.revive(value)
                 except MissingClassError as error:
                     self._say_once(f"the attribute {key!r} of {name} is not restored: {error}")
-        self._get_under_way()
+        self._is_under_way = True
 
     def _undo(self, saved: Mapping[str, Mapping[str, Any]], owners: Mapping[str, Any]) -> None:
         """In a process that goes back: what had not changed there, and has since, is as it was when training began.

@@ -13,7 +13,7 @@ import torch
 import transformers.trainer
 from torch import Tensor
 
-from moetion_lightning.integrations._trainer_loop import FollowedLoader, TrainerLoop
+from moetion_lightning.integrations._trainer_loop import NEEDED, FollowedLoader, LoaderInPlace, TrainerLoop
 
 __all__ = ["OlderTrainerLoop"]
 
@@ -32,7 +32,7 @@ class OlderTrainerLoop(TrainerLoop):
     """
 
     needed: ClassVar[tuple[str, ...]] = (
-        *("get_batch_samples", "training_step", "_save_checkpoint", "_evaluate", "_get_dataloader"),
+        *NEEDED,
         *("get_train_dataloader", "_maybe_log_save_evaluate", "_load_scaler", "_load_callback_state"),
         *("_load_rng_state", "_load_from_checkpoint"),
     )
@@ -142,7 +142,7 @@ class _Step(int):
         return updates
 
 
-class _Passes:
+class _Passes(LoaderInPlace):
     """Stands for the training loader.
 
     Args:
@@ -151,25 +151,18 @@ class _Passes:
     """
 
     def __init__(self, loader: Any, iterate: Callable[[Any, int, int], Iterator[Any]]) -> None:
-        self._moetion = (loader, iterate)
+        super().__init__(loader)
+        self._moetion_iterate = iterate
         self._moetion_epoch = self._moetion_skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
-        loader, _ = self._moetion
         self._moetion_epoch = epoch
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
+        if hasattr(self._moetion_loader, "set_epoch"):
+            self._moetion_loader.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        loader, iterate = self._moetion
         skipped, self._moetion_skipped = self._moetion_skipped, 0
-        return iterate(loader, self._moetion_epoch, skipped)
-
-    def __len__(self) -> int:
-        return len(self._moetion[0])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_moetion"][0], name)
+        return self._moetion_iterate(self._moetion_loader, self._moetion_epoch, skipped)
 
 
 def _skipping(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from moetion_lightning.errors import ConfigurationError, UnsupportedStateError
 from moetion_lightning.integrations._loaders import Followed, follow
 from moetion_lightning.integrations._other_loaders import OtherLoader, OtherLoaders
 
-__all__ = ["FollowedLoader", "TrainerLoop", "step_of"]
+__all__ = ["NEEDED", "FollowedLoader", "LoaderInPlace", "TrainerLoop", "step_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ _COUNTERS = (
     *("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"),
     *("_initial_global_step", "_initial_num_input_tokens_seen", "current_flos"),
 )
-_NEEDED = ("get_batch_samples", "training_step", "_save_checkpoint", "_evaluate", "_get_dataloader")
+#: Methods of every Trainer whose loop can be followed.
+NEEDED = ("get_batch_samples", "training_step", "_save_checkpoint", "_evaluate", "_get_dataloader")
 _INCOMPLETE = "checkpoint-is-incomplete.txt"  # which the Trainer's checkpoint at SIGTERM leaves in the folder
 
 
@@ -56,7 +57,7 @@ class TrainerLoop:
         ConfigurationError: This version of transformers has another loop.
     """
 
-    needed: ClassVar[tuple[str, ...]] = (*_NEEDED, "_init_training_state", "_run_epoch")
+    needed: ClassVar[tuple[str, ...]] = (*NEEDED, "_init_training_state", "_run_epoch")
 
     def __init__(self, trainer: Any) -> None:
         absent = [name for name in self.needed if not hasattr(trainer, name)]
@@ -365,7 +366,24 @@ class _Evaluation(OtherLoaders):
         super().restore(saved)
 
 
-class FollowedLoader:
+class LoaderInPlace:
+    """Is the loader for all that is asked of it, but for what a subclass has of its own.
+
+    Args:
+        loader: The loader.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._moetion_loader = loader
+
+    def __len__(self) -> int:
+        return len(self._moetion_loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_moetion_loader"], name)
+
+
+class FollowedLoader(LoaderInPlace):
     """Stands for the training loader while the Trainer runs an epoch.
 
     Args:
@@ -384,10 +402,11 @@ class FollowedLoader:
         skipped: int,
         drew: Callable[[object], None],
     ) -> None:
-        self._moetion = (loader, followed, begun, skipped, drew)
+        super().__init__(loader)
+        self._moetion = (followed, begun, skipped, drew)
 
     def __iter__(self) -> Iterator[Any]:
-        _, followed, begun, skipped, drew = self._moetion
+        followed, begun, skipped, drew = self._moetion
         begun()
         batches = followed.iterate()
         generators = get_rng()
@@ -402,9 +421,3 @@ class FollowedLoader:
         for batch in batches:
             drew(batch)
             yield batch
-
-    def __len__(self) -> int:
-        return len(self._moetion[0])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_moetion"][0], name)

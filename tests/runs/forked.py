@@ -25,7 +25,9 @@ from moetion_lightning.distributed import torch_elastic
 
 _CLONE_NEWNET = 0x40000000
 _TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_kept: list[dict[str, Any]] = []  # for the reason that `program` gives
+#: What programs leave. A process group whose last owner is a DDP module may wait for ever when it is deleted: it joins
+#: a thread that wants the interpreter's lock (torch 2.13).
+KEPT: list[dict[str, Any]] = []
 
 
 def leave(work: Callable[[], Any]) -> NoReturn:
@@ -121,12 +123,12 @@ def _become(program: list[str], env: Mapping[str, str]) -> None:
     if program[0] != "-m":
         sys.argv = program
         sys.path.insert(0, os.path.dirname(program[0]))
-        _kept.append(runpy.run_path(program[0], run_name="__main__"))
+        KEPT.append(runpy.run_path(program[0], run_name="__main__"))
         return
     sys.argv = program[1:]
     sys.path.insert(0, os.getcwd())
     sys.modules.pop(program[1], None)
-    _kept.append(runpy.run_module(program[1], run_name="__main__", alter_sys=True))
+    KEPT.append(runpy.run_module(program[1], run_name="__main__", alter_sys=True))
 
 
 def spec(

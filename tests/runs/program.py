@@ -15,6 +15,7 @@ import lightning.fabric  # noqa: F401
 import transformers  # noqa: F401
 
 import moetion_lightning.integrations  # noqa: F401
+from tests.runs.forked import KEPT
 
 
 def spec(folder: Path, *arguments: object, kill_at: str = "") -> dict[str, Any]:
@@ -43,11 +44,6 @@ class _KillAt(io.TextIOWrapper):
         return written
 
 
-#: What programs leave. A process group whose last owner is a DDP module may wait for ever when it is deleted: it joins
-#: a thread that wants the interpreter's lock (torch 2.13).
-_kept: list[dict[str, Any]] = []
-
-
 def run(given: dict[str, Any]) -> None:
     first, *rest = given["arguments"]
     os.chdir(given["folder"])
@@ -55,13 +51,13 @@ def run(given: dict[str, Any]) -> None:
         sys.stdout = _KillAt(sys.stdout, given["kill_at"])
     if first == "-c":
         sys.argv = [first, *rest[1:]]
-        _kept.append({"__name__": "__main__"})
-        exec(compile(rest[0], "<string>", "exec"), _kept[0])
+        KEPT.append({"__name__": "__main__"})
+        exec(compile(rest[0], "<string>", "exec"), KEPT[-1])
     elif first == "-m":
         sys.argv = rest
         sys.path.insert(0, given["folder"])
-        _kept.append(runpy.run_module(rest[0], run_name="__main__", alter_sys=True))
+        KEPT.append(runpy.run_module(rest[0], run_name="__main__", alter_sys=True))
     else:
         sys.argv = given["arguments"]
         sys.path.insert(0, os.path.dirname(first))
-        _kept.append(runpy.run_path(first, run_name="__main__"))
+        KEPT.append(runpy.run_path(first, run_name="__main__"))
